@@ -1,0 +1,1 @@
+"""Supervised fine-tuning of small GPTs in JAX."""

@@ -1,0 +1,47 @@
+"""What every command shares: one-line errors, exit codes, and an argument parser that keeps to them."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from tinysft_jax.errors import Interrupted, RunError, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs a command's main function and leaves with the exit code that its end deserves.
+
+    0: done; 2: a user's error; 3: the run could not go on; 130 and 143:
+    interrupted by Ctrl-C and SIGTERM.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        _leave(f"error: {error}", 2)
+    except RunError as error:
+        _leave(f"error: {error}", 3)
+    except Interrupted as interruption:
+        _leave(str(interruption), interruption.exit_code)
+    except KeyboardInterrupt:
+        _leave("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): nothing left to say, and no error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(code)

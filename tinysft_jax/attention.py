@@ -1,0 +1,86 @@
+"""Causal attention that never leaves its segment, and attention over a cache of keys and values."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from tinysft_jax.errors import UserError
+
+ATTENTION_BACKENDS = ("auto", "xla", "cudnn")
+
+# Queries a block. Keys after a block's last query are never computed, which spares almost half the work; measured
+# on a CPU at T = 1024: 330 ms whole, 114 ms in blocks of 256, 119 of 128, 153 of 512 (forward and backward).
+QUERY_BLOCK = 256
+
+
+def segment_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H D"],
+    segment_ids: Int32[Array, "B T"],
+    backend: str = "auto",
+) -> Float[Array, "B T H D"]:
+    """Softmax(q kᵀ / √D) v over the earlier positions of a query's own segment, and itself.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      segment_ids: which conversation each position belongs to; padding is a segment like any other.
+      backend: "xla"; "cudnn" (NVIDIA GPU and half precision only); "auto": cuDNN where it can run, else XLA.
+
+    Raises:
+      UserError: if the backend is unknown or can't run here. No backend ignores segments.
+    """
+    if _choose(backend, q.dtype, q.shape[-1]) == "cudnn":
+        # cuDNN takes segments only as a mask: its causal flag alone would let neighbours see each other.
+        return _masked(q, k, v, segment_ids, segment_ids, 0, "cudnn")
+    blocks = []
+    for start in range(0, q.shape[1], QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, q.shape[1])
+        # Recomputed in the backward pass, so that scores never take more memory than one block's.
+        attend = jax.checkpoint(functools.partial(_masked, start=start, implementation="xla"))
+        blocks.append(attend(q[:, start:end], k[:, :end], v[:, :end], segment_ids[:, start:end], segment_ids[:, :end]))
+    return jnp.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
+
+
+def cached_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S H D"],
+    v: Float[Array, "B S H D"],
+    positions: Int32[Array, "B T"],
+) -> Float[Array, "B T H D"]:
+    """Attention of queries at `positions` over cache slots 0..position, where slot i holds position i."""
+    mask: Bool[Array, "B 1 T S"] = positions[:, None, :, None] >= jnp.arange(k.shape[1])[None, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+
+
+def _masked(q, k, v, q_segments, k_segments, start, implementation):
+    """Attention of the queries from position `start` on over the keys from position 0 on."""
+    causal = start + jnp.arange(q.shape[1])[:, None] >= jnp.arange(k.shape[1])[None, :]
+    mask = (q_segments[:, None, :, None] == k_segments[:, None, None, :]) & causal[None, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+
+
+def _choose(backend: str, dtype, head_dim: int) -> str:
+    if backend not in ATTENTION_BACKENDS:
+        raise UserError(f"attention backend {backend!r} is not one of {', '.join(ATTENTION_BACKENDS)}")
+    if backend == "xla":
+        return "xla"
+    obstacle = _cudnn_obstacle(dtype, head_dim)
+    if backend == "cudnn" and obstacle:
+        raise UserError(f"attention=cudnn can't run here: {obstacle}; use attention=auto or xla")
+    return "xla" if obstacle else "cudnn"
+
+
+def _cudnn_obstacle(dtype, head_dim: int) -> str | None:
+    """Why cuDNN's attention can't run in this process; None if it can."""
+    if "NVIDIA" not in jax.devices()[0].device_kind:
+        return "there is no NVIDIA GPU"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 or float16, not {dtype}"
+    if head_dim > 128 or head_dim % 8:
+        return f"it takes heads of a multiple of 8 up to 128, not {head_dim}"
+    return None

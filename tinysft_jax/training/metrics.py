@@ -1,0 +1,153 @@
+"""What a run tells of itself: rates, `metrics.jsonl`, and wandb."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tinysft_jax import files
+from tinysft_jax.model import GPTConfig
+
+# Dense bfloat16 FLOP/s of one device, as its maker publishes them.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+}
+
+
+def train_flops(config: GPTConfig, tokens: float, supervised_tokens: float, seq_len: int) -> float:
+    """FLOPs that training on these tokens needs, recomputation not counted.
+
+    6 a parameter and token outside the embedding (forward 2, backward 4; Kaplan et al. 2020,
+    https://arxiv.org/abs/2001.08361, section 2.1), the head at supervised positions only, and attention over the half
+    of a row that causality leaves.
+    """
+    block = 4 * config.dim**2 + 3 * config.dim * config.hidden_dim
+    attention = 2 * config.dim * seq_len / 2
+    head = config.vocab_size * config.dim
+    return 6 * (tokens * config.n_layers * (block + attention) + supervised_tokens * head)
+
+
+def peak_flops() -> float | None:
+    """Published FLOP/s of all devices together; None where the device is not in the table."""
+    kind = jax.devices()[0].device_kind
+    matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
+    return PEAK_FLOPS[max(matches, key=len)] * jax.device_count() if matches else None
+
+
+class Rates:
+    """Tokens per second since the last report, over the time spent on training alone."""
+
+    def __init__(self, config: GPTConfig, batch_positions: int, seq_len: int):
+        self._config, self._batch_positions, self._seq_len = config, batch_positions, seq_len
+        self._started: float | None = None  # not before the first step has been compiled and run
+        self._reset()
+
+    def count(self, tokens: float, supervised_tokens: float) -> None:
+        """Adds a finished step. The first starts the clock and is not counted: it was compiled."""
+        if self._started is None:
+            self._started = time.perf_counter()
+            return
+        self._steps += 1
+        self._tokens += tokens
+        self._supervised += supervised_tokens
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in this block is not training's."""
+        before = time.perf_counter()
+        yield
+        if self._started is not None:
+            self._started += time.perf_counter() - before
+
+    def report(self) -> dict[str, float]:
+        """The metrics since the last report; empty if no step was counted."""
+        if not self._steps or self._started is None:
+            return {}
+        now = time.perf_counter()
+        seconds = now - self._started
+        rates = {
+            "sft/tokens_per_second": self._tokens / seconds,
+            "sft/supervised_tokens_per_second": self._supervised / seconds,
+            "sft/padding_fraction": 1 - self._tokens / (self._steps * self._batch_positions),
+        }
+        if peak := peak_flops():
+            flops = train_flops(self._config, self._tokens, self._supervised, self._seq_len)
+            rates["sft/mfu"] = flops / seconds / peak
+        self._reset()
+        self._started = now
+        return rates
+
+    def _reset(self) -> None:
+        self._steps, self._tokens, self._supervised = 0, 0.0, 0.0
+
+
+class MetricLog:
+    """`metrics.jsonl`, a line each time, and wandb if asked for.
+
+    Args:
+      workdir: the work directory.
+      step: of the checkpoint that the run continues from, 0 for a new one. Lines after it are dropped: the run will
+        write them again.
+      wandb_settings: mode ("disabled", "offline" or "online"), project and name.
+      config: the resolved configuration, for wandb.
+    """
+
+    def __init__(self, workdir: Path, step: int, wandb_settings: dict[str, Any], config: dict[str, Any]):
+        self._path = workdir / "metrics.jsonl"
+        kept = [line for line in read_metrics(workdir) if line["step"] <= step] if step else []
+        files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._wandb = _start_wandb(workdir, wandb_settings, config)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        if self._wandb:
+            self._wandb.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def read_metrics(workdir: Path) -> list[dict[str, float]]:
+    """The lines of `metrics.jsonl`; one that a killed run left unfinished is left out."""
+    path = workdir / "metrics.jsonl"
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def _start_wandb(workdir: Path, settings: dict[str, Any], config: dict[str, Any]):
+    if settings["mode"] == "disabled":
+        return None
+    import wandb  # seconds to import, and a thing that runs offline by default should not talk to anyone
+
+    id_file = workdir / "wandb_id"
+    if not id_file.exists():
+        files.write_text(id_file, wandb.util.generate_id())
+    return wandb.init(
+        mode=settings["mode"],
+        project=settings["project"],
+        name=settings["name"] or workdir.name,
+        id=id_file.read_text(encoding="utf-8"),
+        resume="allow",
+        dir=workdir,
+        config=config,
+    )

@@ -1,0 +1,85 @@
+"""What a run shows while it works: a live line in a terminal, plain lines elsewhere."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tinysft_jax.training.evaluate import ALL_TASKS
+
+
+class TrainingProgress:
+    """Steps done, loss, learning rate, supervised tokens a second, time left.
+
+    Args:
+      start: steps done before.
+      total: steps of the run.
+      quiet: show nothing (processes that aren't the first).
+    """
+
+    def __init__(self, start: int, total: int, quiet: bool = False):
+        self._console = Console(file=sys.stderr, quiet=quiet)
+        self._total, self._first_step, self._began = total, start, time.perf_counter()
+        self._live = None
+        if self._console.is_terminal and not quiet:
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
+            self._live = Progress(*columns, console=self._console)
+            self._task = self._live.add_task("compiling", total=total, completed=start)
+            self._live.start()
+
+    def step(self, step: int) -> None:
+        """A step is done."""
+        if self._live:
+            self._live.update(self._task, completed=step)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Shows the metrics of a logged step."""
+        text = f"loss {metrics['sft/train_loss']:.4f}  lr {metrics['sft/lr']:.2e}"
+        if (rate := metrics.get("sft/supervised_tokens_per_second")) is not None:
+            text += f"  {rate:,.0f} supervised tokens/s"
+        if self._live:
+            self._live.update(self._task, description=text)
+        else:
+            self._console.print(f"step {step:,}/{self._total:,}  {text}{self._time_left(step)}", highlight=False)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._first_step
+        if not done or step >= self._total:
+            return ""
+        seconds = int((time.perf_counter() - self._began) / done * (self._total - step))
+        return f"  {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+
+
+def print_summary(lines: list[dict[str, float]], best_step: int) -> None:
+    """A table of the validation loss before training and at the best model, for each task.
+
+    Args:
+      lines: of `metrics.jsonl`.
+      best_step: whose model was kept.
+    """
+    evaluated = {line["step"]: line for line in lines if ALL_TASKS in line}
+    before, best = evaluated.get(0), evaluated.get(best_step)
+    if before is None or best is None:
+        return
+    table = Table(title="validation loss (nats a supervised token)")
+    for column in ("task", "before", f"step {best_step:,}"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for key in sorted((key for key in best if key.startswith(ALL_TASKS)), key=lambda key: (key == ALL_TASKS, key)):
+        name = "all" if key == ALL_TASKS else key.removeprefix(f"{ALL_TASKS}/")
+        table.add_row(name, f"{before.get(key, float('nan')):.3f}", f"{best[key]:.3f}")
+    Console().print(table)

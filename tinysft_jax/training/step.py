@@ -1,0 +1,90 @@
+"""The train step and the evaluation step: pure functions over plain pytrees."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from tinysft_jax.sharding import constrain
+from tinysft_jax.training.loss import supervised_nll
+from tinysft_jax.training.optimizer import Schedule
+
+TrainState = dict[str, Any]  # params: nested dicts of float32; opt_state: optax's; step: int32[], steps done
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, schedule: Schedule, accumulation: int = 1
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """`train_step(state, batch) -> (state, metrics)`, to be jitted.
+
+    The loss is Σ weight · nll / Σ weight over the whole batch, however it is divided: micro-batches add up sums, and
+    the one division comes last.
+
+    Args:
+      graph: the GPT's structure (`nnx.split`).
+      optimizer: as `make_optimizer` makes it.
+      schedule: its learning rate, for the metrics.
+      accumulation: micro-batches a step; the batch's rows must be a multiple of it.
+    """
+
+    def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        params = state["params"]
+        nll, grads = _sum_over_micro_batches(
+            jax.value_and_grad(_sum_nll, argnums=1), graph, params, batch, accumulation
+        )
+        supervised = jnp.sum(batch["weights"])
+        scale = 1 / jnp.where(supervised > 0, supervised, 1)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+        metrics = {
+            "loss": nll * scale,
+            "grad_norm": optax.global_norm(grads),
+            "lr": schedule(state["step"]),
+            "supervised_tokens": supervised,
+            "tokens": jnp.sum(batch["segment_ids"] > 0),
+        }
+        new_state = {
+            "params": optax.apply_updates(params, updates),
+            "opt_state": opt_state,
+            "step": state["step"] + 1,
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def make_eval_step(graph: nnx.GraphDef) -> Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
+    """`eval_step(params, batch) -> (Σ weight · nll, Σ weight)`, to be jitted."""
+
+    def eval_step(params, batch):
+        return _sum_nll(graph, params, batch), jnp.sum(batch["weights"])
+
+    return eval_step
+
+
+def _sum_nll(graph: nnx.GraphDef, params, batch: dict[str, jax.Array]) -> jax.Array:
+    model = nnx.merge(graph, params)
+    hidden = model.hidden(batch["tokens"], batch["segment_ids"], batch["positions"])
+    table = model.tok_emb.embedding[...]
+    return supervised_nll(hidden, table, batch["targets"], batch["weights"], model.config.vocab_size)
+
+
+def _sum_over_micro_batches(value_and_grad, graph, params, batch, accumulation: int):
+    if accumulation == 1:
+        return value_and_grad(graph, params, batch)
+
+    def split(x):
+        # Every k-th row, not k-th part: so each device's rows are spread over all micro-batches, and none moves.
+        parts = x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(parts, None, "batch", None)
+
+    def add(sums, micro_batch):
+        return jax.tree.map(jnp.add, sums, value_and_grad(graph, params, micro_batch)), None
+
+    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    sums, _ = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
+    return sums

@@ -1,0 +1,31 @@
+"""Trains: `python train.py --config=configs/sft.py --workdir=DIR [--config.KEY=VALUE ...]`."""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from tinysft_jax import cli
+from tinysft_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, and after a colon its preset.")
+WORKDIR = flags.DEFINE_string("workdir", None, "What the run writes; an existing one is continued.")
+
+
+def main() -> None:
+    try:
+        extra = flags.FLAGS(sys.argv)[1:]
+    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+        raise UserError(f"{error} (see configs/sft.py for the keys)") from None
+    if extra:
+        raise UserError(f"unexpected argument {extra[0]!r}; settings are given as --config.KEY=VALUE")
+    if CONFIG.value is None or WORKDIR.value is None:
+        raise UserError("--config=FILE and --workdir=DIR are needed, e.g. --config=configs/sft.py --workdir=runs/sft")
+    from tinysft_jax.training.loop import train  # after the flags: importing JAX takes seconds
+
+    train(CONFIG.value, Path(WORKDIR.value))
+
+
+if __name__ == "__main__":
+    cli.run(main)

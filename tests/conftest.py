@@ -1,0 +1,39 @@
+"""Set up before anything imports JAX: eight virtual CPU devices, a shared compilation cache, checked annotations."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# Commands that tests start in processes of their own compile the same programs: let them share.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tinysft-jax-test-cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("tinysft_jax", "beartype.beartype")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# The machine may be slow and busy: a slow example is no failure, and the same examples run each time.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
+
+FIXTURES = Path(__file__).parent / "fixtures"
+RECORDS = Path(__file__).parent / "records"
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """PyTorch checkpoints with random weights and what the PyTorch project computes from them."""
+    return FIXTURES
+
+
+@pytest.fixture(scope="session")
+def records() -> Path:
+    """Sample records and what a correct parser makes of them."""
+    return RECORDS

@@ -37,3 +37,34 @@ def fixtures() -> Path:
 def records() -> Path:
     """Sample records and what a correct parser makes of them."""
     return RECORDS
+
+
+@pytest.fixture(scope="session")
+def chat_data(tmp_path_factory) -> Path:
+    """A small prepared data set of random chats: 256 + 4 ids, at most 64 tokens each."""
+    import json
+    import random
+
+    from tinysft_jax.data import prepare
+
+    directory = tmp_path_factory.mktemp("chats")
+    words, draw = "a big red dog ran to see the little cat".split(), random.Random(0)
+
+    def text(longest: int) -> str:
+        return " ".join(draw.choice(words) for _ in range(draw.randint(1, longest)))
+
+    # The default system message alone has as many bytes as a row has tokens.
+    chats = [
+        [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": text(8)},
+            {"role": "assistant", "content": text(4)},
+        ]
+        for _ in range(300)
+    ]
+    lines = directory / "chats.jsonl"
+    lines.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
+    output = directory / "prepared"
+    options = ["--bpe_ranks=256", "--max_tokens=64", "--valid_fraction=0.1", "--workers=1"]
+    prepare.main([f"--input={lines}", f"--output={output}", *options])
+    return output

@@ -44,7 +44,7 @@ class BatchSource:
         batch = _empty_batch(len(rows), self.seq_len)
         for place, row in enumerate(rows):
             if row < len(self.plan):
-                _fill_row(batch, place, [self.split.conversation(i) for i in self.plan.row(row)])
+                _fill_row(batch, place, [self.split.conversation(i) for i in self.plan.row(row).tolist()])
         return batch
 
 

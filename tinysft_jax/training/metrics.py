@@ -47,6 +47,9 @@ def peak_flops() -> float | None:
     return PEAK_FLOPS[max(matches, key=len)] * jax.device_count() if matches else None
 
 
+MetricLine = dict[str, int | float]  # of metrics.jsonl: "step" and what was measured then
+
+
 class Rates:
     """Tokens per second since the last report, over the time spent on training alone."""
 
@@ -124,7 +127,7 @@ class MetricLog:
             self._wandb.finish()
 
 
-def read_metrics(workdir: Path) -> list[dict[str, float]]:
+def read_metrics(workdir: Path) -> list[MetricLine]:
     """The lines of `metrics.jsonl`; one that a killed run left unfinished is left out."""
     path = workdir / "metrics.jsonl"
     lines = []

@@ -6,9 +6,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from tinysft_jax.training.evaluate import ALL_TASKS
+from tinysft_jax.training.metrics import MetricLine
 
 
-def plot_loss(lines: list[dict[str, float]], path: Path) -> None:
+def plot_loss(lines: list[MetricLine], path: Path) -> None:
     """Draws training and validation loss over steps.
 
     Args:
@@ -34,7 +35,7 @@ def plot_loss(lines: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _series(lines: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
+def _series(lines: list[MetricLine], key: str) -> tuple[list[int], list[float]]:
     points = [(line["step"], line[key]) for line in lines if key in line]
     return [step for step, _ in points], [value for _, value in points]
 

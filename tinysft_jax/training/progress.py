@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tinysft_jax.training.evaluate import ALL_TASKS
+from tinysft_jax.training.metrics import MetricLine
 
 
 class TrainingProgress:
@@ -65,7 +66,7 @@ class TrainingProgress:
         return f"  {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
 
 
-def print_summary(lines: list[dict[str, float]], best_step: int) -> None:
+def print_summary(lines: list[MetricLine], best_step: int) -> None:
     """A table of the validation loss before training and at the best model, for each task.
 
     Args:

@@ -65,7 +65,7 @@ def grow_vocabulary(config: GPTConfig, params: Params, tokenizer: ChatTokenizer)
     old = np.asarray(trim_vocabulary(params, config)["tok_emb"]["embedding"])
     table = np.zeros((grown.vocab_size, config.dim), old.dtype)
     table[: len(old)] = old
-    for marker, pieces in tokenizer.marker_pieces.items():
+    for marker, pieces in tokenizer.marker_pieces().items():
         table[tokenizer.control_ids[marker]] = old[list(pieces)].mean(axis=0)
     return grown, pad_vocabulary(params | {"tok_emb": {"embedding": table}}, grown)
 
@@ -96,9 +96,8 @@ def create_state(
     shardings = state_sharding(mesh, jax.eval_shape(random, key))
     if params is None:
         return jax.jit(random, out_shardings=shardings)(key), shardings
-    params = jax.device_put(params, shardings["params"])
-    # Donated: the parameters are not held twice.
-    return jax.jit(fresh, out_shardings=shardings, donate_argnums=0)(params), shardings
+    # Copied by the jitted function: steps will donate the state, and the caller's arrays are not ours to give away.
+    return jax.jit(fresh, out_shardings=shardings)(jax.device_put(params, shardings["params"])), shardings
 
 
 def _check_same_language(description: ModelDescription, tokenizer: ChatTokenizer, init_from: str) -> None:

@@ -42,7 +42,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state["opt_state"], params)
         metrics = {
             "loss": nll * scale,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "lr": schedule(state["step"]),
             "supervised_tokens": supervised,
             "tokens": jnp.sum(batch["segment_ids"] > 0),

@@ -1,0 +1,114 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from absl import flags
+
+from tinysft_jax.data.dataset import PreparedData
+from tinysft_jax.data.packing import plan_epoch
+from tinysft_jax.data.pipeline import BatchSource, batches, epoch_batches
+from tinysft_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def split(chat_data):
+    return PreparedData(chat_data).split("train")
+
+
+@pytest.fixture(scope="module")
+def source(split):
+    return BatchSource(split, plan_epoch(split.lengths, 128), batch_size=4, seq_len=128)
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for key in first:
+        np.testing.assert_array_equal(first[key], second[key])
+
+
+def conversations_of(batch):
+    """Every conversation of a batch as (ids, supervised ids), read back from its arrays."""
+    for row in range(len(batch["tokens"])):
+        segments = batch["segment_ids"][row]
+        for segment in range(1, segments.max() + 1):
+            inside = segments == segment
+            targets = batch["targets"][row][inside][batch["weights"][row][inside] > 0]
+            yield tuple(batch["tokens"][row][inside]), tuple(targets)
+
+
+def test_an_epoch_holds_every_conversation_once_with_its_supervision(split, source):
+    seen = sorted(pair for batch in epoch_batches(source) for pair in conversations_of(batch))
+    stored = (split.conversation(i) for i in range(len(split)))
+    assert seen == sorted((tuple(ids), tuple(ids[supervised])) for ids, supervised in stored)
+
+
+def test_targets_are_the_next_tokens_of_the_same_conversation(source):
+    for batch in epoch_batches(source):
+        for row in range(4):
+            for i in np.flatnonzero(batch["weights"][row]):
+                assert batch["targets"][row, i] == batch["tokens"][row, i + 1]
+                assert batch["segment_ids"][row, i] == batch["segment_ids"][row, i + 1] > 0
+                assert batch["positions"][row, i] + 1 == batch["positions"][row, i + 1]
+
+
+def test_positions_restart_and_padding_is_empty(source):
+    for batch in epoch_batches(source):
+        starts = np.diff(batch["segment_ids"], axis=1, prepend=0) != 0
+        assert np.all(batch["positions"][starts & (batch["segment_ids"] > 0)] == 0)
+        padding = batch["segment_ids"] == 0
+        for key in ("tokens", "positions", "targets", "weights"):
+            assert np.all(batch[key][padding] == 0)
+
+
+def test_reading_can_start_at_any_batch(source):
+    everything = list(epoch_batches(source))
+    assert len(everything) == len(source) > 5
+    for start in (0, 3, len(source) - 1):
+        rest = list(epoch_batches(source, start))
+        assert len(rest) == len(everything) - start
+        for one, other in zip(rest, everything[start:], strict=True):
+            assert_same(one, other)
+
+
+def test_parts_for_several_processes_make_up_the_batch(split, source):
+    parts = [BatchSource(split, source.plan, 4, 128, part=(i, 2)) for i in range(2)]
+    for index in range(len(source)):
+        joined = {key: np.concatenate([part[index][key] for part in parts]) for key in source[index]}
+        assert_same(joined, source[index])
+
+
+def test_workers_make_the_same_batches(source):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])  # grain's workers ask absl's flags
+    plain, by_workers = list(epoch_batches(source, 2)), list(epoch_batches(source, 2, num_workers=2))
+    assert len(plain) == len(by_workers)
+    for one, other in zip(plain, by_workers, strict=True):
+        assert_same(one, other)
+
+
+def test_batches_is_the_short_way(chat_data, split):
+    batch = next(iter(batches(chat_data, split="train", batch_size=2, seq_len=100, seed=1)))
+    assert all(array.shape == (2, 100) for array in batch.values())
+    assert_same(batch, BatchSource(split, plan_epoch(split.lengths, 100, seed=1), 2, 100)[0])
+
+
+def test_a_damaged_data_set_is_refused(chat_data, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(chat_data, copy)
+    tokens = copy / "train" / "tokens-00000.npy"
+    whole = tokens.read_bytes()
+    tokens.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match="can't read shard 0"):
+        PreparedData(copy).split("train")
+    tokens.unlink()
+    with pytest.raises(UserError, match="can't read shard 0"):
+        PreparedData(copy).split("train")
+    tokens.write_bytes(whole)
+    description = json.loads((copy / "data.json").read_text())
+    description["splits"]["train"]["conversations"] += 1
+    (copy / "data.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="prepare the data again"):
+        PreparedData(copy).split("train")
+    with pytest.raises(UserError, match="not a prepared data set"):
+        PreparedData(tmp_path)

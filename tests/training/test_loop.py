@@ -1,0 +1,169 @@
+import importlib.util
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tinysft_jax.data.dataset import PreparedData
+from tinysft_jax.data.packing import plan_epoch
+from tinysft_jax.errors import Interrupted, UserError
+from tinysft_jax.model_directory import load_description, load_model
+from tinysft_jax.training import loop
+from tinysft_jax.training.metrics import read_metrics
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def load_config(name: str, preset: str = ""):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(preset)
+
+
+def tiny_config(data: Path, **changes):
+    """A run of 12 steps; `changes` are by dotted key, dots written as two underscores."""
+    config = load_config("sft")
+    config.update({"data": {"path": str(data), "seq_len": 64}, "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2}})
+    config.model.update({"dim": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 64})
+    config.train.update({"max_steps": 12, "batch_size": 8, "log_interval": 1, "eval_interval": 5, "save_interval": 4})
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return config
+
+
+def stop_at(step: int, monkeypatch, number=signal.SIGINT):
+    """Sends this process a signal while the given step runs."""
+    account = loop._Run._account
+
+    def account_and_interrupt(run, done, metrics):
+        account(run, done, metrics)
+        if done == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(loop._Run, "_account", account_and_interrupt)
+
+
+@pytest.fixture(scope="module")
+def finished(chat_data, tmp_path_factory):
+    """The work directory of a run that went through."""
+    workdir = tmp_path_factory.mktemp("run") / "work"
+    loop.train(tiny_config(chat_data), workdir)
+    return workdir
+
+
+def losses(workdir: Path, key: str = "sft/train_loss") -> dict[int, float]:
+    return {line["step"]: line[key] for line in read_metrics(workdir) if key in line}
+
+
+def latest_checkpoint(workdir: Path) -> dict[str, np.ndarray]:
+    """All arrays of the newest checkpoint, by path."""
+    from orbax.checkpoint import v1 as ocp
+
+    newest = max((path for path in (workdir / "checkpoints").iterdir()), key=lambda path: int(path.name))
+    stored = ocp.metadata(newest).metadata
+    state = ocp.load(newest, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def test_a_run_learns_and_leaves_what_it_should(finished):
+    train, valid = losses(finished), losses(finished, "sft/val_loss")
+    assert list(train) == list(range(1, 13)) and list(valid) == [0, 5, 10, 12]
+    assert train[12] < train[1] - 0.5 and valid[12] < valid[0] - 0.5
+    assert {path.name for path in finished.iterdir()} == {
+        "checkpoints", "config.json", "loss.png", "metrics.jsonl", "model", "models",
+    }  # fmt: skip
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["12", "4", "8"]
+    settings = json.loads((finished / "config.json").read_text())
+    assert settings["config"]["train"]["batch_size"] == 8 and "jax" in settings["packages"]
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    last = read_metrics(finished)[-2]
+    assert 0 < last["sft/supervised_tokens_per_second"] < last["sft/tokens_per_second"]
+    assert 0 <= last["sft/padding_fraction"] < 0.5
+
+
+def test_model_is_a_link_to_the_best(finished):
+    valid = losses(finished, "sft/val_loss")
+    best = min((step for step in valid if step), key=valid.get)
+    assert os.readlink(finished / "model") == f"models/{best}"
+    assert [path.name for path in (finished / "models").iterdir()] == [str(best)]
+    assert load_description(finished / "model").chat_template == "control"
+    assert load_model(finished).config.vocab_size == 260
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_continues_where_it_was(chat_data, finished, tmp_path, monkeypatch, number, exit_code):
+    """At the next row of data, with the losses, parameters and optimizer state of a run that went through."""
+    with monkeypatch.context() as patch:
+        stop_at(6, patch, number)
+        with pytest.raises(Interrupted, match="run the same command") as interruption:
+            loop.train(tiny_config(chat_data), tmp_path)
+    assert interruption.value.exit_code == exit_code
+    assert max(losses(tmp_path)) in (6, 7)
+    loop.train(tiny_config(chat_data), tmp_path)
+    assert losses(tmp_path) == losses(finished)
+    assert losses(tmp_path, "sft/val_loss") == losses(finished, "sft/val_loss")
+    one, other = latest_checkpoint(tmp_path), latest_checkpoint(finished)
+    assert one.keys() == other.keys()
+    for path in one:
+        np.testing.assert_array_equal(one[path], other[path])
+
+
+def test_a_finished_run_has_nothing_left_to_do(chat_data, finished):
+    before = (finished / "checkpoints" / "12").stat().st_mtime_ns
+    loop.train(tiny_config(chat_data), finished)
+    assert list(losses(finished)) == list(range(1, 13))
+    assert (finished / "checkpoints" / "12").stat().st_mtime_ns == before
+
+
+def test_a_run_may_go_over_several_epochs(chat_data, tmp_path):
+    split = PreparedData(chat_data).split("train")
+    rows = [len(plan_epoch(split.lengths, 64, 0, epoch)) for epoch in range(2)]
+    config = tiny_config(chat_data, train__num_epochs=2, train__batch_size=64, train__eval_interval=100)
+    loop.train(config, tmp_path)
+    assert max(losses(tmp_path)) == sum(-(-n // 64) for n in rows)
+
+
+def test_what_it_starts_from_may_be_another_runs_best(chat_data, finished, tmp_path):
+    loop.train(tiny_config(chat_data, init_from=str(finished), train__max_steps=1), tmp_path)
+    best = min(losses(finished, "sft/val_loss").values())
+    assert losses(tmp_path, "sft/val_loss")[0] == pytest.approx(best, rel=1e-5)
+
+
+def test_wandb_is_not_imported_unless_asked_for(finished):
+    assert "wandb" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"train__batch_size": 12}, "train.batch_size 12 must be a multiple of 8"),
+        ({"train__grad_accumulation_steps": 3}, "train.batch_size 8 must be a multiple of 24"),
+        ({"mesh__data": 3}, r"mesh data=3 × fsdp=1 × tensor=1 does not fit 8 device"),
+        ({"train__dtype": "float16"}, "train.dtype is 'float16'"),
+        ({"train__remat": "some"}, "train.remat is 'some'"),
+        ({"train__log_interval": 0}, "train.log_interval is 0"),
+        ({"optimizer__beta1": 1.0}, "optimizer.beta1 is 1.0"),
+        ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate is nan"),
+        ({"wandb__mode": "on"}, "wandb.mode is 'on'"),
+        ({"data__path": "/nowhere"}, "/nowhere is not a prepared data set"),
+        ({"init_from": "/nowhere"}, "/nowhere does not exist"),
+        ({"data__seq_len": 128}, "data.seq_len 128 is longer than the model's context 64"),
+        ({"data__seq_len": 32}, "data.seq_len is 32, but the longest conversation"),
+    ],
+)
+def test_what_cannot_be_a_run_is_refused_before_anything_is_written(chat_data, tmp_path, changes, complaint):
+    with pytest.raises(UserError, match=complaint):
+        loop.train(tiny_config(chat_data, **changes), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("name", ["sft", "pretrain"])
+def test_presets(name):
+    assert load_config(name, "demo").train.max_steps < load_config(name).train.max_steps
+    with pytest.raises(ValueError, match="no preset 'big'"):
+        load_config(name, "big")

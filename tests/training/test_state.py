@@ -1,0 +1,87 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tinysft_jax.data.dataset import PreparedData
+from tinysft_jax.errors import UserError
+from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.model_directory import ModelDescription, make_model, save_model, trim_vocabulary
+from tinysft_jax.sharding import make_mesh
+from tinysft_jax.tokenizer import ChatTokenizer
+from tinysft_jax.training.optimizer import make_optimizer
+from tinysft_jax.training.state import create_state, grow_vocabulary, starting_model
+
+PLAIN = GPTConfig(vocab_size=257, dim=16, n_layers=1, n_heads=2, max_seq_len=64)
+BYTES = {"kind": "gpt2", "bpe_ranks": 256}
+RANDOM = {"vocab_size": 0, "dim": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 64, "mlp_ratio": 4.0}
+
+
+def params_of(config):
+    return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(0)))))
+
+
+def saved(path, config=PLAIN, template=None, tokenizer=BYTES):
+    save_model(path, params_of(config), ModelDescription(config, template, tokenizer, {"kind": "random"}))
+    return str(path)
+
+
+def test_control_tokens_start_as_the_mean_of_their_spellings():
+    tokenizer, params = ChatTokenizer("control", 256), params_of(PLAIN)
+    config, grown = grow_vocabulary(PLAIN, params, tokenizer)
+    assert config.vocab_size == tokenizer.vocab_size == 260
+    old, new = params["tok_emb"]["embedding"], grown["tok_emb"]["embedding"]
+    np.testing.assert_array_equal(new[:257], old[:257])
+    pieces = tokenizer.encode_text("<|user|>")
+    np.testing.assert_allclose(new[tokenizer.control_ids["<|user|>"]], old[pieces].mean(axis=0), rtol=1e-6)
+    assert np.all(new[260:] == 0) and len(new) == config.padded_vocab_size
+    tokens = jnp.arange(20, dtype=jnp.int32)[None]
+    before, after = make_model(PLAIN, params)(tokens), make_model(config, grown)(tokens)
+    np.testing.assert_allclose(before, after[..., :257], atol=1e-6)
+
+
+def test_a_plain_model_learns_the_datas_template(chat_data, tmp_path):
+    description, params = starting_model(saved(tmp_path / "model"), RANDOM, PreparedData(chat_data))
+    assert (description.chat_template, description.tokenizer) == ("control", BYTES)
+    assert description.config.vocab_size == 260
+    assert trim_vocabulary(params, description.config)["tok_emb"]["embedding"].shape == (260, 16)
+    assert description.source["init_from"] == "model"
+
+
+def test_random_weights_take_the_datas_vocabulary(chat_data):
+    description, params = starting_model("", RANDOM, PreparedData(chat_data))
+    assert params is None and description.config.vocab_size == 260
+    with pytest.raises(UserError, match=r"model.vocab_size 100 is below the data's 260"):
+        starting_model("", RANDOM | {"vocab_size": 100}, PreparedData(chat_data))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "template", "vocab_size", "complaint"),
+    [
+        ({"kind": "gpt2", "bpe_ranks": 300}, None, 301, "--bpe_ranks 300"),
+        (None, None, 301, "names no tokenizer.*--bpe_ranks 300"),
+        (BYTES, "text", 257, "--template text"),
+    ],
+)
+def test_a_model_of_another_language_is_refused(chat_data, tmp_path, tokenizer, template, vocab_size, complaint):
+    config = GPTConfig(vocab_size=vocab_size, dim=16, n_layers=1, n_heads=2, max_seq_len=64)
+    path = saved(tmp_path / "model", config, template, tokenizer)
+    with pytest.raises(UserError, match=complaint):
+        starting_model(path, RANDOM, PreparedData(chat_data))
+
+
+def test_the_state_is_created_as_it_is_sharded():
+    mesh = make_mesh(2, 2, 2)
+    model = nnx.eval_shape(lambda: GPT(PLAIN, rngs=nnx.Rngs(0)))
+    params = params_of(PLAIN)
+    optimizer = make_optimizer(1e-3, 0.01, 0.9, 0.95, 1.0)
+    for start in (params, None):
+        state, shardings = create_state(mesh, model, start, optimizer, seed=0)
+        kernel = state["params"]["blocks"]["attn"]["wq"]["kernel"]
+        assert kernel.addressable_shards[0].data.shape == (1, 8, 8)
+        moments = [leaf for leaf in jax.tree.leaves(state["opt_state"]) if leaf.shape == kernel.shape]
+        assert len(moments) == 8 and all(leaf.addressable_shards[0].data.size == 64 for leaf in moments)
+        assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
+    # Random parameters follow from the seed, as those of a model made on one device do.
+    np.testing.assert_allclose(kernel, params["blocks"]["attn"]["wq"]["kernel"], atol=1e-7)

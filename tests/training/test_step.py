@@ -1,0 +1,128 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tinysft_jax.data.dataset import PreparedData
+from tinysft_jax.data.packing import PackingPlan, plan_epoch
+from tinysft_jax.data.pipeline import BatchSource
+from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.sharding import global_batch, make_mesh
+from tinysft_jax.training.optimizer import make_optimizer, warmup_cosine
+from tinysft_jax.training.state import create_state
+from tinysft_jax.training.step import make_eval_step, make_train_step
+
+CONFIG = GPTConfig(vocab_size=260, dim=32, n_layers=2, n_heads=2, max_seq_len=128)
+GRAPH, PARAMS = nnx.split(GPT(CONFIG, rngs=nnx.Rngs(0)))
+PARAMS = nnx.to_pure_dict(PARAMS)
+OPTIMIZER = make_optimizer(1e-3, 0.01, 0.9, 0.95, 1.0)
+
+
+@pytest.fixture(scope="module")
+def split(chat_data):
+    return PreparedData(chat_data).split("train")
+
+
+def sums_and_gradient(batch):
+    """Σ weight · nll and Σ weight of one batch, and the gradient of their quotient."""
+    eval_step = make_eval_step(GRAPH)
+
+    def mean_loss(params, batch):
+        nll, weight = eval_step(params, batch)
+        return nll / weight, (nll, weight)
+
+    (_, sums), gradient = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(PARAMS, batch)
+    return sums, gradient
+
+
+def one_step(batch, accumulation=1):
+    state = {"params": PARAMS, "opt_state": OPTIMIZER.init(PARAMS), "step": jnp.int32(0)}
+    step = make_train_step(GRAPH, OPTIMIZER, lambda step: jnp.float32(1e-3), accumulation)
+    return jax.jit(step)(state, batch)
+
+
+def assert_trees_close(one, other, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), one, other)
+
+
+def test_a_packed_row_has_the_loss_and_gradients_of_its_conversations_alone(split):
+    packed = BatchSource(split, plan_epoch(split.lengths, 128), 4, 128)[0]
+    members = plan_epoch(split.lengths, 128).order[: int((packed["segment_ids"].max(axis=1)).sum())]
+    alone = BatchSource(split, PackingPlan(members, np.arange(len(members) + 1)), len(members), 128)[0]
+    (packed_sums, packed_gradient), (alone_sums, alone_gradient) = sums_and_gradient(packed), sums_and_gradient(alone)
+    np.testing.assert_allclose(packed_sums, alone_sums, rtol=1e-5)
+    assert_trees_close(packed_gradient, alone_gradient, atol=1e-5)
+
+
+def test_accumulated_micro_batches_equal_one_batch(split):
+    """With unequal numbers of supervised tokens, and one micro-batch without any."""
+    batch = BatchSource(split, plan_epoch(split.lengths, 128), 8, 128)[0]
+    batch["weights"][1::4] = 0
+    batch["weights"][0, 40:] = 0
+    whole_state, whole = one_step(batch)
+    for accumulation in (2, 4):
+        state, metrics = one_step(batch, accumulation)
+        assert_trees_close(metrics, whole, rtol=1e-5)
+        assert_trees_close(state["params"], whole_state["params"], atol=2e-6)
+
+
+def test_a_batch_without_targets_is_harmless(split):
+    batch = BatchSource(split, plan_epoch(split.lengths, 128), 4, 128)[0]
+    batch["weights"][:] = 0
+    state, metrics = one_step(batch)
+    assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def losses_on(mesh_sizes, split, n_steps: int, between=None) -> tuple[list[float], int]:
+    """Losses of the first steps of a run on a mesh, and how often the step was compiled."""
+    mesh = make_mesh(*mesh_sizes)
+    source = BatchSource(split, plan_epoch(split.lengths, 128), 8, 128)
+    with jax.set_mesh(mesh):
+        schedule = warmup_cosine(1e-3, 2, 40)
+        optimizer = make_optimizer(schedule, 0.01, 0.9, 0.95, 1.0)
+        model = nnx.eval_shape(lambda: GPT(CONFIG, rngs=nnx.Rngs(0)))
+        state, shardings = create_state(mesh, model, PARAMS, optimizer, 0)
+        step = jax.jit(make_train_step(GRAPH, optimizer, schedule), out_shardings=(shardings, None), donate_argnums=0)
+        losses = []
+        for index in range(n_steps):
+            state, metrics = step(state, global_batch(mesh, source[index % len(source)]))
+            losses.append(float(metrics["loss"]))
+            if between:
+                between(state["params"], global_batch(mesh, source[0]))
+    return losses, step._cache_size()
+
+
+@pytest.fixture(scope="module")
+def single_losses(split):
+    with pytest.MonkeyPatch.context() as patch:
+        one = jax.devices()[:1]
+        patch.setattr(jax, "device_count", lambda: 1)
+        patch.setattr(jax, "make_mesh", functools.partial(jax.make_mesh, devices=one))
+        return losses_on((1, 1, 1), split, 20)[0]
+
+
+@pytest.mark.parametrize("mesh_sizes", [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)])
+def test_many_devices_give_the_losses_of_one(split, single_losses, mesh_sizes):
+    assert single_losses[-1] < single_losses[0] - 0.1
+    np.testing.assert_allclose(losses_on(mesh_sizes, split, 20)[0], single_losses, rtol=1e-5)
+
+
+def test_the_step_compiles_once(split):
+    """Over 30 steps, with evaluation in between."""
+    eval_step = jax.jit(make_eval_step(GRAPH))
+    _, compilations = losses_on((8, 1, 1), split, 30, between=eval_step)
+    assert compilations == 1 and eval_step._cache_size() == 1
+
+
+def test_the_schedule_warms_up_and_comes_down_to_zero():
+    schedule = warmup_cosine(2e-5, 500, 10_000)
+    np.testing.assert_allclose(
+        schedule(jnp.array([0, 249, 499, 500])), np.array([1 / 500, 0.5, 1, 1]) * 2e-5, rtol=1e-6
+    )
+    np.testing.assert_allclose(schedule(jnp.int32(5250)), 1e-5, rtol=1e-5)
+    assert schedule(jnp.int32(10_000)) < 1e-12
+    assert warmup_cosine(1.0, 0, 10)(jnp.int32(0)) == 1

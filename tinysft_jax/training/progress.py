@@ -22,7 +22,7 @@ class TrainingProgress:
 
     def __init__(self, start: int, total: int, quiet: bool = False):
         self._console = Console(file=sys.stderr, quiet=quiet)
-        self._total, self._first_step, self._began = total, start, time.perf_counter()
+        self._total, self._first_step = total, None
         self._live = None
         if self._console.is_terminal and not quiet:
             columns = (
@@ -37,6 +37,8 @@ class TrainingProgress:
 
     def step(self, step: int) -> None:
         """A step is done."""
+        if self._first_step is None:  # compiled and run: time is estimated from here on
+            self._first_step, self._began = step, time.perf_counter()
         if self._live:
             self._live.update(self._task, completed=step)
 
@@ -59,7 +61,7 @@ class TrainingProgress:
             self._live.stop()
 
     def _time_left(self, step: int) -> str:
-        done = step - self._first_step
+        done = step - (self._first_step or step)
         if not done or step >= self._total:
             return ""
         seconds = int((time.perf_counter() - self._began) / done * (self._total - step))
@@ -77,7 +79,7 @@ def print_summary(lines: list[MetricLine], best_step: int) -> None:
     before, best = evaluated.get(0), evaluated.get(best_step)
     if before is None or best is None:
         return
-    table = Table(title="validation loss (nats a supervised token)")
+    table = Table(title="validation loss (nats a supervised token)", min_width=44)
     for column in ("task", "before", f"step {best_step:,}"):
         table.add_column(column, justify="left" if column == "task" else "right")
     for key in sorted((key for key in best if key.startswith(ALL_TASKS)), key=lambda key: (key == ALL_TASKS, key)):

@@ -1,0 +1,51 @@
+# From nothing to a working system: Python 3.11 or newer and make are all that these need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+STORIES := 8000
+
+.PHONY: demo test lint clean
+
+# The embedded corpus, a small model pretrained on its stories, the same model taught to answer, and what it answers.
+demo: $(DEMO)/sft/model
+	$(BIN)/python sample.py --checkpoint=$(DEMO)/sft --test --temperature=0
+
+$(DEMO)/sft/model: $(DEMO)/pretrain/model $(DEMO)/tasks/data.json
+	$(BIN)/python train.py --config=configs/sft.py:demo --workdir=$(DEMO)/sft \
+		--config.init_from=$(DEMO)/pretrain --config.data.path=$(DEMO)/tasks
+
+$(DEMO)/pretrain/model: $(DEMO)/stories/data.json
+	$(BIN)/python train.py --config=configs/pretrain.py:demo --workdir=$(DEMO)/pretrain \
+		--config.data.path=$(DEMO)/stories
+
+$(DEMO)/stories/data.json: | $(VENV)/demo.stamp
+	$(BIN)/python -m tinysft_jax.data.prepare --embedded=$(STORIES) --output=$(DEMO)/stories --bpe_ranks=4096 --format=text
+
+$(DEMO)/tasks/data.json: | $(VENV)/demo.stamp
+	$(BIN)/python -m tinysft_jax.data.prepare --embedded=$(STORIES) --output=$(DEMO)/tasks --bpe_ranks=4096
+
+test: $(VENV)/dev.stamp lint
+	@start=$$(date +%s); $(BIN)/python -m pytest; code=$$?; echo "tests: $$(( $$(date +%s) - start )) s"; exit $$code
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) $(DEMO)
+
+# What running needs, and what developing needs on top of it: exact versions, so that all run the same.
+$(VENV)/demo.stamp: pyproject.toml constraints.txt
+	@$(call install,.)
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt
+	@$(call install,.[dev$(comma)torch])
+
+comma := ,
+define install
+start=$$(date +%s); \
+test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)' || exit; \
+touch $@; echo "environment: $$(( $$(date +%s) - start )) s"
+endef

@@ -1,1 +1,30 @@
-"""Supervised fine-tuning of small GPTs in JAX."""
+"""Supervised fine-tuning of small GPTs in JAX: the names that programs use."""
+
+import importlib
+from typing import Any
+
+# Imported when first used: JAX takes seconds to import, and preparing data, say, does without.
+_MODULES = {
+    "GPT": "model",
+    "GPTConfig": "model",
+    "load_model": "model_directory",
+    "ChatTokenizer": "tokenizer",
+    "load_tokenizer": "tokenizer",
+    "StoryRecord": "data.records",
+    "parse_records": "data.records",
+    "Conversation": "data.tasks",
+    "make_tasks": "data.tasks",
+    "batches": "data.pipeline",
+    "generate": "sampling.decode",
+}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

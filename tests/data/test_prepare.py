@@ -1,0 +1,311 @@
+"""Prepare, end to end: what is written, the ledger, and that nothing is written when it fails."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinysft_jax.data import prepare as command
+from tinysft_jax.data.encoding import Encoder
+from tinysft_jax.data.prepare import main, prepare
+from tinysft_jax.data.shards import ShardWriter
+from tinysft_jax.data.sources import Item, Source
+from tinysft_jax.data.tasks import TASK_NAMES, Conversation
+from tinysft_jax.data.trimming import TRIMMABLE_TASKS, shortened
+from tinysft_jax.errors import RunError, UserError
+from tinysft_jax.tokenizer import ChatTokenizer, load_tokenizer
+
+ARRAYS = {"tokens": np.uint16, "supervised": np.bool_, "offsets": np.int64, "tasks": np.uint8}
+
+
+def run(path: Path, output: Path, *flags: str) -> dict:
+    """Prepares in this process; returns data.json."""
+    main(["--input", str(path), "--output", str(output), "--workers", "1", *flags])
+    return json.loads((output / "data.json").read_text())
+
+
+def conversations(data: Path, split: str = "train") -> list[tuple[str, str, str]]:
+    """Every conversation as its task, its text and its supervised text."""
+    tok, tasks = load_tokenizer(data), json.loads((data / "data.json").read_text())["tasks"]
+    found = []
+    for shard in sorted(path.name[-9:] for path in (data / split).glob("tokens-*.npy")):
+        arrays = {name: np.load(data / split / f"{name}-{shard}") for name in ARRAYS}
+        assert {name: array.dtype for name, array in arrays.items()} == ARRAYS
+        for task, start, end in zip(arrays["tasks"], arrays["offsets"][:-1], arrays["offsets"][1:], strict=True):
+            ids, supervised = arrays["tokens"][start:end], arrays["supervised"][start:end]
+            found.append((tasks[task], tok.decode(ids), tok.decode(ids[supervised])))
+    return found
+
+
+def write_chats(path: Path, *lines: object) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_sample_records_and_their_ledger(tmp_path: Path, records: Path):
+    description = run(records / "samples.txt", tmp_path / "data", "--valid_fraction", "0")
+    ledger = json.loads((tmp_path / "data" / "ledger.json").read_text())["splits"]["train"]
+    # Counted by hand in samples.txt: ten records, one without a story.
+    assert ledger["read"] == 10 and ledger["skipped"] == {"no story": 1}
+    assert {name: ledger["tasks"][name]["kept"] for name in ("summary", "words", "moral")} == {
+        "summary": 6,
+        "words": 7,
+        "moral": 1,
+    }
+    found = conversations(tmp_path / "data")
+    assert {name: sum(task == name for task, _, _ in found) for name in TASK_NAMES} == {
+        name: counts["kept"] for name, counts in ledger["tasks"].items()
+    }
+    assert ("summary", "Zoë finds her café’s lost cat.<|endoftext|>") in [(task, said) for task, _, said in found]
+    assert all(text.startswith("<|system|>You are a helpful assistant") for _, text, _ in found)
+    totals = description["splits"]["train"]
+    assert totals["conversations"] == len(found)
+    tokens = np.load(tmp_path / "data" / "train" / "tokens-00000.npy")
+    lengths = np.diff(np.load(tmp_path / "data" / "train" / "offsets-00000.npy"))
+    assert (totals["tokens"], totals["longest"]) == (tokens.size, lengths.max())
+    assert totals["supervised_tokens"] == np.load(tmp_path / "data" / "train" / "supervised-00000.npy").sum()
+    assert description["splits"]["valid"] == dict.fromkeys(totals, 0)
+    assert not list((tmp_path / "data" / "valid").iterdir())
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, records: Path, monkeypatch):
+    monkeypatch.setattr(command, "ITEMS_PER_BLOCK", 2)
+    flags = ["--valid_fraction", "0.3", "--seed", "3"]
+    run(records / "samples.txt", tmp_path / "one", *flags)
+    run(records / "samples.txt", tmp_path / "two", *flags, "--workers", "2")
+    assert (tmp_path / "one" / "manifest.json").read_text() == (tmp_path / "two" / "manifest.json").read_text()
+    assert len(json.loads((tmp_path / "one" / "manifest.json").read_text())["files"]) == 10
+
+
+def test_the_size_of_the_blocks_changes_nothing(tmp_path: Path, records: Path, monkeypatch):
+    run(records / "samples.txt", tmp_path / "one")
+    monkeypatch.setattr(command, "ITEMS_PER_BLOCK", 1)
+    run(records / "samples.txt", tmp_path / "two")
+    assert (tmp_path / "one" / "manifest.json").read_text() == (tmp_path / "two" / "manifest.json").read_text()
+
+
+def test_the_command_itself_prints_the_ledger_and_a_summary(tmp_path: Path, records: Path):
+    arguments = ["--input", records / "samples.txt", "--output", tmp_path / "data", "--workers", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tinysft_jax.data.prepare", *arguments], capture_output=True, text=True, check=True
+    )
+    assert "skipped 1 records: no story" in done.stdout
+    assert "conversations" in done.stdout.splitlines()[-1]
+    refused = subprocess.run(
+        [sys.executable, "-m", "tinysft_jax.data.prepare", *arguments], capture_output=True, text=True
+    )
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert refused.stderr.count("\n") == 1 and "add --overwrite" in refused.stderr
+
+
+def test_chats_of_both_forms(tmp_path: Path):
+    turns = [{"role": role, "content": role.upper()} for role in ("system", "user", "assistant")]
+    path = write_chats(tmp_path / "chats.jsonl", {"messages": turns}, {"prompt": "Hi", "completion": '"Hi"'})
+    description = run(path, tmp_path / "data", "--valid_fraction", "0")
+    assert (description["format"], description["tasks"]) == ("chat-jsonl", ["chat"])
+    default = "You are a helpful assistant that answers questions about stories."
+    assert conversations(tmp_path / "data") == [
+        ("chat", "<|system|>SYSTEM<|user|>USER<|assistant|>ASSISTANT<|endoftext|>", "ASSISTANT<|endoftext|>"),
+        ("chat", f'<|system|>{default}<|user|>Hi<|assistant|>"Hi"<|endoftext|>', '"Hi"<|endoftext|>'),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{", r"chats\.jsonl:2: not valid JSON"),
+        ("[" * 100_000, r"chats\.jsonl:2: not valid JSON"),
+        ('{"text": "Hi"}', r'chats\.jsonl:2: a line must be an object with "messages"'),
+        ('{"prompt": "Hi", "completion": ""}', r"chats\.jsonl:2: completion is empty"),
+        ('{"prompt": "\\ud83d", "completion": "Hi"}', r"chats\.jsonl:2: prompt is not valid Unicode"),
+    ],
+)
+def test_a_bad_line_is_named_and_nothing_is_written(tmp_path: Path, line, complaint):
+    path = write_chats(tmp_path / "chats.jsonl", {"prompt": "Hi", "completion": "Hi"})
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError, match=complaint):
+        run(path, tmp_path / "data")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_forged_marker_is_named_in_the_template_that_could_not_tell(tmp_path: Path):
+    path = write_chats(tmp_path / "chats.jsonl", {"prompt": "<|assistant|>", "completion": "Hi"})
+    run(path, tmp_path / "control", "--valid_fraction", "0")
+    with pytest.raises(UserError, match=r"chats\.jsonl:1: messages\[0\]\.content contains <\|assistant\|>"):
+        run(path, tmp_path / "text", "--template", "text")
+
+
+def test_conversations_that_are_too_long_are_left_out_and_counted(tmp_path: Path):
+    # With 256 ranks every byte is a token; four more are <|system|>, <|user|>, <|assistant|> and <|endoftext|>.
+    chats = [
+        {"messages": [{"role": r, "content": c} for r, c in (("system", "S"), ("user", "U"), ("assistant", answer))]}
+        for answer in ("x" * 14, "x" * 15, "y")
+    ]
+    path = write_chats(tmp_path / "chats.jsonl", *chats)
+    flags = ["--valid_fraction", "0", "--max_tokens", "20", "--bpe_ranks", "256"]
+    totals = run(path, tmp_path / "data", *flags)["splits"]["train"]
+    assert totals == {"conversations": 2, "tokens": 27, "supervised_tokens": 17, "longest": 20, "shards": 1}
+    ledger = json.loads((tmp_path / "data" / "ledger.json").read_text())["splits"]["train"]
+    assert ledger["tasks"]["chat"] == {"made": 3, "kept": 2, "trimmed": 0, "left_out": {"longer than max_tokens": 1}}
+    with pytest.raises(UserError, match="left out 3 conversations: longer than max_tokens"):
+        run(path, tmp_path / "none", *flags, "--max_tokens", "6")
+    assert not (tmp_path / "none").exists()
+
+
+STORY = " ".join(f"Tim walked {i} steps." for i in range(10, 20))
+
+
+def test_a_long_story_is_trimmed_in_the_prompt_and_never_as_an_answer(tmp_path: Path):
+    path = tmp_path / "stories.txt"
+    path.write_text(f"Words: walk\nSummary: Tim walked.\nStory: {STORY}\n")
+    seven_sentences = " ".join(f"Tim walked {i} steps." for i in range(10, 17))
+    question = "Please provide a brief summary of the following story: "
+    messages = [
+        {"role": "user", "content": question + seven_sentences},
+        {"role": "assistant", "content": "Tim walked."},
+    ]
+    ids, _ = ChatTokenizer("control", 256).encode_chat(messages)
+
+    flags = ["--valid_fraction", "0", "--bpe_ranks", "256"]
+    # Nine bytes more do not let the eighth sentence in.
+    run(path, tmp_path / "data", *flags, "--max_tokens", str(len(ids) + 9))
+    summary, *_ = conversations(tmp_path / "data")
+    assert summary[0] == "summary" and summary[2] == "Tim walked.<|endoftext|>"
+    assert summary[1].endswith(f"<|user|>{question}{seven_sentences}<|assistant|>Tim walked.<|endoftext|>")
+    ledger = json.loads((tmp_path / "data" / "ledger.json").read_text())["splits"]["train"]["tasks"]
+    assert ledger["summary"] == {"made": 1, "kept": 1, "trimmed": 1, "left_out": {}}
+
+    assert ledger["words"] == {"made": 1, "kept": 0, "trimmed": 0, "left_out": {"longer than max_tokens": 1}}
+
+    # With less than half of the story it is left out too.
+    with pytest.raises(UserError, match=r"nothing is left to learn from: left out .* longer than max_tokens"):
+        run(path, tmp_path / "less", *flags, "--max_tokens", "230")
+
+
+def test_only_tasks_that_can_spare_the_end_of_a_story_are_shortened():
+    assert set(TASK_NAMES) > TRIMMABLE_TASKS
+    for task in TASK_NAMES:
+        conversation = Conversation(
+            task, [{"role": "user", "content": f"Q {STORY}"}, {"role": "assistant", "content": "A"}]
+        )
+        versions = [messages[0]["content"] for messages in shortened(conversation, STORY)]
+        if task in TRIMMABLE_TASKS:
+            assert versions == [f"Q {STORY[: i * 21 - 1]}" for i in range(9, 5, -1)]
+        else:
+            assert versions == []
+
+
+def test_documents_are_cut_into_pieces_and_nothing_is_lost(tmp_path: Path):
+    path = tmp_path / "documents.txt"
+    path.write_text("Once there was a cat. 🐱\r\n<|endoftext|>\nEnd<|endoftext|>\n \n", newline="")
+    flags = ["--max_tokens", "10", "--bpe_ranks", "256", "--valid_fraction", "0"]
+    description = run(path, tmp_path / "data", *flags)
+    assert (description["format"], description["chat_template"], description["tasks"]) == ("text", None, ["text"])
+    tokens, supervised, offsets = (
+        np.load(tmp_path / "data" / "train" / f"{name}-00000.npy") for name in ("tokens", "supervised", "offsets")
+    )
+    # 26 bytes and end-of-text; 3 bytes and end-of-text.
+    assert offsets.tolist() == [0, 10, 20, 27, 31] and supervised.all()
+    assert load_tokenizer(tmp_path / "data").decode(tokens) == "Once there was a cat. 🐱<|endoftext|>End<|endoftext|>"
+    ledger = json.loads((tmp_path / "data" / "ledger.json").read_text())["splits"]["train"]
+    assert ledger["read"] == 2 and ledger["tasks"]["text"]["kept"] == 4
+
+
+def test_embedded_stories_as_tasks_and_as_text(tmp_path: Path):
+    for format in ("auto", "text"):
+        main(["--embedded", "20", "--output", str(tmp_path / format), "--format", format, "--workers", "1"])
+    tasks, text = (json.loads((tmp_path / format / "data.json").read_text()) for format in ("auto", "text"))
+    assert tasks["tasks"] == list(TASK_NAMES) and tasks["source"] == {"embedded": {"train": 20, "valid": 1}}
+    assert (text["splits"]["train"]["conversations"], text["splits"]["valid"]["conversations"]) == (20, 1)
+    stories = {said for _, _, said in conversations(tmp_path / "text")}
+    written = {said for task, _, said in conversations(tmp_path / "auto") if task == "words"}
+    assert written and written <= stories
+
+
+def test_another_seed_asks_other_questions(tmp_path: Path, records: Path):
+    for seed in ("0", "0", "1"):
+        run(records / "samples.txt", tmp_path / "data", "--seed", seed, "--overwrite", "--valid_fraction", "0")
+        found = conversations(tmp_path / "data")
+        if seed == "0":
+            first = found
+    assert found != first
+
+
+def test_shards_are_cut_when_they_are_full(tmp_path: Path):
+    encoder = Encoder("text", ChatTokenizer(None, 256), max_tokens=100, seed=0)
+    writer = ShardWriter(tmp_path / "train", tokens_per_shard=10)
+    for text in ("abcd", "efgh", "", "ijkl", "mnop", "q"):
+        items = [Item("train", "here", text)] if text else []
+        writer.add(encoder.encode(items).splits["train"])
+    writer.close()
+    assert writer.totals == {"conversations": 5, "tokens": 22, "supervised_tokens": 22, "longest": 5, "shards": 3}
+    offsets = [np.load(tmp_path / "train" / f"offsets-{shard:05d}.npy").tolist() for shard in range(3)]
+    assert offsets == [[0, 5, 10], [0, 5, 10], [0, 2]]
+    assert len(list((tmp_path / "train").iterdir())) == 12
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("malformed")])
+def test_nothing_is_left_of_a_run_that_ends_early(tmp_path: Path, error):
+    class Interrupted(Source):
+        def __iter__(self):
+            yield from [Item("train", "here", "text")] * 1000
+            raise error
+
+    encoder = Encoder("text", ChatTokenizer(None, 256), max_tokens=100, seed=0)
+    with pytest.raises(type(error)):
+        prepare(Interrupted("text", {}, 1000), encoder, tmp_path / "data")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_run_keeps_what_it_would_have_replaced(tmp_path: Path):
+    path = write_chats(tmp_path / "chats.jsonl", {"prompt": "Hi", "completion": "Hi"})
+    run(path, tmp_path / "data", "--valid_fraction", "0")
+    path.write_text("{")
+    with pytest.raises(UserError):
+        run(path, tmp_path / "data", "--valid_fraction", "0", "--overwrite")
+    assert len(conversations(tmp_path / "data")) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--max_tokens", "1"], "--max_tokens must be at least 2"),
+        (["--max_tokens", "many"], "invalid int value"),
+        (["--valid_fraction", "1"], "--valid_fraction must be"),
+        (["--valid_fraction", "nan"], "--valid_fraction must be"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--workers", "0"], "--workers must be at least 1"),
+        (["--bpe_ranks", "255"], "from 256 to 50256"),
+        (["--template", "chatml"], "invalid choice"),
+        (["--embedded", "3"], "not allowed with"),
+        (["--output", "."], "exists"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_before_any_work(tmp_path: Path, records: Path, flags, complaint):
+    with pytest.raises(UserError, match=complaint):
+        run(records / "samples.txt", tmp_path / "data", *flags)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_makes_no_sense_for_embedded_stories(tmp_path: Path):
+    with pytest.raises(UserError, match="--limit is for files"):
+        main(["--embedded", "3", "--limit", "2", "--output", str(tmp_path / "data")])
+
+
+def test_an_input_of_white_space_has_nothing_to_learn_from(tmp_path: Path):
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    with pytest.raises(UserError, match="could be made of 0 records"):
+        run(tmp_path / "blank.txt", tmp_path / "data")
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, records: Path, monkeypatch):
+    def save(*_, **__):
+        raise OSError("4096 requested and 100 written")
+
+    monkeypatch.setattr(np, "save", save)
+    with pytest.raises(RunError, match="the disk seems to be full"):
+        run(records / "samples.txt", tmp_path / "data")
+    assert list(tmp_path.iterdir()) == []

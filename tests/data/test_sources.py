@@ -1,0 +1,173 @@
+"""What prepare reads: files and pairs, formats, the division into train and valid."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinysft_jax.data.records import parse_record
+from tinysft_jax.data.sources import Item, download, open_embedded, open_input, split_of
+from tinysft_jax.errors import UserError
+
+RECORD = "Words: cat, hat\nStory: \n\nA cat had a hat.\n"
+
+
+def items(path: Path, format: str = "auto", valid_fraction: float = 0.0, limit: int | None = None) -> list[Item]:
+    return list(open_input(path, format, valid_fraction, limit))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("TinyStories-Instruct-train.txt", "TinyStories-Instruct-valid.txt"),
+        ("TinyStoriesInstruct-train.txt", "TinyStoriesInstruct-valid.txt"),
+        ("my.chat-train.jsonl", "my.chat-valid.jsonl"),
+        ("train.txt", "valid.txt"),
+    ],
+)
+def test_a_directory_gives_its_pair(tmp_path: Path, names):
+    for name, text in zip(names, ("one", "two"), strict=True):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "README.md").write_text("about training")
+    assert [(item.split, item.text.strip()) for item in items(tmp_path)] == [("train", "one"), ("valid", "two")]
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        ([], "has no pair like"),
+        (["a-train.txt"], r"has a-train\.txt but no a-valid\.txt"),
+        (["a-train.txt", "b-valid.txt"], r"no a-valid\.txt"),
+        (["a-train.txt", "a-valid.txt", "b-train.txt", "b-valid.txt"], r"several pairs: a-train\.txt, b-train\.txt"),
+    ],
+)
+def test_a_directory_without_one_pair_is_refused(tmp_path: Path, names, complaint):
+    for name in names:
+        (tmp_path / name).write_text("text")
+    with pytest.raises(UserError, match=complaint):
+        open_input(tmp_path, "auto", 0.1, None)
+
+
+def test_missing_and_empty_files_are_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"there is no .*nowhere\.txt"):
+        open_input(tmp_path / "nowhere.txt", "auto", 0.1, None)
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match=r"empty\.txt is empty"):
+        open_input(tmp_path / "empty.txt", "auto", 0.1, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "format"),
+    [
+        ("a.jsonl", "{}", "chat-jsonl"),
+        ("a.txt", RECORD, "tinystories-instruct"),
+        ("a.txt", "A Story: of a cat.\n", "text"),
+        ("a.md", "Once upon a time.", "text"),
+    ],
+)
+def test_the_format_is_told_from_name_and_content(tmp_path: Path, name, text, format):
+    (tmp_path / name).write_text(text)
+    assert open_input(tmp_path / name, "auto", 0.1, None).format == format
+    assert open_input(tmp_path / name, "text", 0.1, None).format == "text"
+
+
+def test_items_know_where_they_stand(tmp_path: Path):
+    chat, story = tmp_path / "a.jsonl", tmp_path / "a.txt"
+    chat.write_text('\ufeff{"a": 1}\n\n{"b": 2}\n', encoding="utf-8")
+    story.write_text(f"{RECORD}<|endoftext|>\n<|endoftext|>\n{RECORD}")
+    assert [(item.where, item.text) for item in items(chat)] == [
+        (f"{chat}:1", '{"a": 1}\n'),
+        (f"{chat}:3", '{"b": 2}\n'),
+    ]
+    assert [item.where for item in items(story)] == [f"{story}, record 1", f"{story}, record 2"]
+    assert [item.where for item in items(story, "text")] == [f"{story}, document 1", f"{story}, document 2"]
+
+
+def test_a_limit_holds_for_each_file(tmp_path: Path):
+    for split in ("train", "valid"):
+        (tmp_path / f"a-{split}.txt").write_text("one<|endoftext|>two<|endoftext|>three")
+    assert [(item.split, item.text.strip()) for item in items(tmp_path, limit=2)] == [
+        *(("train", "one"), ("train", "two"), ("valid", "one"), ("valid", "two"))
+    ]
+
+
+def test_text_that_is_not_utf_8_is_refused_with_its_line(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"fine\ncaf\xe9 \n")
+    with pytest.raises(UserError, match=r"a\.txt:2 is not UTF-8 text \(byte 4 of the line\)"):
+        items(tmp_path / "a.txt")
+
+
+def test_position_reaches_the_size(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes("é\r\n<|endoftext|>\r\nb".encode())
+    for source in (open_input(tmp_path / "a.txt", "auto", 0.1, None), open_embedded(3, "auto", 0)):
+        assert source.position == 0
+        list(source)
+        assert source.position == source.size
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_the_split_depends_on_the_text_alone_and_grows_with_the_fraction(text):
+    assert split_of(text, 0.0) == "train" and split_of(text, 1.0) == "valid"
+    assert split_of(text, 0.5) == split_of(f"\n{text}\n", 0.5)
+    if split_of(text, 0.3) == "valid":
+        assert split_of(text, 0.6) == "valid"
+
+
+def test_the_split_has_the_fraction_that_was_asked_for_and_stays_when_a_file_grows(tmp_path: Path):
+    documents = [f"Document {i}" for i in range(2000)]
+    path = tmp_path / "a.txt"
+    path.write_text("<|endoftext|>".join(documents[:1000]))
+    before = items(path, valid_fraction=0.1)
+    path.write_text("<|endoftext|>".join(["new", *documents]))
+    after = {item.text: item.split for item in items(path, valid_fraction=0.1)}
+    assert all(after[item.text] == item.split for item in before)
+    assert 150 < sum(split == "valid" for split in after.values()) < 250
+
+
+def test_embedded_stories_come_as_records_or_as_text():
+    records, texts = list(open_embedded(40, "auto", 0)), list(open_embedded(40, "text", 0))
+    assert [item.split for item in records] == ["train"] * 40 + ["valid"] * 2
+    assert [parse_record(item.text).story for item in records] == [item.text for item in texts]
+    assert [item.text for item in open_embedded(40, "auto", 1)] != [item.text for item in records]
+    assert [item.split for item in open_embedded(1, "auto", 0)] == ["train", "valid"]
+
+
+def test_embedded_stories_refuse_what_they_cannot_be():
+    with pytest.raises(UserError, match="not chat-jsonl"):
+        open_embedded(1, "chat-jsonl", 0)
+    with pytest.raises(UserError, match="positive number"):
+        open_embedded(0, "auto", 0)
+
+
+def test_without_the_hub_package_the_error_names_the_files(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(
+        UserError, match=r"download TinyStories-Instruct-train\.txt and TinyStories-Instruct-valid\.txt"
+    ):
+        download("roneneldan/TinyStoriesInstruct")
+    with pytest.raises(UserError, match="--hub knows"):
+        download("someone/else")
+
+
+def test_the_hub_package_downloads_the_pair(monkeypatch, tmp_path: Path):
+    def hf_hub_download(repository: str, name: str, repo_type: str) -> str:
+        assert (repository, repo_type) == ("roneneldan/TinyStoriesInstruct", "dataset")
+        return str(tmp_path / name)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=hf_hub_download))
+    assert download("roneneldan/TinyStoriesInstruct") == [
+        (tmp_path / "TinyStories-Instruct-train.txt", "train"),
+        (tmp_path / "TinyStories-Instruct-valid.txt", "valid"),
+    ]
+
+
+def test_a_failed_download_is_one_line(monkeypatch):
+    def hf_hub_download(*_, **__) -> str:
+        raise OSError("no route to host")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=hf_hub_download))
+    with pytest.raises(UserError, match=r"the download failed \(no route to host\)"):
+        download("roneneldan/TinyStoriesInstruct")

@@ -1,0 +1,223 @@
+"""What `prepare` reads: a file, a train and valid pair, or the embedded stories, as one stream of items."""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tinysft_jax.data.records import split_records
+from tinysft_jax.data.stories import embedded_stories, record_text
+from tinysft_jax.errors import UserError
+
+FORMATS = ("tinystories-instruct", "chat-jsonl", "text")
+SPLITS = ("train", "valid")
+# The embedded corpus has one story for validation to this many for training.
+EMBEDDED_TRAIN_PER_VALID = 20
+
+_HUB_FILES = {
+    "roneneldan/TinyStoriesInstruct": "TinyStories-Instruct-{split}.txt",
+    "roneneldan/TinyStories": "TinyStoriesV2-GPT4-{split}.txt",
+}
+_TRAIN_NAME = re.compile(r"(|.*[-_.])train(\.\w+)")
+_STORY_HEADER = re.compile(rb"^Story:", re.MULTILINE)
+_BYTES_TO_GUESS_FROM = 1 << 16
+
+
+class Item(NamedTuple):
+    """One record, line or document, not yet looked into.
+
+    Attributes:
+      split: "train" or "valid".
+      where: where it was read, for the user.
+      text: its text.
+    """
+
+    split: str
+    where: str
+    text: str
+
+
+@dataclass
+class Source:
+    """A stream of items of one format, held one at a time.
+
+    Attributes:
+      format: one of FORMATS.
+      description: where the items come from, for `data.json`.
+      size: of everything there is to read, in bytes or stories.
+      position: how much of `size` has been read; it grows while the source is iterated over.
+    """
+
+    format: str
+    description: dict[str, Any]
+    size: int
+    position: int = field(default=0, init=False)
+
+    def __iter__(self) -> Iterator[Item]:
+        raise NotImplementedError
+
+
+@dataclass
+class EmbeddedSource(Source):
+    """The stories that the package makes itself: whole records, or with the format "text" the stories alone."""
+
+    counts: dict[str, int]
+    seed: int
+
+    def __iter__(self) -> Iterator[Item]:
+        for split, count in self.counts.items():
+            for number, story in enumerate(embedded_stories(count, split, self.seed), 1):
+                self.position += 1
+                text = story.record.story if self.format == "text" else record_text(story.record)
+                yield Item(split, f"embedded {split} story {number}", text)
+
+
+@dataclass
+class FileSource(Source):
+    """Text files. A file without a split of its own is divided by a hash of each item's text.
+
+    So an item stays on its side whatever else the file holds, and two equal items can't end up on both sides.
+    """
+
+    files: list[tuple[Path, str | None]]
+    valid_fraction: float
+    limit: int | None
+
+    def __iter__(self) -> Iterator[Item]:
+        for path, split in self.files:
+            for where, text in itertools.islice(self._texts(path), self.limit):
+                yield Item(split or split_of(text, self.valid_fraction), where, text)
+
+    def _texts(self, path: Path) -> Iterator[tuple[str, str]]:
+        if self.format == "chat-jsonl":
+            for number, line in enumerate(self._lines(path), 1):
+                if line.strip():
+                    yield f"{path}:{number}", line
+        else:
+            # Documents of plain text are separated as records are.
+            noun = "document" if self.format == "text" else "record"
+            for number, text in enumerate(split_records(self._lines(path)), 1):
+                yield f"{path}, {noun} {number}", text
+
+    def _lines(self, path: Path) -> Iterator[str]:
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    self.position += len(line)
+                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number} is not UTF-8 text (byte {error.start + 1} of the line)") from None
+        except OSError as error:
+            raise UserError(f"can't read {path}: {error.strerror}") from None
+
+
+def split_of(text: str, valid_fraction: float) -> str:
+    """The split of an item of an undivided file: a pure function of its text."""
+    digest = hashlib.blake2b(text.strip().encode("utf-8"), digest_size=8).digest()
+    return "valid" if int.from_bytes(digest) < valid_fraction * 2**64 else "train"
+
+
+def open_embedded(n_stories: int, format: str, seed: int) -> EmbeddedSource:
+    """The embedded corpus: `n_stories` for training and a twentieth of that, at least one, for validation.
+
+    Raises:
+      UserError: if `n_stories` is not positive or `format` is not one that stories come in.
+    """
+    if n_stories < 1:
+        raise UserError(f"--embedded takes a positive number of stories, not {n_stories}")
+    format = "tinystories-instruct" if format == "auto" else format
+    if format == "chat-jsonl":
+        raise UserError("the embedded stories come as --format tinystories-instruct or text, not chat-jsonl")
+    counts = {"train": n_stories, "valid": max(n_stories // EMBEDDED_TRAIN_PER_VALID, 1)}
+    return EmbeddedSource(format, {"embedded": counts}, sum(counts.values()), counts, seed)
+
+
+def open_input(path: Path, format: str, valid_fraction: float, limit: int | None) -> FileSource:
+    """A file, or the train and valid pair of a directory.
+
+    Args:
+      path: the file or directory.
+      format: one of FORMATS, or "auto" to tell it from the name and the first lines.
+      valid_fraction: share of a single file's items that are for validation.
+      limit: read at most so many items of each file.
+
+    Raises:
+      UserError: if there is no such file or pair, or it is empty.
+    """
+    if not path.exists():
+        raise UserError(f"there is no {path}; --input takes a file or a directory with a train and valid pair")
+    if path.is_dir():
+        train = _pair_in(path)
+        files = [(train, "train"), (_valid_of(train), "valid")]
+    else:
+        files = [(path, None)]
+    return open_files(files, format, valid_fraction, limit)
+
+
+def open_files(
+    files: list[tuple[Path, str | None]], format: str, valid_fraction: float, limit: int | None
+) -> FileSource:
+    """Files, each with its split or None; see `open_input`."""
+    sizes = {path.name: path.stat().st_size for path, _ in files}
+    for path, _ in files:
+        if not sizes[path.name]:
+            raise UserError(f"{path} is empty")
+    format = _guess_format(files[0][0]) if format == "auto" else format
+    description: dict[str, Any] = {"files": sizes, "limit": limit}
+    if any(split is None for _, split in files):
+        description["valid_fraction"] = valid_fraction
+    return FileSource(format, description, sum(sizes.values()), files, valid_fraction, limit)
+
+
+def download(repository: str) -> list[tuple[Path, str | None]]:
+    """The train and valid file of a data set on the Hugging Face Hub, from its cache or downloaded into it.
+
+    Raises:
+      UserError: if it can't be had; says how to do without.
+    """
+    if repository not in _HUB_FILES:
+        raise UserError(
+            f"--hub knows {' and '.join(_HUB_FILES)}, not {repository}; download its files and give them to --input"
+        )
+    names = {split: _HUB_FILES[repository].format(split=split) for split in SPLITS}
+    url = f"https://huggingface.co/datasets/{repository}"
+    by_hand = f"download {' and '.join(names.values())} from {url} into a directory and give it to --input"
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise UserError(f"--hub needs the package huggingface-hub; install it, or {by_hand}") from None
+    try:
+        return [(Path(hf_hub_download(repository, name, repo_type="dataset")), s) for s, name in names.items()]
+    except (OSError, ValueError) as error:  # its own errors are one or the other
+        raise UserError(f"the download failed ({error}); try again, or {by_hand}") from None
+
+
+def _pair_in(directory: Path) -> Path:
+    """The train file of the one pair in a directory."""
+    trains = [path for path in sorted(directory.iterdir()) if _TRAIN_NAME.fullmatch(path.name)]
+    pairs = [path for path in trains if _valid_of(path).is_file()]
+    if len(pairs) == 1:
+        return pairs[0]
+    if pairs:
+        raise UserError(f"{directory} has several pairs: {', '.join(path.name for path in pairs)}; keep one in it")
+    if trains:
+        raise UserError(f"{directory} has {trains[0].name} but no {_valid_of(trains[0]).name}; give --input the file")
+    raise UserError(f"{directory} has no pair like TinyStories-Instruct-train.txt and TinyStories-Instruct-valid.txt")
+
+
+def _valid_of(train: Path) -> Path:
+    return train.with_name(_TRAIN_NAME.sub(r"\1valid\2", train.name))
+
+
+def _guess_format(path: Path) -> str:
+    if path.suffix == ".jsonl":
+        return "chat-jsonl"
+    try:
+        with path.open("rb") as file:
+            start = file.read(_BYTES_TO_GUESS_FROM)
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from None
+    return "tinystories-instruct" if _STORY_HEADER.search(start) else "text"

@@ -22,7 +22,7 @@ def main() -> None:
         raise UserError(f"unexpected argument {extra[0]!r}; settings are given as --config.KEY=VALUE")
     if CONFIG.value is None or WORKDIR.value is None:
         raise UserError("--config=FILE and --workdir=DIR are needed, e.g. --config=configs/sft.py --workdir=runs/sft")
-    file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    file = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
     if not file.is_file():
         raise UserError(f"there is no configuration {file}; this project's are configs/sft.py and configs/pretrain.py")
     from tinysft_jax.training.loop import train  # after the flags: importing JAX takes seconds

@@ -1,0 +1,135 @@
+"""The command `convert_torch_weights.py`, as a user runs it."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch_twin import TorchTwin, save, without_buffers
+
+from tinysft_jax.interop import parity
+from tinysft_jax.model_directory import load_description, load_model
+
+COMMAND = Path(__file__).parents[1] / "convert_torch_weights.py"
+
+
+@pytest.fixture
+def convert(monkeypatch, capsys):
+    """Runs the command in this process: its exit code, standard output and standard error."""
+
+    def run(**flags) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(COMMAND), *arguments(**flags)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(COMMAND), run_name="__main__")
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+def arguments(**flags) -> list[str]:
+    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items()]
+
+
+def assert_one_line(result: tuple[int, str, str], code: int, *expected: str) -> None:
+    assert result[0] == code
+    assert result[2].startswith("error: ") and result[2].count("\n") == 1
+    for part in expected:
+        assert part in result[2]
+
+
+def run_for_real(**flags) -> tuple[int, str, str]:
+    done = subprocess.run([sys.executable, COMMAND, *arguments(**flags)], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_command_converts_and_checks(fixtures, tmp_path):
+    """A whole run in a process of its own: what is said, what is written, what it computes."""
+    source, output = fixtures / "sft_small.pt", tmp_path / "new" / "model"
+    code, out, err = run_for_real(input=source, output=output, check=True)
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["shape", "parameters", "template", "check", "written"]
+    assert "49,472" in out
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.parent in (tmp_path, output.parent, output)) == [
+        "model",
+        "model.json",
+        "new",
+        "params",
+    ]
+    golden = np.load(source.with_suffix(".golden.npz"))
+    logits = load_model(output, dtype=jnp.float32)(jnp.asarray(golden["input_ids"]))
+    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=2e-5)
+    assert json.loads((output / "model.json").read_text())["chat_template"] == "text"
+
+
+def test_command_refuses_a_truncated_file(fixtures, tmp_path):
+    path = tmp_path / "cut.pt"
+    path.write_bytes((fixtures / "sft_small.pt").read_bytes()[:100_000])
+    assert_one_line(run_for_real(input=path, output=tmp_path / "new" / "model"), 2, str(path), "cut short")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_existing_output_is_refused_before_work_and_replaced_on_demand(convert, tmp_path):
+    output = tmp_path / "model"
+    first = save(TorchTwin(n_layers=1).checkpoint(), tmp_path / "1.pt")
+    second = save(TorchTwin(n_layers=2).checkpoint(), tmp_path / "2.pt")
+    assert convert(input=first, output=output)[0] == 0
+    # The input does not even exist: the output is looked at first.
+    assert_one_line(convert(input=tmp_path / "none.pt", output=output), 2, f"{output} exists", "--overwrite")
+    # An input that can't be read costs nothing, even with --overwrite.
+    assert_one_line(convert(input=tmp_path / "none.pt", output=output, overwrite=True), 2, "none.pt")
+    assert load_description(output).config.n_layers == 1
+    assert convert(input=second, output=output, overwrite=True)[0] == 0
+    assert load_description(output).config.n_layers == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.pt", "2.pt", "model"]
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_overwrite_replaces_models_only(convert, tmp_path, kind):
+    source = save(TorchTwin().checkpoint(), tmp_path / "a.pt")
+    output = source if kind == "file" else tmp_path / "notes"
+    if kind == "directory":
+        output.mkdir()
+        (output / "note.txt").write_text("precious")
+    before = sorted(tmp_path.rglob("*"))
+    assert_one_line(convert(input=source, output=output, overwrite=True), 2, "not a model directory")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_head_count_comes_from_the_flag_where_nothing_tells_it(convert, tmp_path):
+    state = save(without_buffers(TorchTwin(n_heads=4).state_dict()), tmp_path / "a.pt")
+    assert_one_line(convert(input=state, output=tmp_path / "model"), 2, "--n_heads")
+    code, out, _ = convert(input=state, output=tmp_path / "model", n_heads=4, check=True)
+    assert code == 0
+    assert "assumed     max_seq_len 1024, rope_theta 10000" in out
+    assert load_description(tmp_path / "model").config.n_heads == 4
+
+
+def test_failed_check_leaves_nothing(convert, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "TOLERANCE", 0.0)
+    source = save(TorchTwin().checkpoint(), tmp_path / "a.pt")
+    assert_one_line(convert(input=source, output=tmp_path / "model", check=True), 3, "nothing was written")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ({"weights": torch.ones(2)}, "no checkpoint of this model"),
+        ({"model_state_dict": {"tok_emb.weight": torch.ones(4, 2)}}, "missing: blocks.0.ln_1.weight"),
+    ],
+)
+def test_bad_checkpoint_leaves_nothing(convert, tmp_path, content, expected):
+    source = save(content, tmp_path / "a.pt")
+    assert_one_line(convert(input=source, output=tmp_path / "b" / "model"), 2, str(source), expected)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_bad_flags_are_one_line(convert, tmp_path):
+    assert_one_line(convert(input="a.pt"), 2, "--output")
+    assert_one_line(convert(input="a.pt", output=tmp_path / "m", n_heads="x"), 2, "--n_heads")
+    assert_one_line(convert(input=tmp_path, output=tmp_path / "m"), 2, "directory")

@@ -1,0 +1,261 @@
+"""The embedded corpus: what it claims about each story is true, and it has the proportions that it should have."""
+
+import functools
+import itertools
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+
+from tinysft_jax.data.records import parse_records
+from tinysft_jax.data.stories import FEATURES, EmbeddedStory, embedded_stories, record_text
+from tinysft_jax.data.story_parts import BEINGS, CHILDREN, FAMILY, LEXICON, PLOTS, UNNAMED_BEINGS, WISE_BEINGS, Plot
+from tinysft_jax.tokenizer import ChatTokenizer
+
+CHARACTERS = {character.name.lower() for character in (*CHILDREN, *BEINGS, *FAMILY, *WISE_BEINGS)}
+NAMED = re.compile(rf"\b(?:{'|'.join(CHARACTERS)})\b", re.IGNORECASE)
+GLITCH = re.compile(r"[][{}|]|  |\b[Aa] [aeiou]|[.!?] [a-z]|\.\.|,,|\bthe the\b|^[a-z]|\b[HS]h?e and")
+PLOT = {plot.name: plot for plot in PLOTS}
+
+
+@pytest.fixture(scope="module")
+def train() -> list[EmbeddedStory]:
+    return list(embedded_stories(4000))
+
+
+@pytest.fixture(scope="module")
+def some(train: list[EmbeddedStory]) -> list[EmbeddedStory]:
+    return train[:1000]
+
+
+@pytest.fixture(scope="module")
+def valid() -> list[EmbeddedStory]:
+    return list(embedded_stories(1000, "valid", seed=1))
+
+
+def share(conditions: Iterable[bool]) -> float:
+    values = list(conditions)
+    return sum(values) / len(values)
+
+
+def base_words(story: EmbeddedStory) -> frozenset[tuple[str, str]]:
+    """The words to use, with "jump" and "jumped" as one."""
+    return frozenset(LEXICON[word] for word in story.record.words)
+
+
+def is_told(lines: tuple[str, ...], story: str) -> bool:
+    """Whether one of the lines of `story_parts` is in the story, whatever its open parts were filled with."""
+    return any(pattern.search(story) for pattern in patterns(lines))
+
+
+@functools.cache
+def patterns(lines: tuple[str, ...]) -> list[re.Pattern[str]]:
+    fixed = (map(re.escape, re.split(r"\{.*?\}|\[.*?\]", line)) for line in lines)
+    return [re.compile(".+?".join(parts), re.IGNORECASE) for parts in fixed]
+
+
+# --- Which stories there are ------------------------------------------------------------------------------------------
+
+
+def test_a_story_depends_on_index_split_and_seed_alone():
+    first, *_, last = itertools.islice(embedded_stories(1000), 5)
+    again = list(embedded_stories(5))
+    assert (again[0], again[-1]) == (first, last)
+    assert next(embedded_stories(1, seed=1)) != first
+    assert next(embedded_stories(1, "valid")) != first
+
+
+def run(program: str) -> list[str]:
+    """What a Python process prints in which strings hash differently; that would show in the order of a set."""
+    program = f"from tinysft_jax.data.stories import *\n{program}"
+    environment = os.environ | {"PYTHONHASHSEED": "123"}
+    process = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    return process.stdout.splitlines()
+
+
+def test_another_process_makes_the_same_stories():
+    output = run("for story in embedded_stories(40, 'valid', 7): print(story)")
+    assert output == [str(story) for story in embedded_stories(40, "valid", 7)]
+
+
+def test_twenty_thousand_stories_are_distinct():
+    """Made in a process that doesn't check annotations: a fifth of the time."""
+    assert run("print(len({story.record.story for story in embedded_stories(20_000)}))") == ["20000"]
+
+
+def test_other_seeds_and_splits_tell_other_stories(train: list[EmbeddedStory], valid: list[EmbeddedStory]):
+    others = [story for seed in (1, 2) for story in embedded_stories(1000, seed=seed)]
+    stories = [story.record.story for story in (*train, *valid, *others)]
+    assert len(set(stories)) == len(stories) == 7000
+
+
+def test_valid_combinations_are_held_out(train: list[EmbeddedStory], valid: list[EmbeddedStory]):
+    def cast(stories: list[EmbeddedStory]) -> set[tuple[str, str]]:
+        return {(story.main_character, story.plot) for story in stories}
+
+    def tasks(stories: list[EmbeddedStory]) -> set[tuple[str, frozenset[tuple[str, str]]]]:
+        return {(story.plot, base_words(story)) for story in stories if story.record.words}
+
+    assert len(cast(valid)) > 50 and not cast(valid) & cast(train)
+    assert len(tasks(valid)) > 500 and not tasks(valid) & tasks(train)
+
+
+def test_every_name_plot_and_word_is_in_train(train: list[EmbeddedStory], valid: list[EmbeddedStory]):
+    assert {story.main_character for story in train} == {character.name for character in (*CHILDREN, *BEINGS)}
+    assert {story.plot for story in valid} == {story.plot for story in train} == set(PLOT)
+    assert len(PLOT) == len(PLOTS) >= 14
+    words, valid_words = ({word for story in stories for word in base_words(story)} for stories in (train, valid))
+    assert valid_words <= words
+
+
+# --- What they are like -----------------------------------------------------------------------------------------------
+
+
+def test_stories_are_as_long_as_the_real_ones_in_few_words(some: list[EmbeddedStory]):
+    encode = ChatTokenizer().encode_text
+    assert 150 < sum(len(encode(story.record.story)) for story in some) / len(some) < 240
+    assert 1000 < len({word for story in some for word in re.findall("[a-z]+", story.record.story.lower())}) < 1500
+
+
+def test_shares(train: list[EmbeddedStory]):
+    assert 0.45 < share(story.dialogue for story in train) < 0.55
+    assert 0.40 < share(not story.happy_ending for story in train) < 0.50
+    unnamed = {character.name for character in UNNAMED_BEINGS}
+    assert 0.20 < share(story.main_character in unnamed for story in train) < 0.25
+    labelled = [story.record.features for story in train if story.record.features is not None]
+    assert len(labelled) / len(train) > 0.8
+    counts = Counter(feature for features in labelled for feature in features)
+    assert all(0.2 < counts[feature] / len(labelled) < 0.6 for feature in FEATURES)
+
+
+def test_fields_are_missing_now_and_then(some: list[EmbeddedStory]):
+    assert 0.9 < share(story.record.summary is not None for story in some) < 1
+    assert 0.9 < share(story.record.words != () for story in some) < 1
+    assert 0.4 < share(story.record.random_sentence is not None for story in some) < 0.6
+
+
+def test_the_first_capitalised_word_rarely_gives_the_main_character_away(some: list[EmbeddedStory]):
+    first = (re.search(r"[A-Z]\w*", story.record.story)[0] for story in some)
+    assert share(word in story.main_character.title().split() for word, story in zip(first, some, strict=True)) < 0.55
+
+
+def test_the_text_is_clean(train: list[EmbeddedStory]):
+    for story in train:
+        text = story.record.story
+        assert 2 <= len(re.findall(r"[^\n]+", text)) <= 4
+        for part in (text, story.record.summary or ""):
+            assert not GLITCH.search(part), part
+        assert all(paragraph.count('"') % 2 == 0 for paragraph in text.split("\n"))
+
+
+def test_characters_are_introduced_once_and_outside_speech(train: list[EmbeddedStory]):
+    kinds = "|".join({character.kind for character in (*CHILDREN, *BEINGS) if character.kind})
+    introduction = re.compile(rf"\b(?:{kinds}) (?:named|called) (\w+)\b")
+    for story in train:
+        introduced = introduction.findall(story.record.story)
+        assert len(set(introduced)) == len(introduced) <= 2, story.record.story
+        assert not re.search(f"{introduction.pattern}'s", story.record.story)
+        assert not any(introduction.search(quote) for quote in re.findall('"[^"]*"', story.record.story))
+
+
+# --- What they are said to be -----------------------------------------------------------------------------------------
+
+
+def test_dialogue_is_quoted_speech(train: list[EmbeddedStory]):
+    for story in train:
+        assert story.dialogue == ('"' in story.record.story)
+        assert story.record.features is None or ("Dialogue" in story.record.features) == story.dialogue
+
+
+def test_the_ending_and_the_features_are_those_of_the_events(some: list[EmbeddedStory]):
+    for story in some:
+        plot, text = PLOT[story.plot], story.record.story
+        ending = next(ending for ending in plot.endings if is_told(ending.lines, text))
+        assert ending.happy == story.happy_ending, text
+        if story.record.features is not None:
+            features = set(story.record.features)
+            assert ("BadEnding" in features) == (not story.happy_ending)
+            assert ("Twist" in features) == ("Twist" in ending.features), text
+            assert ("Foreshadowing" in features) == is_told(plot.steps["hint"], text), text
+            assert ("Conflict" in features) == ("Conflict" in ending.features or is_told(plot.steps["quarrel"], text))
+
+
+def test_a_moral_is_the_last_sentence(some: list[EmbeddedStory]):
+    moral = re.compile(r"^The moral of the story is(?:: | that )[^.]+\.$|^[^\"]* learned that [^.]+\.$")
+    told = []
+    for story in some:
+        *before, last = re.split(r"(?<=[.!?])\s+", story.record.story)
+        told.append(moral.search(last) is not None)
+        assert not any(moral.search(sentence) for sentence in before)
+        if story.record.features is not None:
+            assert ("MoralValue" in story.record.features) == told[-1], last
+    assert 0.35 < share(told) < 0.45
+
+
+def test_the_main_character_is_named_most(train: list[EmbeddedStory]):
+    for story in train:
+        (name, most), *others = Counter(map(str.lower, NAMED.findall(story.record.story))).most_common(2)
+        assert name == story.main_character.lower(), story.record.story
+        assert all(most > count for _, count in others), story.record.story
+
+
+def test_the_summary_is_about_the_story(train: list[EmbeddedStory]):
+    for story in train:
+        if story.record.summary is not None:
+            named = set(map(str.lower, NAMED.findall(story.record.summary)))
+            assert story.main_character.lower() in named
+            # "the brown puppy" may be "a brown puppy" there.
+            assert all(name.removeprefix("the ") in story.record.story.lower() for name in named), story
+
+
+def test_the_words_are_in_the_story(some: list[EmbeddedStory]):
+    asked = exact = 0
+    for story in some:
+        assert len(set(story.record.words)) in (0, 3)
+        used = set(re.findall("[a-z]+", story.record.story))
+        for word in story.record.words:
+            # drop: dropping, bake: baking, cry: cried
+            stem = re.escape(word[:-1]) + f"(?:{word[-1]}{word[-1]}?|i)?"
+            assert word in used or any(re.fullmatch(f"{stem}(?:e?s|e?d|ing)", form) for form in used), story
+            asked, exact = asked + 1, exact + (word in used)
+    assert 0.75 < exact / asked < 0.95
+
+
+def test_the_random_sentence_is_one_of_the_story(some: list[EmbeddedStory]):
+    for story in some:
+        sentence = story.record.random_sentence
+        if sentence is not None:
+            around = re.search(rf"(^|[.!?]\"?\s+){re.escape(sentence)}(\s+[A-Z\"]|$)", story.record.story)
+            assert around and sentence.count('"') in (0, 2, 4) and re.fullmatch(r'["A-Z].*[.!?]"?', sentence), sentence
+
+
+# --- As text ----------------------------------------------------------------------------------------------------------
+
+
+def test_records_survive_as_text(some: list[EmbeddedStory]):
+    lines = [line for story in some for line in f"{record_text(story.record)}<|endoftext|>\n".splitlines(keepends=True)]
+    assert list(parse_records(lines)) == [story.record for story in some]
+
+
+def test_fields_stand_in_any_order(some: list[EmbeddedStory]):
+    orders = Counter(tuple(re.findall(r"^[\w ]+(?=:)", record_text(story.record), re.MULTILINE)) for story in some)
+    assert 0.6 < sum(count for order, count in orders.items() if order[-1] == "Story") / len(some) < 0.9
+    assert {order[0] for order in orders} == {"Features", "Words", "Summary", "Random sentence", "Story"}
+
+
+# --- What they are made of --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: plot.name)
+def test_a_plot_can_be_told_with_and_without_speech(plot: Plot):
+    steps = [*plot.steps.values(), *(ending.lines for ending in plot.endings)]
+    assert all(any('"' not in line for line in step) for step in steps)
+    assert sum(any('"' in line for line in step) for step in steps) > len(steps) / 2
+    assert {ending.happy for ending in plot.endings} == {True, False}
+    assert all("{F}" not in quote for step in steps for line in step for quote in re.findall('"[^"]*"', line))

@@ -1,0 +1,106 @@
+"""TinyStories-Instruct text → story records.
+
+A record ends at `<|endoftext|>`, on a line of its own or glued to text. A line that starts with one of five headers at
+its first column opens that field, which runs to the next such line or to the record's end. Fields stand in any order
+and any of them may be missing. Where a header occurs twice, the first field that isn't empty counts: what is usually
+repeated is the instruction, and the story must not swallow it.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+SEPARATOR = "<|endoftext|>"
+
+_HEADER = re.compile(r"^(Features|Words|Summary|Random sentence|Story):", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class StoryRecord:
+    """One story with the instruction it was written for.
+
+    Attributes:
+      features: of Dialogue, BadEnding, Twist, Foreshadowing, MoralValue and Conflict those that the story has. None
+        where the record has no such line: then nothing is known, also not that the ending is happy.
+      words: the words that the story was asked to use; empty where none were asked for.
+      summary: the summary, or None.
+      random_sentence: the sentence that the story was asked to contain, or None.
+      story: the story, never empty.
+    """
+
+    features: tuple[str, ...] | None
+    words: tuple[str, ...]
+    summary: str | None
+    random_sentence: str | None
+    story: str
+
+
+def split_records(lines: Iterable[str]) -> Iterator[str]:
+    r"""Yields the text of each record, without parsing it; holds one record at a time.
+
+    The texts don't show how the file was written: line ends are `\n`, a byte-order mark is gone.
+
+    Args:
+      lines: an open file or any lines, each with or without its line end.
+    """
+    if isinstance(lines, str):
+        raise TypeError("lines must be an iterable of lines, not one string")
+    pending: list[str] = []
+    for line in lines:
+        *ended, rest = line.split(SEPARATOR)
+        for end in ended:
+            yield from _record_text([*pending, end])
+            pending.clear()
+        if rest:
+            pending.append(rest if rest.endswith("\n") else rest + "\n")
+        elif not ended:
+            pending.append("\n")  # an empty line that came without its line end
+    yield from _record_text(pending)
+
+
+def parse_record(text: str) -> StoryRecord | None:
+    """Parses one record as `split_records` yields it; None if it has no story."""
+    _, *parts = _HEADER.split(text)
+    fields: dict[str, str] = {}
+    for name, content in zip(parts[::2], parts[1::2], strict=True):
+        fields[name] = fields.get(name) or content.strip()
+    if not fields.get("Story"):
+        return None
+    return StoryRecord(
+        features=_items(fields["Features"]) if "Features" in fields else None,
+        words=_items(fields.get("Words", "")),
+        summary=fields.get("Summary") or None,
+        random_sentence=fields.get("Random sentence") or None,
+        story=fields["Story"],
+    )
+
+
+def parse_records(lines: Iterable[str], skipped: Counter[str] | None = None) -> Iterator[StoryRecord]:
+    """Yields the records of TinyStories-Instruct text in order; holds one at a time.
+
+    Args:
+      lines: an open file or any lines, each with or without its line end.
+      skipped: is given the number of records that were left out, by reason ("no story").
+    """
+    for text in split_records(lines):
+        record = parse_record(text)
+        if record is not None:
+            yield record
+        elif skipped is not None:
+            skipped["no story"] += 1
+
+
+def _record_text(pieces: list[str]) -> Iterator[str]:
+    """Yields the record that the pieces make up, or nothing if there is only white space."""
+    text = "".join(pieces)
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    # A byte-order mark opens the first record of a file, and another one where files were concatenated.
+    text = text.lstrip("\ufeff\n").rstrip("\n")
+    if text.strip():
+        yield text
+
+
+def _items(field: str) -> tuple[str, ...]:
+    return tuple(item for part in field.split(",") if (item := part.strip()))

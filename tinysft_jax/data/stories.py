@@ -1,0 +1,243 @@
+"""The embedded corpus: any number of short stories in the form of TinyStories-Instruct, made without a download.
+
+Each story tells one of the plots of `story_parts` with characters, things and wordings of its own. So what a reader
+would answer (who is it about, how does it end, do they talk) is known.
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from tinysft_jax.data import story_parts
+from tinysft_jax.data.records import StoryRecord
+from tinysft_jax.data.story_parts import Character, Ending, Plot
+
+T = TypeVar("T")
+
+FEATURES = ("Dialogue", "BadEnding", "Twist", "Foreshadowing", "MoralValue", "Conflict")
+
+# Probabilities: of what a story has, ...
+BAD_ENDING, SPEECH, MORAL, HINT, QUARREL, TRAIT, SECOND_ATTEMPT = 0.45, 0.52, 0.4, 0.35, 0.3, 0.85, 0.75
+# ... of "he" where the name could stand, of a line with speech in a story with speech, ...
+PRONOUN, SPOKEN_LINE = 0.35, 0.75
+# ... and of the fields of a record.
+HAS_FEATURES, HAS_WORDS, HAS_SUMMARY, HAS_RANDOM_SENTENCE = 0.92, 0.95, 0.96, 0.5
+
+WORD_PATTERNS = (*[("noun", "verb", "adjective")] * 5, ("noun", "noun", "verb"), ("noun", "noun", "adjective"))
+
+
+@dataclass(frozen=True)
+class EmbeddedStory:
+    """A record of the embedded corpus, and the truth about its story.
+
+    Attributes:
+      record: as a parser would read it from the text.
+      main_character: what a reader would call the main character: "Lily", or "the little duck".
+      happy_ending: whether the story ends well for the main character.
+      dialogue: whether somebody speaks in quotes.
+      plot: the plot's name.
+    """
+
+    record: StoryRecord
+    main_character: str
+    happy_ending: bool
+    dialogue: bool
+    plot: str
+
+
+def embedded_stories(n: int, split: Literal["train", "valid"] = "train", seed: int = 0) -> Iterator[EmbeddedStory]:
+    """Yields `n` stories; story i depends on nothing but i, the split and the seed.
+
+    No pair of a main character and a plot is in both splits, whatever the seeds, nor is a pair of a plot and the words
+    to use. So a valid story can't be told from memory.
+    """
+    for index in range(n):
+        yield _story(random.Random(f"{seed}/{split}/{index}"), held_out=split == "valid")
+
+
+def record_text(record: StoryRecord) -> str:
+    """A record as TinyStories-Instruct text, without the separator; the order of its fields varies with the story."""
+    fields = {
+        "Features": ", ".join(record.features or ()),
+        "Words": ", ".join(record.words),
+        "Summary": record.summary,
+        "Random sentence": record.random_sentence,
+    }
+    lines = [f"{name}: {content}\n" for name, content in fields.items() if content]
+    rng = random.Random(record.story)
+    lines.sort(key=lambda _: rng.random())
+    place = len(lines) if _chance(rng, 0.7) else _index(rng, len(lines) + 1)
+    lines.insert(place, f"Story: \n\n{record.story}\n")
+    return "".join(lines)
+
+
+def _story(rng: random.Random, held_out: bool) -> EmbeddedStory:
+    """Draws a story on one side of the split."""
+    while True:
+        plot = _pick(rng, story_parts.PLOTS)
+        main = _main_character(rng)
+        while _is_held_out(plot.name, main.name) != held_out:
+            main = _main_character(rng)
+        happy = not _chance(rng, BAD_ENDING)
+        ending = _pick(rng, [ending for ending in plot.endings if ending.happy == happy])
+        narrator = _Narrator(rng, plot, main, ending)
+        story, summary, features = narrator.tell()
+        words = _words_to_use(rng, plot, main, story, held_out)
+        if words and narrator.main_stands_out(story):
+            break
+    record = StoryRecord(
+        # As in the real data, a story without any of the features has no such line.
+        features=features if features and _chance(rng, HAS_FEATURES) else None,
+        words=words if _chance(rng, HAS_WORDS) else (),
+        summary=summary if _chance(rng, HAS_SUMMARY) else None,
+        random_sentence=_random_sentence(rng, story) if _chance(rng, HAS_RANDOM_SENTENCE) else None,
+        story=story,
+    )
+    return EmbeddedStory(record, main.name, happy, "Dialogue" in features, plot.name)
+
+
+def _main_character(rng: random.Random) -> Character:
+    group = rng.random()
+    if group < 0.58:
+        return _pick(rng, story_parts.CHILDREN)
+    return _pick(rng, story_parts.NAMED_BEINGS if group < 0.77 else story_parts.UNNAMED_BEINGS)
+
+
+class _Narrator:
+    """Tells one story: knows who and what is in it, and whether they talk."""
+
+    def __init__(self, rng: random.Random, plot: Plot, main: Character, ending: Ending):
+        self.rng, self.plot, self.main, self.ending = rng, plot, main, ending
+        among_children = main in story_parts.CHILDREN
+        others = story_parts.CHILDREN if among_children else story_parts.BEINGS
+        friend = _pick(rng, [character for character in others if character is not main])
+        preposition, place = _pick(rng, plot.places)
+        self.parts = {
+            "M": main,
+            "F": friend,
+            "E": _pick(rng, story_parts.FAMILY if among_children else story_parts.WISE_BEINGS),
+            "place": place,
+            "at": f"{preposition} {place}",
+            "moral": _pick(rng, ending.morals),
+            **{name: _pick(rng, values) for name, values in plot.choices.items()},
+        }
+        self.they_talk = _chance(rng, SPEECH)
+        is_old_friend = friend.kind and not plot.strangers and _chance(rng, 0.5)
+        self.friend_intro = f"{main.his} friend {friend}" if is_old_friend else friend.intro
+
+    def tell(self) -> tuple[str, str, tuple[str, ...]]:
+        """The story, its summary and its features."""
+        rng, steps = self.rng, self.plot.steps
+        hint, quarrel, moral = _chance(rng, HINT), _chance(rng, QUARREL), _chance(rng, MORAL)
+        openings = [line for line in story_parts.OPENINGS if not (self.plot.strangers and "{F" in line)]
+        beginning = self._paragraph(
+            self._choose(openings),
+            self._choose(story_parts.TRAITS, _chance(rng, TRAIT)),
+            self._choose(steps["wish"]),
+            self._choose(steps["hint"], hint),
+        )
+        middle = self._paragraph(
+            self._choose(steps["trouble"]),
+            self._choose(steps["attempt"], 1 + _chance(rng, SECOND_ATTEMPT)),
+            self._choose(steps["quarrel"], quarrel),
+        )
+        closings = story_parts.HAPPY_CLOSINGS if self.ending.happy else story_parts.SAD_CLOSINGS
+        end = self._paragraph(self._choose(self.ending.lines), self._choose(closings))
+        line_break = _pick(rng, ("\n\n", "\n\n", "\n"))
+        story = beginning + _pick(rng, (line_break, line_break, " ")) + middle + line_break + end
+        if moral:
+            story += _pick(rng, (line_break, " ")) + self._phrase(*self._choose(story_parts.MORALS))
+
+        joint = ", " if self.ending.summary.startswith(("but", "so")) else " "
+        summary = self._phrase(self.plot.premise + joint + self.ending.summary + ".")
+
+        present = {
+            "Dialogue": '"' in story,
+            "BadEnding": not self.ending.happy,
+            "Twist": "Twist" in self.ending.features,
+            "Foreshadowing": hint,
+            "MoralValue": moral,
+            "Conflict": quarrel or "Conflict" in self.ending.features,
+        }
+        return story, summary, tuple(feature for feature in FEATURES if present[feature])
+
+    def main_stands_out(self, story: str) -> bool:
+        """Whether nobody else is named nearly as often as the main character."""
+        mentions = {key: story.count(str(self.parts[key]).removeprefix("the ")) for key in "MFE"}
+        return mentions["M"] > 1 + max(mentions["F"], mentions["E"])
+
+    def _choose(self, step: Sequence[str], n: int = 1) -> list[str]:
+        """Draws n different lines of a step, in the order in which they stand there."""
+        chosen: list[str] = []
+        while len(chosen) < n:
+            speak = self.they_talk and _chance(self.rng, SPOKEN_LINE)
+            others = [line for line in step if line not in chosen]
+            chosen.append(_pick(self.rng, [line for line in others if ('"' in line) == speak] or others))
+        return sorted(chosen, key=step.index)
+
+    def _paragraph(self, *steps: Sequence[str]) -> str:
+        lines = [line for step in steps for line in step]
+        for i in range(1, len(lines)):
+            # "He" is clear after a line about the main character and nobody else.
+            is_clear = "{M" in lines[i - 1] and not re.search("{F|{E|[Tt]hey", lines[i - 1]) and self.main.he != "it"
+            if is_clear and re.match("{M} (?!and)", lines[i]) and _chance(self.rng, PRONOUN):
+                lines[i] = lines[i].replace("{M}", "{M.he}", 1)
+        return " ".join(map(self._phrase, lines))
+
+    def _phrase(self, line: str) -> str:
+        if "{F" in line:
+            line = line.replace("{F}", self.friend_intro, 1)
+            self.friend_intro = "{F}"
+        text = line.format_map(self.parts)
+        text = re.sub(r"\[([^]]*)\]", lambda match: _pick(self.rng, match[1].split("|")), text)
+        text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+        # A sentence begins with the line or after a full stop. After `!"` or `?"` stands "said", not a new sentence.
+        return re.sub(r'(^"?|[.!?] "?|\." )[a-z]', lambda match: match[0].upper(), text)
+
+
+def _random_sentence(rng: random.Random, story: str) -> str:
+    """A sentence of the story, with whole quotes."""
+    sentences = re.split(r'(?<=[.!?])\s+(?=[A-Z"])|(?<=[.!?]")\s+(?=[A-Z"])', story)
+    return _pick(rng, [sentence for sentence in sentences if sentence.count('"') % 2 == 0 and sentence.count(" ") > 2])
+
+
+def _words_to_use(
+    rng: random.Random, plot: Plot, main: Character, story: str, held_out: bool
+) -> tuple[str, ...] | None:
+    """Three words of the story on the right side of the split; None if there seem to be none."""
+    forms: dict[str, str] = {}
+    # A word stands here as often as in the story, so words that matter come up more often. Names are not asked for.
+    parts: dict[str, list[str]] = {"noun": [], "verb": [], "adjective": []}
+    for form in re.findall(r"\b[a-z]+\b", story.replace(main.name.removeprefix("the "), "")):
+        if form in story_parts.LEXICON:
+            part, word = story_parts.LEXICON[form]
+            parts[part].append(word)
+            forms[word] = form
+    for _ in range(50):
+        words = [_pick(rng, parts[part]) for part in _pick(rng, WORD_PATTERNS) if parts[part]]
+        if len(set(words)) == 3 and _is_held_out(plot.name, *sorted(words)) == held_out:
+            # Whoever asks for "jump" gets "jumped" at times.
+            asked = [word if _chance(rng, 0.6) else forms[word] for word in words]
+            return tuple(sorted(asked, key=lambda _: rng.random()))
+    return None
+
+
+def _is_held_out(*combination: str) -> bool:
+    """Puts one combination in eight on the valid side, by a hash that is the same in every process."""
+    return hashlib.sha256("|".join(combination).encode()).digest()[0] % 8 == 0
+
+
+def _pick(rng: random.Random, options: Sequence[T]) -> T:
+    return options[_index(rng, len(options))]
+
+
+def _chance(rng: random.Random, probability: float) -> bool:
+    return rng.random() < probability
+
+
+def _index(rng: random.Random, n: int) -> int:
+    """An index below n. `random()` is all that Python promises to keep the same from version to version."""
+    return int(rng.random() * n)

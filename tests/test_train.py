@@ -37,7 +37,10 @@ def settings(data: Path, *more: str) -> list[str]:
         (["--config=configs/sft.py", "--workdir=x", "--config.train.max_steps=many"], "many"),
         (["--config=configs/sft.py", "--workdir=x", "more"], "unexpected argument 'more'"),
         (["--config=configs/sft.py", "--workdir=x", "--speed=3"], "speed"),
-        (["--config=configs/sft.py", "--workdir=x", "--config.data.path=nowhere", "--config.train.batch_size=8"], "nowhere is not a prepared"),
+        (
+            ["--config=configs/sft.py", "--workdir=x", "--config.data.path=nowhere", "--config.train.batch_size=8"],
+            "nowhere is not a prepared",
+        ),
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(arguments, complaint):

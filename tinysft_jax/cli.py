@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -25,6 +26,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     0: done; 2: a user's error; 3: the run could not go on; 130 and 143:
     interrupted by Ctrl-C and SIGTERM.
     """
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         main()
         sys.stdout.flush()
@@ -40,6 +42,11 @@ def run(main: Callable[[], None]) -> NoReturn:
         # The reader of our output has gone (`| head`): nothing left to say, and no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
+
+
+def _terminated(*_) -> NoReturn:
+    """Ends like Ctrl-C does, so that what is half-written is removed on the way out."""
+    raise Interrupted("terminated", 143)
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -14,7 +14,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from tinysft_jax import files
-from tinysft_jax.errors import UserError
+from tinysft_jax.errors import RunError, UserError
 from tinysft_jax.model import GPT, GPTConfig
 
 FORMAT_VERSION = 1
@@ -78,8 +78,15 @@ def save_model(path: Path, params: Params, description: ModelDescription, overwr
 
 
 def write_model(directory: Path, params: Params, description: ModelDescription) -> None:
-    """Fills an existing empty directory. With several processes, all call it, and the first writes `model.json`."""
-    ocp.save(directory / "params", trim_vocabulary(params, description.config))
+    """Fills an existing empty directory. With several processes, all call it, and the first writes `model.json`.
+
+    Raises:
+      RunError: if the disk is full, say.
+    """
+    try:
+        ocp.save(directory.resolve() / "params", trim_vocabulary(params, description.config))
+    except (ValueError, OSError) as error:  # tensorstore's own errors are ValueErrors
+        raise RunError(f"can't write {directory}: {str(error).splitlines()[0][:300]}") from None
     if jax.process_index() == 0:
         files.write_json(directory / "model.json", description.to_json())
 

@@ -176,13 +176,13 @@ class StreamDecoder:
 
 
 def load_tokenizer(path: str | Path) -> ChatTokenizer:
-    """The tokenizer that a model directory or a prepared data set was made with.
+    """The tokenizer that a model directory, a work directory's model or a prepared data set was made with.
 
     Raises:
       UserError: if `path` is neither, or its tokenizer is unknown.
     """
     path = Path(path)
-    name = next((name for name in ("model.json", "data.json") if (path / name).exists()), None)
+    name = next((name for name in ("model.json", "model/model.json", "data.json") if (path / name).exists()), None)
     if name is None:
         raise UserError(f"{path} is neither a model directory nor a prepared data set: no model.json, no data.json")
     description = files.read_json(path / name, "a model directory or a prepared data set", format_version=1)

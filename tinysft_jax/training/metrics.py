@@ -27,7 +27,7 @@ PEAK_FLOPS = {
 }
 
 
-def train_flops(config: GPTConfig, tokens: float, supervised_tokens: float, seq_len: int) -> float:
+def train_flops(config: GPTConfig, tokens: int | float, supervised_tokens: int | float, seq_len: int) -> float:
     """FLOPs that training on these tokens needs, recomputation not counted.
 
     6 a parameter and token outside the embedding (forward 2, backward 4; Kaplan et al. 2020,
@@ -58,7 +58,7 @@ class Rates:
         self._started: float | None = None  # not before the first step has been compiled and run
         self._reset()
 
-    def count(self, tokens: float, supervised_tokens: float) -> None:
+    def count(self, tokens: int | float, supervised_tokens: int | float) -> None:
         """Adds a finished step. The first starts the clock and is not counted: it was compiled."""
         if self._started is None:
             self._started = time.perf_counter()

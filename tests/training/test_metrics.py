@@ -1,0 +1,88 @@
+import json
+import sys
+import time
+import types
+
+import pytest
+
+from tinysft_jax.model import GPTConfig
+from tinysft_jax.training import metrics
+from tinysft_jax.training.metrics import MetricLog, Rates, read_metrics, train_flops
+
+CONFIG = GPTConfig(vocab_size=260, dim=16, n_layers=1, n_heads=2, max_seq_len=64)
+DISABLED = {"mode": "disabled", "project": "p", "name": ""}
+
+
+class FakeWandb(types.ModuleType):
+    """Notes what it is told."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.started, self.logged, self.finished = [], [], 0
+        self.util = types.SimpleNamespace(generate_id=lambda: f"id{len(self.started)}")
+
+    def init(self, **arguments):
+        self.started.append(arguments)
+        return types.SimpleNamespace(log=lambda values, step: self.logged.append((step, values)), finish=self.finish)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_continues_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    for _ in range(2):
+        log = MetricLog(tmp_path, 0, {"mode": "offline", "project": "p", "name": ""}, {"seed": 0})
+        log.write(3, {"sft/lr": 0.5})
+        log.close()
+    first, second = fake.started
+    assert first["id"] == second["id"] == "id0" and first["resume"] == "allow"
+    assert (first["mode"], first["project"], first["name"]) == ("offline", "p", tmp_path.name)
+    assert fake.logged == [(3, {"sft/lr": 0.5})] * 2 and fake.finished == 2
+
+
+def test_a_continued_run_drops_the_lines_it_will_write_again(tmp_path):
+    log = MetricLog(tmp_path, 0, DISABLED, {})
+    for step in range(1, 6):
+        log.write(step, {"sft/train_loss": step / 2})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "sft/tr')  # killed while writing
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    log = MetricLog(tmp_path, 3, DISABLED, {})
+    log.write(4, {"sft/train_loss": 9.0})
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["sft/train_loss"] for line in lines] == [0.5, 1.0, 1.5, 9.0]
+
+
+def test_rates_leave_out_compilation_and_pauses(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(metrics, "peak_flops", lambda: 1e6)
+    rates = Rates(CONFIG, batch_positions=100, seq_len=50)
+    assert rates.report() == {}
+    now[0] = 30.0
+    rates.count(80, 8)  # compiled: starts the clock
+    assert rates.report() == {}
+    now[0] = 32.0
+    rates.count(90, 10)
+    with rates.paused():
+        now[0] = 60.0
+    now[0] = 62.0
+    rates.count(70, 6)
+    report = rates.report()
+    assert report["sft/tokens_per_second"] == pytest.approx(160 / 4)
+    assert report["sft/supervised_tokens_per_second"] == pytest.approx(16 / 4)
+    assert report["sft/padding_fraction"] == pytest.approx(0.2)
+    assert report["sft/mfu"] == pytest.approx(train_flops(CONFIG, 160, 16, 50) / 4 / 1e6)
+    assert rates.report() == {}
+
+
+def test_training_flops_by_hand():
+    """One layer: 4·16² of attention, 3·16·64 of MLP, 2·16·(50/2) of scores a token; the head is 260·16."""
+    assert train_flops(CONFIG, 10, 3, 50) == 6 * (10 * (1024 + 3072 + 800) + 3 * 4160)
+
+
+def test_an_unknown_device_has_no_peak():
+    assert metrics.peak_flops() is None

@@ -1,0 +1,85 @@
+import hashlib
+import json
+import os
+
+import pytest
+
+from tinysft_jax import files
+from tinysft_jax.errors import UserError
+
+
+def test_a_directory_appears_whole(tmp_path):
+    with files.new_directory(tmp_path / "out") as directory:
+        (directory / "a").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "a").read_text() == "1"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_directory_that_fails_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), files.new_directory(tmp_path / "out") as directory:
+        (directory / "a").write_text("1")
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_there_is_replaced_only_when_asked_and_only_by_a_whole_one(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("1")
+    with pytest.raises(UserError, match="--overwrite"), files.new_directory(tmp_path / "out"):
+        pass
+    with pytest.raises(RuntimeError), files.new_directory(tmp_path / "out", overwrite=True):
+        raise RuntimeError
+    assert os.listdir(tmp_path / "out") == ["old"]
+    with files.new_directory(tmp_path / "out", overwrite=True) as directory:
+        (directory / "new").write_text("2")
+    assert os.listdir(tmp_path / "out") == ["new"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_directory_that_cannot_be_made_is_a_users_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't write"), files.new_directory(tmp_path / "file" / "out"):
+        pass
+
+
+def test_a_link_is_moved_in_one_step(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        files.link(tmp_path / "model", tmp_path / "models" / name)
+        assert os.readlink(tmp_path / "model") == f"models/{name}"
+    assert sorted(os.listdir(tmp_path)) == ["model", "models"]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "is not a thing: it has no x.json"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[1]", "no format_version"),
+        ('{"format_version": true}', "no format_version"),
+        ('{"format_version": 0}', "no format_version"),
+        ('{"format_version": 8}', "knows up to 7; upgrade"),
+    ],
+)
+def test_a_description_that_cannot_be_read(tmp_path, content, complaint):
+    if content is not None:
+        (tmp_path / "x.json").write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        files.read_json(tmp_path / "x.json", "a thing", 7)
+
+
+def test_a_description_is_read_back(tmp_path):
+    files.write_json(tmp_path / "x.json", {"format_version": 7, "é": 1})
+    assert files.read_json(tmp_path / "x.json", "a thing", 7) == {"format_version": 7, "é": 1}
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_the_manifest_names_every_file(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a").write_bytes(b"abc")
+    files.write_manifest(tmp_path)
+    files.write_manifest(tmp_path)  # does not list itself
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["files"] == {"sub/a": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}}

@@ -9,7 +9,7 @@ STORIES := 8000
 
 # The embedded corpus, a small model pretrained on its stories, the same model taught to answer, and what it answers.
 demo: $(DEMO)/sft/model
-	$(BIN)/python sample.py --checkpoint=$(DEMO)/sft --test --temperature=0
+	$(BIN)/python -m tinysft_jax.evaluation.samples --checkpoint=$(DEMO)/sft --data=$(DEMO)/tasks
 
 $(DEMO)/sft/model: $(DEMO)/pretrain/model $(DEMO)/tasks/data.json
 	$(BIN)/python train.py --config=configs/sft.py:demo --workdir=$(DEMO)/sft \

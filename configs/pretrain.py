@@ -35,10 +35,10 @@ def _demo(config: ConfigDict) -> None:
     config.data.seq_len = 512
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 50
-    config.train.max_steps = 500
+    config.train.max_steps = 400
     config.train.batch_size = 8
-    config.train.eval_interval = 250
-    config.train.save_interval = 250
+    config.train.eval_interval = 200
+    config.train.save_interval = 200
 
 
 def _sft_config() -> ConfigDict:

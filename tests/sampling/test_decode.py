@@ -1,0 +1,250 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tinysft_jax.sampling.loop as loop
+from tinysft_jax.errors import UserError
+from tinysft_jax.model import GPT
+from tinysft_jax.model_directory import load_model
+from tinysft_jax.sampling.decode import Decoder, generate
+from tinysft_jax.sampling.options import SamplingOptions
+
+# With prompts of 1 to 30 tokens this makes caches of 64 positions, whichever prompts are together: few shapes.
+N_NEW = 34
+
+
+@pytest.fixture(scope="session")
+def decoder(model) -> Decoder:
+    return Decoder(model)
+
+
+@pytest.fixture(scope="session")
+def full_logits(model):
+    """The whole forward pass, jitted for one length: rows are padded on the right, which causality hides."""
+    return jax.jit(lambda tokens: model(tokens))
+
+
+def naive_greedy(full_logits, prompt: list[int], n: int, context: int) -> list[int]:
+    """Recomputes everything for each token."""
+    ids = list(prompt)
+    while len(ids) < min(len(prompt) + n, context):
+        row = np.zeros((1, context), np.int32)
+        row[0, : len(ids)] = ids
+        ids.append(int(full_logits(row)[0, len(ids) - 1].argmax()))
+    return ids[len(prompt) :]
+
+
+def compiled() -> int:
+    return loop.start._cache_size() + loop.advance._cache_size()
+
+
+@settings(max_examples=15)
+@given(lengths=st.lists(st.integers(1, 32), min_size=4, max_size=4), seed=st.integers(0, 2**32 - 1))
+def test_cached_logits_equal_the_full_forward(model, full_logits, cached_step, lengths, seed):
+    """Prefill of ragged rows with garbage behind them, then known tokens one by one."""
+    tokens = np.random.default_rng(seed).integers(0, 200, (4, 96)).astype(np.int32)
+    expected = np.asarray(full_logits(tokens))
+    lengths, zeros = np.array(lengths, np.int32), np.zeros(4, np.int32)
+    decoder_model = model.unstacked()
+    state = loop.start(
+        nnx.to_pure_dict(nnx.state(decoder_model)),
+        model.init_cache(4, 64),
+        tokens[:, :32],  # behind a row's length: what comes later in it, which must not be seen
+        zeros,
+        lengths,
+        lengths + 8,
+        zeros,
+        np.uint32(0),
+        config=model.config,
+        dtype=model.dtype,
+    )
+    hidden, cache, rows = state.hidden, state.cache, np.arange(4)
+    for step in range(8):
+        logits = model.logits(hidden)[:, :200]
+        np.testing.assert_allclose(logits, expected[rows, lengths - 1 + step], atol=1e-4)
+        hidden, cache = cached_step(tokens[rows, lengths + step][:, None], (lengths + step)[:, None], cache)
+
+
+@pytest.fixture(scope="session")
+def cached_step(model):
+    def step(tokens, positions, cache):
+        hidden, cache = model.hidden_cached(tokens, positions, cache)
+        return hidden[:, 0], cache
+
+    return jax.jit(step)
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(model, prompts, full_logits):
+    out = generate(model, prompts, max_new_tokens=N_NEW, temperature=0)
+    assert out == [naive_greedy(full_logits, prompt, N_NEW, 96) for prompt in prompts]
+    assert len({tuple(ids) for ids in out}) == len(prompts), "a model that says the same to everything proves little"
+
+
+@pytest.mark.parametrize("name", ["pretrained_small", "sft_small"])
+def test_greedy_is_what_pytorch_generates(fixtures, name):
+    golden = np.load(fixtures / f"{name}.golden.npz")["greedy"][0].tolist()
+    model = load_model(fixtures / f"{name}.pt")
+    assert generate(model, [golden[:8]], max_new_tokens=16, temperature=0) == [golden[8:]]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_row_does_not_depend_on_its_neighbours(decoder, prompts, temperature):
+    """Neither on the others' contents, nor on the bucket they make, nor on how many are decoded at a time."""
+    options = SamplingOptions(max_new_tokens=N_NEW, temperature=temperature)
+    together = decoder.generate(prompts, options)
+    assert decoder.generate(prompts, options, batch_size=4) == together
+    others = [list(range(94)), *prompts[1:3]]  # a longer row 0 makes the buckets larger
+    assert decoder.generate(others, options)[1:] == together[1:3]
+    assert decoder.generate(prompts[:1], options) == together[:1]
+
+
+def test_random_numbers_follow_seed_and_row(decoder, prompts):
+    def sample(seed, prompts):
+        return decoder.generate(prompts, SamplingOptions(max_new_tokens=N_NEW, temperature=1.0, seed=seed))
+
+    same = [prompts[0]] * 4
+    first = sample(2**32 - 1, same)
+    assert sample(2**32 - 1, same) == first
+    assert len({tuple(ids) for ids in [*first, *sample(0, same)]}) == 8
+
+
+def test_a_stop_id_ends_its_row_only_and_is_not_returned(decoder, prompts):
+    options = SamplingOptions(max_new_tokens=N_NEW, temperature=0)
+    free = decoder.generate(prompts, options)
+    stop_ids = (free[0][5], free[3][0])
+    ends = [next((i for i, id_ in enumerate(ids) if id_ in stop_ids), len(ids)) for ids in free]
+    assert max(ends) == N_NEW and ends[3] == 0 and 0 < ends[0] <= 5
+    stopped = decoder.generate(prompts, SamplingOptions(max_new_tokens=N_NEW, temperature=0, stop_ids=stop_ids))
+    assert stopped == [ids[:end] for ids, end in zip(free, ends, strict=True)]
+
+
+def test_a_row_ends_with_the_context(decoder, full_logits):
+    """Of 96 positions; the last row takes more steps than one call to the device makes."""
+    prompts = [list(range(100, 194)), list(range(60)), [3]]
+    out = decoder.generate(prompts, SamplingOptions(max_new_tokens=100, temperature=0))
+    assert [len(ids) for ids in out] == [2, 36, 95]
+    assert out == [naive_greedy(full_logits, prompt, 100, 96) for prompt in prompts]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_at_most_max_new_tokens(decoder, n):
+    out = decoder.generate([list(range(94)), [1], [2]], SamplingOptions(max_new_tokens=n))
+    assert [len(ids) for ids in out] == [n, n, n]
+
+
+def test_no_prompts_no_answers(decoder):
+    assert decoder.generate([], SamplingOptions()) == []
+
+
+def test_stream_yields_what_generate_returns(decoder, prompts):
+    for temperature in (0, 1.0):
+        options = SamplingOptions(max_new_tokens=N_NEW, temperature=temperature, seed=3)
+        chunks = list(decoder.stream(np.array(prompts[2]), options))
+        assert [id_ for ids in chunks for id_ in ids] == decoder.generate([prompts[2]], options)[0]
+        assert len(chunks) == 5
+
+
+def test_only_shapes_and_top_k_compile(decoder, prompts):
+    decoder.generate(prompts[:3], SamplingOptions(max_new_tokens=N_NEW))
+    before = compiled()
+    for options in (
+        SamplingOptions(max_new_tokens=N_NEW, temperature=0),
+        SamplingOptions(max_new_tokens=30, temperature=1.5, top_p=0.3, seed=9),
+        SamplingOptions(max_new_tokens=N_NEW, top_p=0, forbidden_ids=(3, 4)),
+    ):
+        decoder.generate(prompts[3:7], options)  # four rows, as three are rounded up to, of other lengths
+        decoder.generate(prompts[:3], options)
+    assert compiled() == before
+    decoder.generate(prompts[:3], SamplingOptions(max_new_tokens=N_NEW, top_k=7))
+    assert compiled() == before + 1, "top_k is a shape: if this counts nothing, neither does the test above"
+
+
+def test_decoders_of_one_shape_share_what_is_compiled(model, decoder, prompts):
+    options = SamplingOptions(max_new_tokens=N_NEW)
+    decoder.generate(prompts[:3], options)
+    before = compiled()
+    other = nnx.merge(*nnx.split(model))
+    other.ln_f.scale[...] *= 2.0
+    assert Decoder(other).generate(prompts[:3], options) != decoder.generate(prompts[:3], options)
+    assert compiled() == before
+
+
+@pytest.mark.parametrize("top_k", [0, 50])
+def test_forbidden_and_padding_ids_never_come_out(decoder, prompts, top_k):
+    """At such a temperature all ids are equally likely; the table has 56 rows of padding behind the 200 ids."""
+    allowed = set(range(150, 200))
+    options = SamplingOptions(N_NEW, 1e9, top_k, forbidden_ids=(*range(150), 5000, -1))
+    drawn = {id_ for ids in decoder.generate(prompts * 4, options, batch_size=7) for id_ in ids}
+    assert drawn == allowed
+
+
+def test_top_k_over_the_vocabulary_is_off(decoder, prompts):
+    whole = decoder.generate(prompts, SamplingOptions(max_new_tokens=N_NEW, temperature=1.0, top_k=0))
+    for top_k in (200, 256, 2**31 - 1):
+        assert decoder.generate(prompts, SamplingOptions(N_NEW, 1.0, top_k)) == whole
+
+
+def test_half_precision_generates(model, prompts):
+    """Weights are cast once, norms are not; the loop's state keeps its types."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: GPT(model.config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
+    half = nnx.merge(graph, nnx.state(model))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
+    decoder = Decoder(half)
+    assert {(leaf.ndim, leaf.dtype.name) for leaf in jax.tree.leaves(decoder._params)} == {
+        (1, "float32"),
+        (2, "bfloat16"),
+    }
+    options = SamplingOptions(max_new_tokens=N_NEW, temperature=0)
+    out = decoder.generate(prompts, options)
+    exact = Decoder(model).generate(prompts, options)
+    assert np.mean([a == b for x, y in zip(out, exact, strict=True) for a, b in zip(x, y, strict=True)]) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "empty"),
+        (list(range(96)), "96 tokens"),
+        ([0, 200], "id 200"),
+        ([-1], "id -1"),
+        (np.array([0.5]), "whole numbers"),
+        (np.array([[1, 2], [3, 4]]), "list of token ids"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_is_refused(decoder, prompt, message):
+    before = compiled()
+    for call in (
+        lambda: decoder.generate([[1], prompt], SamplingOptions()),
+        lambda: decoder.stream(prompt, SamplingOptions()),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert compiled() == before
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": -0.1},
+        {"top_p": 1.1},
+        {"top_p": float("nan")},
+        {"top_k": -1},
+        {"max_new_tokens": -1},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"forbidden_ids": tuple(range(200))},
+        {"batch_size": 0},
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(model, bad):
+    with pytest.raises(UserError, match=next(iter(bad))):
+        generate(model, [[1, 2, 3]], **bad)

@@ -1,0 +1,125 @@
+"""From logits to the next token: temperature, top-k and top-p, and the draw.
+
+Nothing here sorts the vocabulary, and nothing draws a random number for each of its tokens: both would take longer
+than the model itself. Rows never meet: each has its own key, and what it draws does not depend on its neighbours.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Key
+
+from tinysft_jax.model import VOCAB_MULTIPLE
+
+# The vocabulary is searched block by block; its padded size is a multiple of this.
+BLOCK = VOCAB_MULTIPLE
+
+_TINY = jnp.finfo(jnp.float32).tiny
+
+
+def draw(
+    logits: Float[Array, "B V"],
+    keys: Key[Array, " B"],
+    temperature: Float[Array, ""],
+    top_p: Float[Array, ""],
+    top_k: int,
+) -> Int32[Array, " B"]:
+    """Draws each row's next token.
+
+    Args:
+      logits: float32; V is a multiple of `BLOCK`; -inf: never drawn. Each row has a finite one.
+      keys: one of each row's own.
+      temperature: 0: the most likely token, the first among equals.
+      top_p: see `SamplingOptions`.
+      top_k: static; 0, or V and more: all tokens.
+    """
+    if 0 < top_k < logits.shape[1]:
+        return _draw_candidate(logits, keys, temperature, top_p, top_k)
+    return _draw_from_all(logits, keys, temperature, top_p)
+
+
+def top_k_by_blocks(logits: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B k"], Int32[Array, "B k"]]:
+    """`jax.lax.top_k` along a long row, ties included, but faster.
+
+    The k largest lie in the k blocks with the largest maxima, so only those are searched. Taken in the order of the
+    vocabulary, they leave ties to the lower index, as in the whole row.
+    """
+    batch, size = logits.shape
+    if 2 * k * BLOCK > size:  # the blocks would hold most of the row
+        return _top_k(logits, k)
+    blocks = logits.reshape(batch, size // BLOCK, BLOCK)
+    _, chosen = _top_k(blocks.max(axis=-1), k)
+    chosen = jnp.sort(chosen, axis=-1)
+    candidates = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(batch, k * BLOCK)
+    values, places = _top_k(candidates, k)
+    return values, jnp.take_along_axis(chosen, places // BLOCK, axis=1) * BLOCK + places % BLOCK
+
+
+def _top_k(x: Float[Array, "B N"], k: int) -> tuple[Float[Array, "B k"], Int32[Array, "B k"]]:
+    """`jax.lax.top_k`, kept apart from what reads its results.
+
+    XLA knows a top-k by a sort whose only readers are slices of k. Without the barrier it moves other slices up to
+    the sort, no longer knows it, and sorts everything: 15 ms instead of 0.5 for 16 rows on a CPU.
+    """
+    return jax.lax.optimization_barrier(tuple(jax.lax.top_k(x, k)))
+
+
+def _draw_candidate(logits, keys, temperature, top_p, top_k: int):
+    """Draws among the k most likely tokens, which come sorted: the nucleus is a prefix of them."""
+    values, ids = top_k_by_blocks(logits, top_k)
+    scores = _scale(values, values[:, :1], temperature)
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    in_nucleus = (mass_before < top_p) | (jnp.arange(top_k) == 0)[None] | (top_p >= 1)
+    place = _categorical(keys, jnp.where(in_nucleus, scores, -jnp.inf))
+    return _take(ids, jnp.where(temperature > 0, place, 0))
+
+
+def _draw_from_all(logits, keys, temperature, top_p):
+    """Draws a block by its mass, then a token in it: the same distribution as one draw from the whole row."""
+    peak, most_likely = top_k_by_blocks(logits, 1)
+    weights = jnp.exp(_scale(logits, peak, temperature))
+    weights = jax.lax.cond(top_p < 1, lambda: _nucleus(weights, top_p), lambda: weights)
+    block_keys, token_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+    blocks = weights.reshape(len(weights), -1, BLOCK)
+    block = _categorical(block_keys, jnp.log(blocks.sum(axis=-1)))
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    token = block * BLOCK + _categorical(token_keys, jnp.log(inside))
+    return jnp.where(temperature > 0, token, most_likely[:, 0])
+
+
+def _nucleus(weights: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
+    """Zeroes all but the smallest set of largest weights that has the share `top_p` of their sum.
+
+    Finds the largest threshold whose set is heavy enough, by bisection over the bits of a float32: as integers,
+    floats of one sign have the same order. So the result is exact; equals of the last weight in the set stay too.
+    """
+    wanted = top_p * weights.sum(axis=-1)
+
+    def mass_from(bits):
+        threshold = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        return jnp.where(weights >= threshold[:, None], weights, 0).sum(axis=-1)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = mass_from(middle) >= wanted
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    heaviest = jax.lax.bitcast_convert_type(weights.max(axis=-1), jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(heaviest), heaviest + 1))
+    return jnp.where(weights >= jax.lax.bitcast_convert_type(low, jnp.float32)[:, None], weights, 0)
+
+
+def _scale(logits, peak, temperature):
+    """(logits - peak) / temperature: 0 at the peak, so that no temperature, however small, overflows."""
+    return (logits - peak) / jnp.maximum(temperature, _TINY)
+
+
+def _categorical(keys: Key[Array, " B"], scores: Float[Array, "B N"]) -> Int32[Array, " B"]:
+    """A draw from softmax(scores) in each row: the largest of scores plus Gumbel noise (Gumbel-max)."""
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:]))(keys)
+    return jnp.argmax(scores + noise, axis=-1).astype(jnp.int32)
+
+
+def _take(table: Int32[Array, "B N"], places: Int32[Array, " B"]) -> Int32[Array, " B"]:
+    return jnp.take_along_axis(table, places[:, None], axis=1)[:, 0]

@@ -1,0 +1,46 @@
+"""What a caller can choose about how tokens are drawn."""
+
+import dataclasses
+import math
+import numbers
+
+from tinysft_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How to draw an answer.
+
+    Attributes:
+      max_new_tokens: the answer's length at most; the end of the model's context can make it shorter.
+      temperature: logits are divided by it; 0 always takes the most likely token.
+      top_k: draw among the k most likely tokens; 0 switches the filter off.
+      top_p: draw among the most likely tokens that together have this probability, after temperature and top-k; 0
+        leaves the most likely token, 1 switches the filter off.
+      seed: of the random numbers. Those of a row depend on the seed and the row's index only.
+      stop_ids: tokens that end an answer and are not part of it.
+      forbidden_ids: tokens that are never drawn.
+
+    Raises:
+      UserError: if a number is out of range.
+    """
+
+    max_new_tokens: int = 200
+    temperature: float | int = 0.7
+    top_k: int = 50
+    top_p: float | int = 1.0
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    forbidden_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name, highest in (("max_new_tokens", 2**31 - 1), ("top_k", 2**31 - 1), ("seed", 2**32 - 1)):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not 0 <= value <= highest:
+                raise UserError(f"{name} is {value!r}; it must be a whole number from 0 to {highest}")
+        for name, highest in (("temperature", math.inf), ("top_p", 1)):
+            value = getattr(self, name)
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            # Written so that NaN, which compares as false, fails it.
+            if not (is_number and 0 <= value <= highest and math.isfinite(value)):
+                raise UserError(f"{name} is {value!r}; it must be {'from 0 to 1' if highest == 1 else '0 or more'}")

@@ -7,17 +7,20 @@ STORIES := 8000
 
 .PHONY: demo test lint clean
 
+# Make again after an interruption, and it goes on where it was.
 # The embedded corpus, a small model pretrained on its stories, the same model taught to answer, and what it answers.
-demo: $(DEMO)/sft/model
+demo: $(DEMO)/sft.done
 	$(BIN)/python -m tinysft_jax.evaluation.samples --checkpoint=$(DEMO)/sft --data=$(DEMO)/tasks
 
-$(DEMO)/sft/model: $(DEMO)/pretrain/model $(DEMO)/tasks/data.json
+$(DEMO)/sft.done: $(DEMO)/pretrain.done $(DEMO)/tasks/data.json
 	$(BIN)/python train.py --config=configs/sft.py:demo --workdir=$(DEMO)/sft \
 		--config.init_from=$(DEMO)/pretrain --config.data.path=$(DEMO)/tasks
+	@touch $@
 
-$(DEMO)/pretrain/model: $(DEMO)/stories/data.json
+$(DEMO)/pretrain.done: $(DEMO)/stories/data.json
 	$(BIN)/python train.py --config=configs/pretrain.py:demo --workdir=$(DEMO)/pretrain \
 		--config.data.path=$(DEMO)/stories
+	@touch $@
 
 $(DEMO)/stories/data.json: | $(VENV)/demo.stamp
 	$(BIN)/python -m tinysft_jax.data.prepare --embedded=$(STORIES) --output=$(DEMO)/stories --bpe_ranks=4096 --format=text

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tinysft_jax import cli, files
-from tinysft_jax.errors import RunError, UserError
+from tinysft_jax.errors import RunError
 from tinysft_jax.interop.parity import measure_parity
 from tinysft_jax.interop.torch_checkpoint import read_torch_checkpoint
 from tinysft_jax.interop.torch_file import open_torch_file
@@ -32,9 +32,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     args = parser.parse_args()
 
-    if args.overwrite and args.output.exists() and not (args.output / "model.json").exists():
-        raise UserError(f"{args.output} is not a model directory; --overwrite replaces nothing else")
-    files.check_output(args.output, args.overwrite)
+    files.check_output(args.output, args.overwrite, "model.json")
     description, params = read_torch_checkpoint(args.input, args.n_heads)
     report(description)
     with files.new_directory(args.output, args.overwrite) as directory:

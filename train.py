@@ -15,7 +15,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "What the run writes; an existing
 
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
-        print(f"{__doc__}\n{flags.FLAGS.main_module_help()}\n\nThe keys stand in the configuration file, a comment each.")
+        print(f"{__doc__}\n{flags.FLAGS.main_module_help()}")
         return
     try:
         extra = flags.FLAGS(sys.argv)[1:]

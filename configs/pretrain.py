@@ -1,6 +1,6 @@
 """Pretraining on plain stories, for those who have no checkpoint: `--config=configs/pretrain.py`.
 
-The data is prepared with `--format text`: every token is supervised.
+The data is prepared with `--format text`: every token but the first is supervised.
 """
 
 import importlib.util

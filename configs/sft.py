@@ -25,7 +25,7 @@ def get_config(preset: str = "") -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2e-5  # a tenth of pretraining's
-    config.optimizer.warmup_steps = 500  # linear from 0; then a cosine down to 0 at the last step
+    config.optimizer.warmup_steps = 500  # linear; then a cosine down to 0 at the last step
     config.optimizer.weight_decay = 0.01
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.95

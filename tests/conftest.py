@@ -10,7 +10,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tinysft-jax-test-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 install_import_hook("tinysft_jax", "beartype.beartype")
 
@@ -48,7 +48,7 @@ def chat_data(tmp_path_factory) -> Path:
     from tinysft_jax.data import prepare
 
     directory = tmp_path_factory.mktemp("chats")
-    words, draw = "a big red dog ran to see the little cat".split(), random.Random(0)
+    words, draw = ["a", "big", "red", "dog", "ran", "to", "see", "the", "little", "cat"], random.Random(0)
 
     def text(longest: int) -> str:
         return " ".join(draw.choice(words) for _ in range(draw.randint(1, longest)))

@@ -96,7 +96,7 @@ def test_overwrite_replaces_models_only(convert, tmp_path, kind):
         output.mkdir()
         (output / "note.txt").write_text("precious")
     before = sorted(tmp_path.rglob("*"))
-    assert_one_line(convert(input=source, output=output, overwrite=True), 2, "not a model directory")
+    assert_one_line(convert(input=source, output=output, overwrite=True), 2, "not a directory with a model.json")
     assert sorted(tmp_path.rglob("*")) == before
 
 

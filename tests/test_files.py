@@ -29,12 +29,28 @@ def test_what_is_there_is_replaced_only_when_asked_and_only_by_a_whole_one(tmp_p
     (tmp_path / "out" / "old").write_text("1")
     with pytest.raises(UserError, match="--overwrite"), files.new_directory(tmp_path / "out"):
         pass
-    with pytest.raises(RuntimeError), files.new_directory(tmp_path / "out", overwrite=True):
+    with pytest.raises(RuntimeError), files.new_directory(tmp_path / "out", overwrite=True, marker="old"):
         raise RuntimeError
     assert os.listdir(tmp_path / "out") == ["old"]
-    with files.new_directory(tmp_path / "out", overwrite=True) as directory:
+    with files.new_directory(tmp_path / "out", overwrite=True, marker="old") as directory:
         (directory / "new").write_text("2")
     assert os.listdir(tmp_path / "out") == ["new"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_nothing_of_another_kind_is_replaced(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "precious").write_text("1")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.json").write_text("{}")
+    (tmp_path / "link").symlink_to("model")
+    (tmp_path / "file").write_text("1")
+    for name in ("notes", "link", "file"):
+        with (
+            pytest.raises(UserError, match="replaces nothing else"),
+            files.new_directory(tmp_path / name, overwrite=True, marker="model.json"),
+        ):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["file", "link", "model", "notes"]
 
 
 def test_a_directory_that_cannot_be_made_is_a_users_error(tmp_path):

@@ -65,3 +65,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(chat_data, tmp_path):
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     assert int(checkpoint.name) >= 10
     assert "Traceback" not in stderr
+    again = run("--config=configs/sft.py", *arguments, f"--config.train.max_steps={int(checkpoint.name) + 5}")
+    assert again.returncode == 0, again.stderr
+    assert f"continuing at step {int(checkpoint.name):,} of" in again.stderr
+    assert max(line["step"] for line in read_metrics(tmp_path)) == int(checkpoint.name) + 5

@@ -34,7 +34,7 @@ def segment_attention(
     Raises:
       UserError: if the backend is unknown or can't run here. No backend ignores segments.
     """
-    if _choose(backend, q.dtype, q.shape[-1]) == "cudnn":
+    if choose_backend(backend, q.dtype, q.shape[-1], q.shape[1]) == "cudnn":
         # cuDNN takes segments only as a mask: its causal flag alone would let neighbours see each other.
         return _masked(q, k, v, segment_ids, segment_ids, 0, "cudnn")
     blocks = []
@@ -64,23 +64,33 @@ def _masked(q, k, v, q_segments, k_segments, start, implementation):
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
 
 
-def _choose(backend: str, dtype, head_dim: int) -> str:
+def choose_backend(backend: str, dtype, head_dim: int, seq_len: int) -> str:
+    """The backend that will run: "xla" or "cudnn".
+
+    Raises:
+      UserError: if the one asked for is unknown or can't run here.
+    """
     if backend not in ATTENTION_BACKENDS:
         raise UserError(f"attention backend {backend!r} is not one of {', '.join(ATTENTION_BACKENDS)}")
     if backend == "xla":
         return "xla"
-    obstacle = _cudnn_obstacle(dtype, head_dim)
+    obstacle = _cudnn_obstacle(dtype, head_dim, seq_len)
     if backend == "cudnn" and obstacle:
         raise UserError(f"attention=cudnn can't run here: {obstacle}; use attention=auto or xla")
     return "xla" if obstacle else "cudnn"
 
 
-def _cudnn_obstacle(dtype, head_dim: int) -> str | None:
+def _cudnn_obstacle(dtype, head_dim: int, seq_len: int) -> str | None:
     """Why cuDNN's attention can't run in this process; None if it can."""
-    if "NVIDIA" not in jax.devices()[0].device_kind:
+    device = jax.devices()[0]
+    if device.platform != "gpu" or not hasattr(device, "compute_capability"):
         return "there is no NVIDIA GPU"
+    if float(device.compute_capability) < 8:
+        return f"it needs compute capability 8.0, this GPU has {device.compute_capability}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, not {dtype}"
     if head_dim > 128 or head_dim % 8:
         return f"it takes heads of a multiple of 8 up to 128, not {head_dim}"
+    if seq_len % 2:
+        return f"it takes rows of even length, not {seq_len}"
     return None

@@ -15,8 +15,10 @@ class RunError(Exception):
     """
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """The run was asked to stop, and did so in good order; the message says how to continue.
+
+    Like KeyboardInterrupt it is no error, and not to be caught as one.
 
     Attributes:
       exit_code: 130 for Ctrl-C, 143 for SIGTERM.
@@ -25,3 +27,9 @@ class Interrupted(Exception):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def reason(error: Exception) -> str:
+    """What a library's error says, short enough for one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

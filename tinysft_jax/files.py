@@ -13,24 +13,35 @@ from typing import Any
 from tinysft_jax.errors import UserError
 
 
-def check_output(path: Path, overwrite: bool) -> None:
-    """Refuses an output path that is taken, before any work is done.
+def check_output(path: Path, overwrite: bool, marker: str) -> None:
+    """Refuses an output directory that must not be replaced, before any work is done.
+
+    Args:
+      path: the directory to make.
+      overwrite: whether one that exists may be replaced.
+      marker: the file that tells that it is of the kind which is about to be made.
 
     Raises:
-      UserError: if `path` exists and `overwrite` is not set.
+      UserError: if `path` exists, and `overwrite` is not set or it is something else.
     """
-    if path.exists() and not overwrite:
+    if not (path.exists() or path.is_symlink()):
+        return
+    if not overwrite:
         raise UserError(f"{path} exists; choose another --output or add --overwrite")
+    if path.is_symlink() or not (path / marker).is_file():
+        raise UserError(f"{path} is not a directory with a {marker}; --overwrite replaces nothing else")
 
 
 @contextlib.contextmanager
-def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def new_directory(path: Path, overwrite: bool = False, marker: str = "model.json") -> Iterator[Path]:
     """Yields an empty directory that becomes `path` when the block ends, and vanishes if it fails.
 
+    Args: as of `check_output`.
+
     Raises:
-      UserError: if `path` exists and `overwrite` is not set, or can't be written.
+      UserError: if `path` must not be replaced, or can't be written.
     """
-    check_output(path, overwrite)
+    check_output(path, overwrite, marker)
     aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         aside.mkdir(parents=True)
@@ -44,14 +55,17 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def replace(new: Path, path: Path) -> None:
-    """Renames `new` to `path`; what was there goes only once the new one is in place."""
-    if path.is_dir() and not path.is_symlink():
+    """Renames the directory `new` to `path`; what was there is removed after that.
+
+    Between the two renames nothing is at `path`; where that matters, `link` is the way.
+    """
+    if path.exists():
         old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
         path.rename(old)
         new.rename(path)
         shutil.rmtree(old)
     else:
-        os.replace(new, path)
+        new.rename(path)
 
 
 def link(path: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from tinysft_jax import files
-from tinysft_jax.errors import RunError, UserError
+from tinysft_jax.errors import RunError, UserError, reason
 from tinysft_jax.model import GPT, GPTConfig
 
 FORMAT_VERSION = 1
@@ -86,7 +86,7 @@ def write_model(directory: Path, params: Params, description: ModelDescription) 
     try:
         ocp.save(directory.resolve() / "params", trim_vocabulary(params, description.config))
     except (ValueError, OSError) as error:  # tensorstore's own errors are ValueErrors
-        raise RunError(f"can't write {directory}: {str(error).splitlines()[0][:300]}") from None
+        raise RunError(f"can't write {directory}: {reason(error)}") from None
     if jax.process_index() == 0:
         files.write_json(directory / "model.json", description.to_json())
 
@@ -122,7 +122,7 @@ def load_params(path: Path, config: GPTConfig) -> Params:
             raise UserError(f"{directory} does not fit model.json: {'; '.join(differences[:5])}")
         params = ocp.load(directory, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"can't read {directory}: {str(error).splitlines()[0][:300]}") from None
+        raise UserError(f"can't read {directory}: {reason(error)}") from None
     return pad_vocabulary(params, config)
 
 
@@ -162,7 +162,7 @@ def model_directory(path: Path) -> Path:
         raise UserError(f"{path} does not exist; give a model directory, a work directory or a .pt file")
     if not (path / "model.json").exists() and (path / "config.json").exists():
         if not (path / "model").exists():
-            raise UserError(f"{path} has no model yet: its run has not reached an evaluation")
+            raise UserError(f"{path} has no model yet: its run has not got far enough")
         return path / "model"
     return path
 

@@ -207,9 +207,12 @@ def test_documents_are_cut_into_pieces_and_nothing_is_lost(tmp_path: Path):
     tokens, supervised, offsets = (
         np.load(tmp_path / "data" / "train" / f"{name}-00000.npy") for name in ("tokens", "supervised", "offsets")
     )
-    # 26 bytes and end-of-text; 3 bytes and end-of-text.
-    assert offsets.tolist() == [0, 10, 20, 27, 31] and supervised.all()
-    assert load_tokenizer(tmp_path / "data").decode(tokens) == "Once there was a cat. 🐱<|endoftext|>End<|endoftext|>"
+    # 26 bytes and end-of-text, each piece beginning with the last token of the one before; 3 bytes and end-of-text.
+    assert offsets.tolist() == [0, 10, 20, 29, 33]
+    assert np.flatnonzero(~supervised).tolist() == [0, 10, 20, 29]
+    decode = load_tokenizer(tmp_path / "data").decode
+    assert decode(tokens[supervised]) == "nce there was a cat. 🐱<|endoftext|>nd<|endoftext|>"
+    assert decode(tokens[[0, 10, 20, 29]]) == "OeaE"
     ledger = json.loads((tmp_path / "data" / "ledger.json").read_text())["splits"]["train"]
     assert ledger["read"] == 2 and ledger["tasks"]["text"]["kept"] == 4
 
@@ -220,7 +223,8 @@ def test_embedded_stories_as_tasks_and_as_text(tmp_path: Path):
     tasks, text = (json.loads((tmp_path / format / "data.json").read_text()) for format in ("auto", "text"))
     assert tasks["tasks"] == list(TASK_NAMES) and tasks["source"] == {"embedded": {"train": 20, "valid": 1}}
     assert (text["splits"]["train"]["conversations"], text["splits"]["valid"]["conversations"]) == (20, 1)
-    stories = {said for _, _, said in conversations(tmp_path / "text")}
+    # The first token of a document is predicted from nothing, so it is not supervised.
+    stories = {whole for _, whole, _ in conversations(tmp_path / "text")}
     written = {said for task, _, said in conversations(tmp_path / "auto") if task == "words"}
     assert written and written <= stories
 
@@ -241,7 +245,7 @@ def test_shards_are_cut_when_they_are_full(tmp_path: Path):
         items = [Item("train", "here", text)] if text else []
         writer.add(encoder.encode(items).splits["train"])
     writer.close()
-    assert writer.totals == {"conversations": 5, "tokens": 22, "supervised_tokens": 22, "longest": 5, "shards": 3}
+    assert writer.totals == {"conversations": 5, "tokens": 22, "supervised_tokens": 17, "longest": 5, "shards": 3}
     offsets = [np.load(tmp_path / "train" / f"offsets-{shard:05d}.npy").tolist() for shard in range(3)]
     assert offsets == [[0, 5, 10], [0, 5, 10], [0, 2]]
     assert len(list((tmp_path / "train").iterdir())) == 12

@@ -12,6 +12,7 @@ from tinysft_jax.model import GPT
 from tinysft_jax.model_directory import load_model
 from tinysft_jax.sampling.decode import Decoder, generate
 from tinysft_jax.sampling.options import SamplingOptions
+from tinysft_jax.sharding import make_mesh, state_sharding
 
 # With prompts of 1 to 30 tokens this makes caches of 64 positions, whichever prompts are together: few shapes.
 N_NEW = 34
@@ -118,8 +119,10 @@ def test_a_stop_id_ends_its_row_only_and_is_not_returned(decoder, prompts):
     stop_ids = (free[0][5], free[3][0])
     ends = [next((i for i, id_ in enumerate(ids) if id_ in stop_ids), len(ids)) for ids in free]
     assert max(ends) == N_NEW and ends[3] == 0 and 0 < ends[0] <= 5
-    stopped = decoder.generate(prompts, SamplingOptions(max_new_tokens=N_NEW, temperature=0, stop_ids=stop_ids))
+    options = SamplingOptions(max_new_tokens=N_NEW, temperature=0, stop_ids=stop_ids)
+    stopped = decoder.generate(prompts, options)
     assert stopped == [ids[:end] for ids, end in zip(free, ends, strict=True)]
+    assert list(decoder.stream(prompts[3], options)) == []
 
 
 def test_a_row_ends_with_the_context(decoder, full_logits):
@@ -167,8 +170,8 @@ def test_decoders_of_one_shape_share_what_is_compiled(model, decoder, prompts):
     options = SamplingOptions(max_new_tokens=N_NEW)
     decoder.generate(prompts[:3], options)
     before = compiled()
-    other = nnx.merge(*nnx.split(model))
-    other.ln_f.scale[...] *= 2.0
+    graph, state = nnx.split(model)
+    other = nnx.merge(graph, jax.tree.map(lambda leaf: leaf * 1.1, nnx.to_pure_dict(state)))
     assert Decoder(other).generate(prompts[:3], options) != decoder.generate(prompts[:3], options)
     assert compiled() == before
 
@@ -199,9 +202,20 @@ def test_half_precision_generates(model, prompts):
         (2, "bfloat16"),
     }
     options = SamplingOptions(max_new_tokens=N_NEW, temperature=0)
+    state = decoder._prefill([np.array(prompt) for prompt in prompts], list(range(len(prompts))), options)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((state.cache, state.hidden))} == {"bfloat16"}
     out = decoder.generate(prompts, options)
     exact = Decoder(model).generate(prompts, options)
     assert np.mean([a == b for x, y in zip(out, exact, strict=True) for a, b in zip(x, y, strict=True)]) > 0.5
+
+
+def test_a_model_on_several_devices_generates_the_same(model, decoder, prompts):
+    graph, state = nnx.split(model)
+    params = nnx.to_pure_dict(state)
+    params = jax.device_put(params, state_sharding(make_mesh(data=2, fsdp=2, tensor=2), params))
+    assert not params["tok_emb"]["embedding"].is_fully_replicated
+    options = SamplingOptions(max_new_tokens=N_NEW, temperature=0)
+    assert Decoder(nnx.merge(graph, params)).generate(prompts, options) == decoder.generate(prompts, options)
 
 
 @pytest.mark.parametrize(

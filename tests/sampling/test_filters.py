@@ -111,13 +111,25 @@ def test_a_draw_depends_on_its_own_key_and_row_only(logits, top_k):
     np.testing.assert_array_equal(jitted_draw(rows[order], keys[order], **settings), drawn[order])
 
 
-@given(seed=st.integers(0, 2**32 - 1), n_values=st.integers(1, 200))
+@pytest.mark.parametrize("top_k", [0, 20])
+def test_the_nucleus_is_exact_among_tokens_almost_as_likely_as_each_other(top_k):
+    """The likeliest 6 of 20, or 101 of all; their logits are a millionth apart."""
+    order = np.random.default_rng(0).permutation(VOCAB)
+    logits = np.empty(VOCAB, np.float32)
+    logits[order] = -1e-6 * np.arange(VOCAB)
+    n_kept, n_all = (6, 20) if top_k else (101, VOCAB)
+    counts = drawn_counts(logits, 1.0, (n_kept - 0.5) / n_all, top_k)
+    assert set(np.flatnonzero(counts)) == set(order[:n_kept])
+
+
+@given(seed=st.integers(0, 2**32 - 1), n_peaks=st.integers(0, 20), n_values=st.integers(1, 10))
 @pytest.mark.parametrize("k", [1, 5, 50])
-def test_top_k_by_blocks_is_top_k(seed, n_values, k):
-    """From rows of ties to rows of almost none, some of them -inf; k = 50 is past where blocks pay."""
+def test_top_k_by_blocks_is_top_k(seed, n_peaks, n_values, k):
+    """With ties within and between blocks, some of them at -inf; k = 50 is past where blocks pay."""
     rng = np.random.default_rng(seed)
     values = np.append(rng.normal(size=n_values), -np.inf).astype(np.float32)
     rows = rng.choice(values, (2, 20 * BLOCK))
+    rows[:, rng.choice(20 * BLOCK, n_peaks)] = rng.choice([10, 11, 12], n_peaks)
     for ours, theirs in zip(jitted_top_k(rows, k=k), jax.lax.top_k(rows, k), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -9,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+from tinysft_jax.data import prepare
 from tinysft_jax.data.dataset import PreparedData
 from tinysft_jax.data.packing import plan_epoch
-from tinysft_jax.errors import Interrupted, UserError
+from tinysft_jax.errors import Interrupted, RunError, UserError
 from tinysft_jax.model_directory import load_description, load_model
 from tinysft_jax.training import loop
 from tinysft_jax.training.metrics import read_metrics
@@ -120,6 +122,99 @@ def test_a_finished_run_has_nothing_left_to_do(chat_data, finished):
     assert (finished / "checkpoints" / "12").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"train__batch_size": 16}, "train.batch_size was 8, now 16"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"optimizer__learning_rate": 0.5}, "optimizer.learning_rate was 0.01, now 0.5"),
+        ({"train__max_steps": 11}, "has done 12 steps already, more than 11"),
+    ],
+)
+def test_a_work_directory_belongs_to_one_run(chat_data, finished, changes, complaint):
+    before = (finished / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=complaint):
+        loop.train(tiny_config(chat_data, **changes), finished)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_continues_without_what_it_started_from(chat_data, finished, tmp_path, monkeypatch):
+    """And from a checkpoint written in the background, between two others."""
+    shutil.copytree(finished / "model", tmp_path / "start")
+    config = tiny_config(chat_data, init_from=str(tmp_path / "start"))
+    loop.train(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "part", symlinks=True)
+    shutil.rmtree(tmp_path / "part" / "checkpoints" / "12")
+    shutil.rmtree(tmp_path / "start")
+    loop.train(config, tmp_path / "part")
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+    one, other = latest_checkpoint(tmp_path / "part"), latest_checkpoint(tmp_path / "whole")
+    for path in one:
+        np.testing.assert_array_equal(one[path], other[path])
+
+
+def test_an_evaluation_that_was_cut_short_is_done_again(chat_data, finished, tmp_path, monkeypatch):
+    def interrupted(evaluator, *_):
+        os.kill(os.getpid(), signal.SIGINT)
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Evaluator, "losses", interrupted)
+        with pytest.raises(Interrupted, match="stopped after step 0"):
+            loop.train(tiny_config(chat_data), tmp_path)
+    loop.train(tiny_config(chat_data), tmp_path)
+    assert losses(tmp_path, "sft/val_loss") == losses(finished, "sft/val_loss")
+
+
+def test_a_run_that_diverges_says_so(chat_data, tmp_path):
+    with pytest.raises(RunError, match=r"diverged; lower optimizer.learning_rate"):
+        loop.train(tiny_config(chat_data, optimizer__learning_rate=1e30, optimizer__grad_clip=0.0), tmp_path)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_disk_that_is_full_is_one_line(chat_data, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.v1.training.Checkpointer.save_async", full)
+        with pytest.raises(RunError, match=r"can't write .*checkpoints: .*No space left"):
+            loop.train(tiny_config(chat_data), tmp_path / "one")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.MetricLog, "write", full)
+        with pytest.raises(RunError, match=r"can't write .*No space left"):
+            loop.train(tiny_config(chat_data), tmp_path / "two")
+
+
+def test_without_validation_data_the_last_model_is_kept(chat_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Evaluator, "losses", lambda *_: {})
+    loop.train(tiny_config(chat_data, train__max_steps=2), tmp_path)
+    assert os.readlink(tmp_path / "model") == "models/2"
+
+
+def test_tasks_are_evaluated_one_by_one_from_a_pytorch_checkpoint(tmp_path):
+    """Story tasks, a `.pt` to start from, and a stated number of batches."""
+    from torch_twin import TorchTwin, save
+
+    options = ["--bpe_ranks=512", "--max_tokens=512", "--workers=1"]
+    prepare.main(["--embedded=60", f"--output={tmp_path / 'data'}", *options])
+    twin = TorchTwin(vocab_size=513, dim=16, n_layers=1, n_heads=2, max_seq_len=512)
+    start = save(twin.checkpoint(), tmp_path / "start.pt")
+    changes = {"data__seq_len": 512, "train__max_steps": 2, "train__eval_batches": 1, "init_from": str(start)}
+    loop.train(tiny_config(tmp_path / "data", **changes), tmp_path / "run")
+    evaluated = next(line for line in read_metrics(tmp_path / "run") if "sft/val_loss" in line)
+    tasks = {key.removeprefix("sft/val_loss/") for key in evaluated if key.startswith("sft/val_loss/")}
+    assert tasks > {"summary", "words", "main_character"} and tasks <= set(PreparedData(tmp_path / "data").tasks)
+    assert load_description(tmp_path / "run" / "model").source["from"]["kind"] == "pytorch"
+
+
+def test_the_functions_of_a_run_are_compiled_once(chat_data, tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(loop._Run, "_finish", lambda run: runs.append(run))
+    loop.train(tiny_config(chat_data, train__max_steps=30), tmp_path)
+    assert (runs[0].train_step._cache_size(), runs[0].eval_step._cache_size()) == (1, 1)
+
+
 def test_a_run_may_go_over_several_epochs(chat_data, tmp_path):
     split = PreparedData(chat_data).split("train")
     rows = [len(plan_epoch(split.lengths, 64, 0, epoch)) for epoch in range(2)]
@@ -154,6 +249,8 @@ def test_wandb_is_not_imported_unless_asked_for(finished):
         ({"init_from": "/nowhere"}, "/nowhere does not exist"),
         ({"data__seq_len": 128}, "data.seq_len 128 is longer than the model's context 64"),
         ({"data__seq_len": 32}, "data.seq_len is 32, but the longest conversation"),
+        ({"train__attention": "cudnn"}, "cudnn can't run here"),
+        ({"seed": 2**31}, "seed is 2147483648"),
     ],
 )
 def test_what_cannot_be_a_run_is_refused_before_anything_is_written(chat_data, tmp_path, changes, complaint):

@@ -11,7 +11,7 @@ from tinysft_jax.model_directory import ModelDescription, make_model, save_model
 from tinysft_jax.sharding import make_mesh
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.optimizer import make_optimizer
-from tinysft_jax.training.state import create_state, grow_vocabulary, starting_model
+from tinysft_jax.training.state import create_state, grow_vocabulary, starting_model, state_shapes
 
 PLAIN = GPTConfig(vocab_size=257, dim=16, n_layers=1, n_heads=2, max_seq_len=64)
 BYTES = {"kind": "gpt2", "bpe_ranks": 256}
@@ -77,7 +77,11 @@ def test_the_state_is_created_as_it_is_sharded():
     params = params_of(PLAIN)
     optimizer = make_optimizer(1e-3, 0.01, 0.9, 0.95, 1.0)
     for start in (params, None):
-        state, shardings = create_state(mesh, model, start, optimizer, seed=0)
+        shapes, shardings = state_shapes(mesh, model, optimizer)
+        state = create_state(shardings, model, start, optimizer, seed=0)
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == jax.tree.map(
+            lambda leaf: (leaf.shape, leaf.dtype), shapes
+        )
         kernel = state["params"]["blocks"]["attn"]["wq"]["kernel"]
         assert kernel.addressable_shards[0].data.shape == (1, 8, 8)
         moments = [leaf for leaf in jax.tree.leaves(state["opt_state"]) if leaf.shape == kernel.shape]

@@ -12,7 +12,7 @@ from tinysft_jax.data.pipeline import BatchSource
 from tinysft_jax.model import GPT, GPTConfig
 from tinysft_jax.sharding import global_batch, make_mesh
 from tinysft_jax.training.optimizer import make_optimizer, warmup_cosine
-from tinysft_jax.training.state import create_state
+from tinysft_jax.training.state import create_state, state_shapes
 from tinysft_jax.training.step import make_eval_step, make_train_step
 
 CONFIG = GPTConfig(vocab_size=260, dim=32, n_layers=2, n_heads=2, max_seq_len=128)
@@ -85,7 +85,8 @@ def losses_on(mesh_sizes, split, n_steps: int, between=None) -> tuple[list[float
         schedule = warmup_cosine(1e-3, 2, 40)
         optimizer = make_optimizer(schedule, 0.01, 0.9, 0.95, 1.0)
         model = nnx.eval_shape(lambda: GPT(CONFIG, rngs=nnx.Rngs(0)))
-        state, shardings = create_state(mesh, model, PARAMS, optimizer, 0)
+        _, shardings = state_shapes(mesh, model, optimizer)
+        state = create_state(shardings, model, PARAMS, optimizer, 0)
         step = jax.jit(make_train_step(GRAPH, optimizer, schedule), out_shardings=(shardings, None), donate_argnums=0)
         losses = []
         for index in range(n_steps):

@@ -114,12 +114,15 @@ class Encoder:
         yield from self._first_that_fits([chat.parse_chat(line)], item.split, "chat", ledger)
 
     def _text_examples(self, item: Item, ledger: Ledger) -> Iterator[_Example]:
-        """A document, in consecutive pieces where it is longer than max_tokens."""
+        """A document, in consecutive pieces where it is longer than max_tokens.
+
+        A piece begins with the token that ends the one before: there it is predicted, here predicted from.
+        """
         ids = self.tokenizer.encode_document(item.text)
-        for start in range(0, ids.size, self.max_tokens):
+        for start in range(0, max(ids.size - 1, 1), self.max_tokens - 1):
             piece = ids[start : start + self.max_tokens]
             ledger.kept[item.split, "text"] += 1
-            yield _Example("text", piece, np.ones(piece.size, bool))
+            yield _Example("text", piece, np.arange(piece.size) > 0)
 
     def _first_that_fits(
         self, versions: Iterable[chat.Messages], split: str, task: str, ledger: Ledger

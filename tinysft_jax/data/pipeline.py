@@ -1,5 +1,6 @@
 """From a prepared split and a packing plan to batches, through grain."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,8 @@ class BatchSource:
         return -(-len(self.plan) // self.batch_size)
 
     def __getitem__(self, index) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
         rows = range(self.batch_size * int(index), self.batch_size * (int(index) + 1))[self.part]
         batch = _empty_batch(len(rows), self.seq_len)
         for place, row in enumerate(rows):
@@ -59,7 +62,8 @@ def epoch_batches(source: BatchSource, start: int = 0, num_workers: int = 0) -> 
     dataset = grain.MapDataset.source(source)[start:]
     iterator = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD))
     if num_workers:
-        iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=READ_AHEAD))
+        options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=READ_AHEAD)
+        iterator = iterator.mp_prefetch(options, _leave_ctrl_c_to_the_parent)
     return iter(iterator)
 
 
@@ -84,6 +88,10 @@ def batches(
     """
     data = PreparedData(data_dir).split(split)
     return epoch_batches(BatchSource(data, plan_epoch(data.lengths, seq_len, seed, epoch), batch_size, seq_len))
+
+
+def _leave_ctrl_c_to_the_parent(worker_index: int, worker_count: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _empty_batch(n_rows: int, seq_len: int) -> Batch:

@@ -54,7 +54,7 @@ def prepare(source: Source, encoder: Encoder, output: Path, workers: int = 1, ov
     """
     ledger = Ledger()
     try:
-        with files.new_directory(output, overwrite) as directory:
+        with files.new_directory(output, overwrite, "data.json") as directory:
             writers = {split: ShardWriter(directory / split) for split in SPLITS}
             blocks = map_in_order(encoder.encode, _blocks_of(source), workers)
             with contextlib.closing(blocks), _progress(source) as show:
@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command; `arguments` are the command line's unless given."""
     flags = _parser().parse_args(arguments)
     _check(flags)
-    files.check_output(flags.output, flags.overwrite)
+    files.check_output(flags.output, flags.overwrite, "data.json")
     source = _open_source(flags)
     template = None if source.format == "text" else flags.template
     tokenizer = ChatTokenizer(template, flags.bpe_ranks)

@@ -83,17 +83,17 @@ def main(arguments: list[str] | None = None) -> None:
     # Only now what takes seconds to import.
     from tinysft_jax.model import default_dtype
     from tinysft_jax.model_directory import make_model, read_model
-    from tinysft_jax.sampling.decode import generate
+    from tinysft_jax.sampling.decode import Decoder
+    from tinysft_jax.sampling.options import SamplingOptions
+    from tinysft_jax.sampling.session import text_options
 
     description, params = read_model(flags.checkpoint)
     language = tokenizer.description()
     if (description.chat_template, description.tokenizer) != (language["chat_template"], language["tokenizer"]):
         raise UserError(f"{flags.checkpoint} and {flags.data} were made with different tokenizers or chat templates")
-    model = make_model(description.config, params, dtype=default_dtype())
-    prompts = [case.prompt for case in cases]
-    control_ids = list(tokenizer.control_ids.values())
-    answers = generate(model, prompts, temperature=0, stop_ids=[tokenizer.eot_id], forbidden_ids=control_ids)
-    show(cases, answers, tokenizer)
+    decoder = Decoder(make_model(description.config, params, dtype=default_dtype()))
+    options = text_options(SamplingOptions(temperature=0), tokenizer, decoder.config)
+    show(cases, decoder.generate([case.prompt for case in cases], options), tokenizer)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def _load(path: Path) -> Any:
     try:
         import torch
     except ImportError:
-        raise UserError("PyTorch checkpoints need torch: pip install 'tinysft-jax[torch]'") from None
+        raise UserError("PyTorch checkpoints need torch: pip install -e '.[torch]'") from None
     try:
         with path.open("rb") as file:
             is_archive = file.read(2) == b"PK"  # files of before torch 1.6 are no archives, and can't be mapped

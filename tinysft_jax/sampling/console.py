@@ -103,7 +103,10 @@ def run_interactive(
                 print(" (stopped)")
 
 
-def _reply(decoder, tokenizer, options, session: ChatSession | None, line: str) -> Generator[str]:
+def _reply(
+    decoder: Decoder, tokenizer: ChatTokenizer, options: SamplingOptions, session: ChatSession | None, line: str
+) -> Generator[str]:
+    """Yields what to print after a line."""
     if session is None:
         pieces = stream_text(decoder, tokenizer, encode_request(tokenizer, line), options)
         yield line

@@ -1,7 +1,9 @@
 """Checkpoints of a run, and its best model so far."""
 
+import contextlib
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from tinysft_jax import files
-from tinysft_jax.errors import RunError
+from tinysft_jax.errors import RunError, reason
 from tinysft_jax.model_directory import ModelDescription, Params, write_model
 from tinysft_jax.training.step import TrainState
 
@@ -23,10 +25,11 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int):
+        self._directory = workdir / "checkpoints"
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of its every step
         policies = ocp.training
         self._checkpointer = ocp.training.Checkpointer(
-            (workdir / "checkpoints").resolve(),
+            self._directory.resolve(),
             # The loop decides when to save.
             save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.preservation_policies.LatestN(keep),
@@ -48,36 +51,54 @@ class Checkpoints:
           progress: JSON; what a run that continues must know besides.
         """
         if self.latest_step != step:
-            self._checkpointer.save_async(step, state, custom_metadata=progress)
+            with self._one_line("write"):
+                self._checkpointer.save_async(step, state, custom_metadata=progress)
 
-    def restore(self, step: int, state: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads a checkpoint, whatever mesh wrote it.
-
-        Args:
-          step: which.
-          state: arrays or shapes like those saved.
-          shardings: where each array shall lie.
-
-        Returns:
-          The state, and the `progress` that was saved with it.
+    def progress(self, step: int) -> dict[str, Any]:
+        """What was saved with a checkpoint.
 
         Raises:
           RunError: if it can't be read.
         """
-        wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-        try:
-            return self._checkpointer.load(step, wanted), self._checkpointer.metadata(step).custom_metadata
-        except (ValueError, OSError, KeyError) as error:
-            reason = str(error).splitlines()[0][:300]
-            raise RunError(f"can't read checkpoint {step} of {self._checkpointer.directory}: {reason}") from None
+        with self._one_line("read"):
+            return self._checkpointer.metadata(step).custom_metadata
+
+    def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
+        """Reads a checkpoint, whatever mesh wrote it.
+
+        Args:
+          step: which.
+          shapes: of what was saved.
+          shardings: where each array shall lie.
+
+        Raises:
+          RunError: if it can't be read.
+        """
+        wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+        with self._one_line("read"):
+            return self._checkpointer.load(step, wanted)
 
     def wait(self) -> None:
-        """Returns when all that was started is written."""
-        self._checkpointer.wait()
+        """Returns when all that was started is written.
+
+        Raises:
+          RunError: if something could not be.
+        """
+        with self._one_line("write"):
+            self._checkpointer.wait()
 
     def close(self) -> None:
         """Waits, and lets go of orbax's threads."""
-        self._checkpointer.close()
+        with self._one_line("write"):
+            self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _one_line(self, verb: str) -> Iterator[None]:
+        """Turns orbax's and tensorstore's errors into one line; errors of the background show up later."""
+        try:
+            yield
+        except (ValueError, OSError, KeyError) as error:
+            raise RunError(f"can't {verb} {self._directory}: {reason(error)}") from None
 
 
 def save_best(workdir: Path, step: int, params: Params, description: ModelDescription) -> None:
@@ -88,6 +109,9 @@ def save_best(workdir: Path, step: int, params: Params, description: ModelDescri
     models = workdir / "models"
     directory, aside = models / str(step), models / f".{step}.partial"
     first = jax.process_index() == 0
+    if directory.exists():  # written by the run before it was killed: the same steps, the same model
+        files.link(workdir / "model", directory)
+        return
     if first:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)

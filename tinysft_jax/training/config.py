@@ -61,6 +61,8 @@ def check_config(config: ConfigDict, batch_shards: int) -> None:
     for key in ("optimizer.beta1", "optimizer.beta2"):
         if not 0 <= _get(config, key) < 1:
             raise UserError(f"{key} is {_get(config, key)}; it must be at least 0 and below 1")
+    if config.seed >= 2**31:
+        raise UserError(f"seed is {config.seed}; it must be below 2**31")
     if config.train.num_epochs is not None and config.train.num_epochs < 1:
         raise UserError(f"train.num_epochs is {config.train.num_epochs}; it must be at least 1")
     rows, divisor = config.train.batch_size, config.train.grad_accumulation_steps * batch_shards

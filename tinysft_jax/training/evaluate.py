@@ -1,6 +1,5 @@
 """Validation loss, for each task and over all: every conversation once, every supervised token with equal weight."""
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ from jax.sharding import Mesh
 
 from tinysft_jax.data.dataset import PreparedData
 from tinysft_jax.data.packing import plan_epoch
-from tinysft_jax.data.pipeline import Batch, BatchSource, epoch_batches
+from tinysft_jax.data.pipeline import BatchSource, epoch_batches
 from tinysft_jax.sharding import global_batch
 
 ALL_TASKS = "sft/val_loss"
@@ -38,36 +37,42 @@ class Evaluator:
                 plan = plan_epoch(split.lengths, seq_len, shuffle=False, among=members)
                 self._sources[name] = BatchSource(split, plan, batch_size, seq_len, part)
 
-    def __bool__(self) -> bool:
-        """Whether there is anything to evaluate."""
-        return bool(self._sources)
-
-    def losses(self, eval_step: Callable[[Any, Batch], Any], params: Any, mesh: Mesh) -> dict[str, float]:
+    def losses(
+        self,
+        eval_step: Callable[[Any, dict[str, jax.Array]], Any],
+        params: Any,
+        mesh: Mesh,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> dict[str, float]:
         """Mean negative log-likelihood of a supervised token, in nats.
 
         Args:
           eval_step: jitted, of `make_eval_step`.
           params: of the model.
           mesh: where the batches go.
+          should_stop: asked before each batch; once it says yes, there is no result.
 
         Returns:
-          `sft/val_loss`, and `sft/val_loss/<task>` where there are several tasks.
+          `sft/val_loss`, and `sft/val_loss/<task>` where there are several tasks. Empty if it was stopped, or no
+          token is supervised.
         """
-        # The sums stay on the device until all is dispatched, and are added up in float64.
-        sums = {task: [eval_step(params, batch) for batch in self._batches(task, mesh)] for task in self._sources}
+        sums: dict[str, list[Any]] = {}
+        for task in self._sources:
+            for batch in self._batches(task, mesh):
+                if should_stop():
+                    return {}
+                sums.setdefault(task, []).append(eval_step(params, batch))
+        # The sums stayed on the device until all was dispatched, and are added up in float64.
         totals = {task: np.sum(np.array(jax.device_get(pairs), np.float64), axis=0) for task, pairs in sums.items()}
+        totals = {f"{ALL_TASKS}/{task}": total for task, total in totals.items() if total[1]}
+        if not totals:
+            return {}
         nll, weight = np.sum(list(totals.values()), axis=0)
-        losses = {ALL_TASKS: _mean(nll, weight)}
-        if len(totals) > 1:
-            losses |= {f"{ALL_TASKS}/{task}": _mean(*total) for task, total in totals.items()}
-        return losses
+        by_task = {key: float(total[0] / total[1]) for key, total in totals.items()}
+        return {ALL_TASKS: float(nll / weight), **(by_task if len(by_task) > 1 else {})}
 
     def _batches(self, task: str, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
         for index, batch in enumerate(epoch_batches(self._sources[task])):
             if self._max_batches and index == self._max_batches:
                 return
             yield global_batch(mesh, batch)
-
-
-def _mean(nll: float, weight: float) -> float:
-    return float(nll / weight) if weight else math.nan

@@ -17,6 +17,10 @@ class StopRequest:
     def __init__(self):
         self.exit_code: int | None = None
 
+    @property
+    def requested(self) -> bool:
+        return self.exit_code is not None
+
     def __enter__(self) -> "StopRequest":
         self._previous = {number: signal.signal(number, self._note) for number in EXIT_CODES}
         return self

@@ -1,21 +1,24 @@
 """A training run, from its configuration to its best model."""
 
-import functools
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from tinysft_jax import files
+from tinysft_jax.attention import choose_backend
 from tinysft_jax.data.dataset import PreparedData, Split
 from tinysft_jax.data.packing import plan_epoch
 from tinysft_jax.data.pipeline import Batch, BatchSource, epoch_batches
-from tinysft_jax.errors import Interrupted, UserError
+from tinysft_jax.errors import Interrupted, RunError, UserError, reason
 from tinysft_jax.model import GPT
+from tinysft_jax.model_directory import ModelDescription, Params
 from tinysft_jax.sharding import batch_sharding, batch_shards, global_batch, make_mesh
 from tinysft_jax.training.checkpoint import Checkpoints, save_best
 from tinysft_jax.training.config import check_config, compute_dtype, resolved
@@ -25,7 +28,7 @@ from tinysft_jax.training.metrics import MetricLog, Rates, read_metrics
 from tinysft_jax.training.optimizer import make_optimizer, warmup_cosine
 from tinysft_jax.training.plot import plot_loss
 from tinysft_jax.training.progress import TrainingProgress, print_summary
-from tinysft_jax.training.state import create_state, starting_model
+from tinysft_jax.training.state import create_state, starting_model, state_shapes
 from tinysft_jax.training.step import make_eval_step, make_train_step
 
 
@@ -38,47 +41,95 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
     Raises:
       UserError: if the configuration, the data or the starting model can't be worked with.
+      RunError: if the run can't go on: a full disk, too little memory, numbers that are no more.
       Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
     """
     mesh = make_mesh(**config.mesh)
     check_config(config, batch_shards(mesh))
-    with jax.set_mesh(mesh), StopRequest() as stop:
-        _Run(config, workdir, mesh).to_the_end(stop)
+    try:
+        with jax.set_mesh(mesh), StopRequest() as stop:
+            _Run(config, workdir, mesh, stop).to_the_end()
+    except OSError as error:
+        raise RunError(f"can't write {workdir}: {error.strerror or error}") from None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RunError(
+            f"not enough memory: {reason(error)}; raise train.grad_accumulation_steps or set train.remat=full"
+        ) from None
 
 
 class _Run:
-    def __init__(self, config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh):
-        self.config, self.workdir, self.mesh = config, workdir, mesh
+    """Everything is checked and built before anything is written."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, mesh: Mesh, stop: StopRequest):
+        self.config, self.workdir, self.mesh, self.stop = config, workdir, mesh, stop
         self.part = (jax.process_index(), jax.process_count())
-        data = PreparedData(config.data.path)
-        self.split = data.split("train")
+        self.data = PreparedData(config.data.path)
+        self.split = self.data.split("train")
         if not len(self.split):
             raise UserError(f"{config.data.path} has no training conversation")
         self.total_steps = total_steps(config, self.split)
         self.evaluator = Evaluator(
-            data, config.train.batch_size, config.data.seq_len, config.train.eval_batches, self.part
+            self.data, config.train.batch_size, config.data.seq_len, config.train.eval_batches, self.part
         )
-        self.description, params = starting_model(config.init_from, config.model.to_dict(), data)
-        if config.data.seq_len > self.description.config.max_seq_len:
-            raise UserError(
-                f"data.seq_len {config.data.seq_len} is longer than the model's context "
-                f"{self.description.config.max_seq_len}"
-            )
-        self._create_state(params)
-        self._open_workdir()
+        self.step, self.best_loss, self.best_step = 0, math.inf, 0
+        self.checkpoints = self._existing_checkpoints()
+        if self.checkpoints:
+            self.step, params = self.checkpoints.latest_step, None
+            self.description = self._continue_from(self.checkpoints.progress(self.step))
+        else:
+            self.description, params = starting_model(config.init_from, config.model.to_dict(), self.data)
+        self._build(params)
 
-    def _create_state(self, params) -> None:
+    def _existing_checkpoints(self) -> Checkpoints | None:
+        if not (self.workdir / "checkpoints").is_dir():
+            return None
+        checkpoints = Checkpoints(self.workdir, self.config.train.keep_checkpoints)
+        return checkpoints if checkpoints.latest_step is not None else None
+
+    def _continue_from(self, progress: dict[str, Any]) -> ModelDescription:
+        """Takes over what a checkpoint says, once it is sure that this is the same run."""
+        before, now = progress["run"], self._identity()
+        changes = [f"{key} was {before.get(key)}, now {now[key]}" for key in now if before.get(key) != now[key]]
+        if changes:
+            raise UserError(f"{self.workdir} is another run: {'; '.join(changes)}; choose another --workdir")
+        if self.step > self.total_steps:
+            raise UserError(f"{self.workdir} has done {self.step} steps already, more than {self.total_steps}")
+        self.best_step = progress["best_step"]
+        self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
+        return ModelDescription.from_json(progress["model"], self.workdir / "checkpoints" / str(self.step))
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change when a run continues: the order of the data, and the arithmetic of a step."""
         config = self.config
-        options = {
-            "dtype": compute_dtype(config),
-            "attention": config.train.attention,
-            "remat": config.train.remat,
+        return {
+            "data": files.sha256(self.data.directory / "manifest.json")[:16],
+            "seed": config.seed,
+            "data.seq_len": config.data.seq_len,
+            "train.batch_size": config.train.batch_size,
+            **{f"optimizer.{key}": value for key, value in config.optimizer.items()},
         }
-        model = nnx.eval_shape(lambda: GPT(self.description.config, rngs=nnx.Rngs(0), **options))
+
+    def _build(self, params: Params | None) -> None:
+        """The state and the compiled functions."""
+        config, shape = self.config, self.description.config
+        if config.data.seq_len > shape.max_seq_len:
+            raise UserError(
+                f"data.seq_len {config.data.seq_len} is longer than the model's context {shape.max_seq_len}"
+            )
+        dtype = compute_dtype(config)
+        choose_backend(config.train.attention, dtype, shape.head_dim, config.data.seq_len)
+        options = {"dtype": dtype, "attention": config.train.attention, "remat": config.train.remat}
+        model = nnx.eval_shape(lambda: GPT(shape, rngs=nnx.Rngs(0), **options))
         settings = config.optimizer.to_dict()
         schedule = warmup_cosine(settings.pop("learning_rate"), settings.pop("warmup_steps"), self.total_steps)
         optimizer = make_optimizer(schedule, **settings)
-        self.state, self.shardings = create_state(self.mesh, model, params, optimizer, config.seed)
+        shapes, self.shardings = state_shapes(self.mesh, model, optimizer)
+        if self.checkpoints:
+            self.state = self.checkpoints.restore(self.step, shapes, self.shardings)
+        else:
+            self.state = create_state(self.shardings, model, params, optimizer, config.seed)
         graph = nnx.graphdef(model)
         everywhere, rows = NamedSharding(self.mesh, PartitionSpec()), batch_sharding(self.mesh)
         # Shardings are pinned, or the second call, whose state comes from the first, would be compiled anew.
@@ -92,43 +143,24 @@ class _Run:
             make_eval_step(graph), in_shardings=(self.shardings["params"], rows), out_shardings=everywhere
         )
 
-    def _open_workdir(self) -> None:
-        config = self.config
-        try:
-            self.workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"can't write --workdir {self.workdir}: {error.strerror}") from None
-        self.checkpoints = Checkpoints(self.workdir, config.train.keep_checkpoints)
-        self.step, self.best_loss, self.best_step = 0, float("inf"), 0
-        if (latest := self.checkpoints.latest_step) is not None:
-            self.state, progress = self.checkpoints.restore(latest, self.state, self.shardings)
-            self.step, self.best_step = latest, progress["best_step"]
-            self.best_loss = progress["best_loss"] if progress["best_loss"] is not None else float("inf")
+    def to_the_end(self) -> None:
+        self.workdir.mkdir(parents=True, exist_ok=True)
         first = jax.process_index() == 0
-        self.progress = TrainingProgress(self.step, self.total_steps, quiet=not first)
-        self.rates = Rates(self.description.config, config.train.batch_size * config.data.seq_len, config.data.seq_len)
+        self.checkpoints = self.checkpoints or Checkpoints(self.workdir, self.config.train.keep_checkpoints)
+        seq_len = self.config.data.seq_len
+        self.rates = Rates(self.description.config, self.config.train.batch_size * seq_len, seq_len)
         self.log = None
-        if first:
-            settings = resolved(config, self.total_steps)
-            files.write_json(self.workdir / "config.json", settings)
-            self.log = MetricLog(self.workdir, self.step, config.wandb.to_dict(), settings)
-
-    def to_the_end(self, stop: StopRequest) -> None:
-        config = self.config.train
-        if self.step:
-            self.progress.say(f"continuing at step {self.step:,} of {self.total_steps:,} in {self.workdir}")
+        self.progress = TrainingProgress(self.total_steps, quiet=not first)
         try:
-            if not self.step:
+            if first:
+                settings = resolved(self.config, self.total_steps)
+                files.write_json(self.workdir / "config.json", settings)
+                self.log = MetricLog(self.workdir, self.step, self.config.wandb.to_dict(), settings)
+            if self.step:
+                self.progress.say(f"continuing at step {self.step:,} of {self.total_steps:,} in {self.workdir}")
+            if self._is_evaluation_due():
                 self._evaluate()
-            self._train(stop)
-            if stop.exit_code is not None:
-                self._save()
-                self.checkpoints.wait()
-                raise Interrupted(
-                    f"stopped after step {self.step:,} of {self.total_steps:,}, checkpoint saved; "
-                    "run the same command to continue",
-                    stop.exit_code,
-                )
+            self._train()
             self.checkpoints.wait()
         finally:
             self.progress.close()
@@ -137,13 +169,12 @@ class _Run:
                 self.log.close()
         self._finish()
 
-    def _train(self, stop: StopRequest) -> None:
+    def _train(self) -> None:
         config = self.config.train
+        batches = self._batches()
         pending = None  # metrics of the step before: fetched while the device works on the next one
-        for batch in self._batches():
-            if self.step == self.total_steps or stop.exit_code is not None:
-                break
-            self.state, metrics = self.train_step(self.state, global_batch(self.mesh, batch))
+        while self.step < self.total_steps and not self.stop.requested:
+            self.state, metrics = self.train_step(self.state, global_batch(self.mesh, next(batches)))
             if pending:
                 self._account(*pending)
             self.step += 1
@@ -160,21 +191,34 @@ class _Run:
                     self._save()
         if pending:
             self._account(*pending)
+        if self.stop.requested:
+            self._save()
+            self.checkpoints.wait()
+            raise Interrupted(
+                f"stopped after step {self.step:,} of {self.total_steps:,}, checkpoint saved; "
+                "run the same command to continue",
+                self.stop.exit_code,
+            )
 
     def _batches(self) -> Iterator[Batch]:
         """The batches from the current step on, epoch after epoch."""
-        config, to_skip = self.config, self.step
+        to_skip = self.step
         for epoch in itertools.count():
-            source = epoch_source(config, self.split, epoch, self.part)
+            source = epoch_source(self.config, self.split, epoch, self.part)
             if to_skip >= len(source):
                 to_skip -= len(source)
                 continue
-            yield from epoch_batches(source, to_skip, config.data.num_workers)
+            yield from epoch_batches(source, to_skip, self.config.data.num_workers)
             to_skip = 0
 
     def _account(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes a finished step's metrics from the device, and logs them if it is time."""
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise RunError(
+                f"the loss of step {step:,} is {values['loss']}, its gradient's norm {values['grad_norm']}: the run "
+                "has diverged; lower optimizer.learning_rate or lengthen optimizer.warmup_steps and start again"
+            )
         self.rates.count(values["tokens"], values["supervised_tokens"])
         self.progress.step(step)
         if step % self.config.train.log_interval == 0 or step in (1, self.total_steps):
@@ -187,20 +231,28 @@ class _Run:
             self.progress.log(step, logged)
             self._write(step, logged)
 
+    def _is_evaluation_due(self) -> bool:
+        """Whether the step that the run starts at should have been evaluated, and was not."""
+        if self.step % self.config.train.eval_interval and self.step != self.total_steps:
+            return False
+        return not any(ALL_TASKS in line for line in read_metrics(self.workdir) if line["step"] == self.step)
+
     def _evaluate(self) -> None:
-        if not self.evaluator:
+        losses = self.evaluator.losses(self.eval_step, self.state["params"], self.mesh, lambda: self.stop.requested)
+        if ALL_TASKS not in losses:
             return
-        losses = self.evaluator.losses(self.eval_step, self.state["params"], self.mesh)
         self.progress.say(f"step {self.step:,}: validation loss {losses[ALL_TASKS]:.4f}")
-        self._write(self.step, losses)
         if self.step and losses[ALL_TASKS] < self.best_loss:
             self.best_loss, self.best_step = losses[ALL_TASKS], self.step
             self._save_model()
+        self._write(self.step, losses)
         if self.log:
             plot_loss(read_metrics(self.workdir), self.workdir / "loss.png")
 
     def _save(self) -> None:
         progress = {
+            "format_version": 1,
+            "run": self._identity(),
             "rows": self.step * self.config.train.batch_size,
             "best_loss": self.best_loss if self.best_step else None,
             "best_step": self.best_step,
@@ -216,7 +268,7 @@ class _Run:
             self.log.write(step, metrics)
 
     def _finish(self) -> None:
-        if not self.evaluator:  # nothing tells which model is best: the last one is
+        if not self.best_step:  # without validation data nothing tells which model is best: the last one is
             self.best_step = self.step
             self._save_model()
         if jax.process_index() == 0:

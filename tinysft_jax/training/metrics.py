@@ -10,13 +10,17 @@ from typing import Any
 import jax
 
 from tinysft_jax import files
+from tinysft_jax.errors import UserError, reason
 from tinysft_jax.model import GPTConfig
 
 # Dense bfloat16 FLOP/s of one device, as its maker publishes them.
 PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
     "NVIDIA L4": 121e12,
     "NVIDIA L40S": 362e12,
@@ -42,9 +46,8 @@ def train_flops(config: GPTConfig, tokens: int | float, supervised_tokens: int |
 
 def peak_flops() -> float | None:
     """Published FLOP/s of all devices together; None where the device is not in the table."""
-    kind = jax.devices()[0].device_kind
-    matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    return PEAK_FLOPS[max(matches, key=len)] * jax.device_count() if matches else None
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    return peak * jax.device_count() if peak else None
 
 
 MetricLine = dict[str, int | float]  # of metrics.jsonl: "step" and what was measured then
@@ -116,7 +119,7 @@ class MetricLog:
         self._wandb = _start_wandb(workdir, wandb_settings, config)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb:
             self._wandb.log(metrics, step=step)
@@ -145,12 +148,17 @@ def _start_wandb(workdir: Path, settings: dict[str, Any], config: dict[str, Any]
     id_file = workdir / "wandb_id"
     if not id_file.exists():
         files.write_text(id_file, wandb.util.generate_id())
-    return wandb.init(
-        mode=settings["mode"],
-        project=settings["project"],
-        name=settings["name"] or workdir.name,
-        id=id_file.read_text(encoding="utf-8"),
-        resume="allow",
-        dir=workdir,
-        config=config,
-    )
+    try:
+        return wandb.init(
+            mode=settings["mode"],
+            project=settings["project"],
+            name=settings["name"] or workdir.name,
+            id=id_file.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=workdir,
+            config=config,
+        )
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"wandb does not start: {reason(error)}; log in with `wandb login`, or use --config.wandb.mode=offline"
+        ) from None

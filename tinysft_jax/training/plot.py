@@ -32,7 +32,9 @@ def plot_loss(lines: list[MetricLine], path: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    aside = path.with_name(f".{path.name}.partial")
+    figure.savefig(aside, dpi=120, format="png")
+    aside.replace(path)
 
 
 def _series(lines: list[MetricLine], key: str) -> tuple[list[int], list[float]]:

@@ -10,17 +10,19 @@ from rich.table import Table
 from tinysft_jax.training.evaluate import ALL_TASKS
 from tinysft_jax.training.metrics import MetricLine
 
+# A path may hold brackets, and a line that someone greps should stay one line.
+_PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}
+
 
 class TrainingProgress:
     """Steps done, loss, learning rate, supervised tokens a second, time left.
 
     Args:
-      start: steps done before.
       total: steps of the run.
       quiet: show nothing (processes that aren't the first).
     """
 
-    def __init__(self, start: int, total: int, quiet: bool = False):
+    def __init__(self, total: int, quiet: bool = False):
         self._console = Console(file=sys.stderr, quiet=quiet)
         self._total, self._first_step = total, None
         self._live = None
@@ -32,7 +34,7 @@ class TrainingProgress:
                 TimeRemainingColumn(),
             )
             self._live = Progress(*columns, console=self._console)
-            self._task = self._live.add_task("compiling", total=total, completed=start)
+            self._task = self._live.add_task("compiling", total=total)
             self._live.start()
 
     def step(self, step: int) -> None:
@@ -50,11 +52,11 @@ class TrainingProgress:
         if self._live:
             self._live.update(self._task, description=text)
         else:
-            self._console.print(f"step {step:,}/{self._total:,}  {text}{self._time_left(step)}", highlight=False)
+            self._console.print(f"step {step:,}/{self._total:,}  {text}{self._time_left(step)}", **_PLAIN)
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, **_PLAIN)
 
     def close(self) -> None:
         if self._live:

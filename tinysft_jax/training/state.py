@@ -70,34 +70,43 @@ def grow_vocabulary(config: GPTConfig, params: Params, tokenizer: ChatTokenizer)
     return grown, pad_vocabulary(params | {"tok_emb": {"embedding": table}}, grown)
 
 
-def create_state(
-    mesh: Mesh, model: GPT, params: Params | None, optimizer: optax.GradientTransformation, seed: int
-) -> tuple[TrainState, TrainState]:
-    """The state of step 0, created as it is sharded.
+def state_shapes(mesh: Mesh, model: GPT, optimizer: optax.GradientTransformation) -> tuple[TrainState, TrainState]:
+    """The shapes of a train state, and how it is sharded.
 
     Args:
       mesh: where it lies.
-      model: an abstract GPT (`nnx.eval_shape`), for its structure and shapes.
+      model: an abstract GPT (`nnx.eval_shape`).
+      optimizer: whose state is part of it.
+    """
+    shapes = jax.eval_shape(lambda params: _fresh(params, optimizer), nnx.to_pure_dict(nnx.state(model)))
+    return shapes, state_sharding(mesh, shapes)
+
+
+def create_state(
+    shardings: TrainState, model: GPT, params: Params | None, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
+    """The state of step 0, created as it is sharded.
+
+    Args:
+      shardings: of `state_shapes`.
+      model: an abstract GPT, for its shape.
       params: host parameters; None: random.
       optimizer: whose state to make.
       seed: of random parameters.
-
-    Returns:
-      The state, and its shardings.
     """
-
-    def fresh(params) -> TrainState:
-        return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
-
-    def random(key) -> TrainState:
-        return fresh(nnx.to_pure_dict(nnx.state(GPT(model.config, rngs=nnx.Rngs(key)))))
-
-    key = jax.random.key(seed)
-    shardings = state_sharding(mesh, jax.eval_shape(random, key))
     if params is None:
-        return jax.jit(random, out_shardings=shardings)(key), shardings
+
+        def random(key):
+            return _fresh(nnx.to_pure_dict(nnx.state(GPT(model.config, rngs=nnx.Rngs(key)))), optimizer)
+
+        return jax.jit(random, out_shardings=shardings)(jax.random.key(seed))
     # Copied by the jitted function: steps will donate the state, and the caller's arrays are not ours to give away.
-    return jax.jit(fresh, out_shardings=shardings)(jax.device_put(params, shardings["params"])), shardings
+    fresh = jax.jit(lambda params: _fresh(params, optimizer), out_shardings=shardings)
+    return fresh(jax.device_put(params, shardings["params"]))
+
+
+def _fresh(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
 
 def _check_same_language(description: ModelDescription, tokenizer: ChatTokenizer, init_from: str) -> None:
@@ -114,6 +123,8 @@ def _check_same_language(description: ModelDescription, tokenizer: ChatTokenizer
             f"{init_from} has the tokenizer {description.tokenizer}, the data {tokenizer.description()['tokenizer']}; "
             f"prepare the data with --bpe_ranks {description.tokenizer.get('bpe_ranks')}"
         )
+    if description.chat_template is not None and tokenizer.template is None:
+        raise UserError(f"{init_from} is a chat model, the data plain text; prepare conversations to fine-tune it")
     if description.chat_template not in (None, tokenizer.template):
         raise UserError(
             f"{init_from} speaks the chat template {description.chat_template!r}, the data {tokenizer.template!r}; "

@@ -18,7 +18,7 @@ VOCAB_MULTIPLE = 128
 REMAT_POLICIES = ("none", "dots", "full")
 
 Rotation = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
-LayerCache = tuple[Float[Array, "B S H D"], Float[Array, "B S H D"]]
+LayerCache = tuple[Float[Array, "B H S D"], Float[Array, "B H S D"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,9 @@ class Attention(nnx.Module):
             out = segment_attention(q, k, v, segment_ids, self.backend)
         else:
             rows = jnp.arange(positions.shape[0])[:, None]
-            cache = tuple(c.at[rows, positions].set(new.astype(c.dtype)) for c, new in zip(cache, (k, v), strict=True))
+            cache = tuple(
+                c.at[rows, :, positions].set(new.astype(c.dtype)) for c, new in zip(cache, (k, v), strict=True)
+            )
             out = cached_attention(q, *cache, positions)
         return self.wo(out.reshape(x.shape)), cache
 
@@ -216,8 +218,8 @@ class GPT(nnx.Module):
         return self.ln_f(x).reshape(*tokens.shape, -1), updated
 
     def init_cache(self, batch_size: int, length: int) -> list[LayerCache]:
-        """An empty cache with slots for positions 0..length-1, one pair `[B, length, H, D]` a layer."""
-        shape = (batch_size, length, self.config.n_heads, self.config.head_dim)
+        """An empty cache with slots for positions 0..length-1, one pair `[B, H, length, D]` a layer."""
+        shape = (batch_size, self.config.n_heads, length, self.config.head_dim)
         return [(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(self.config.n_layers)]
 
     def logits(self, hidden: Float[Array, "*N dim"]) -> Float[Array, "*N padded_vocab"]:

@@ -359,7 +359,7 @@ def test_damage_anywhere_is_no_crash(tmp_path):
 
 def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"pip install 'tinysft-jax\[torch\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[torch\]'"):
         read_torch_checkpoint(tmp_path / "a.pt")
 
 

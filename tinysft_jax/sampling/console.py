@@ -105,7 +105,7 @@ def run_interactive(
 
 def _reply(
     decoder: Decoder, tokenizer: ChatTokenizer, options: SamplingOptions, session: ChatSession | None, line: str
-) -> Generator[str]:
+) -> Generator[str, None, None]:
     """Yields what to print after a line."""
     if session is None:
         pieces = stream_text(decoder, tokenizer, encode_request(tokenizer, line), options)

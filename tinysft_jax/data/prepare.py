@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from tinysft_jax import chat, cli, files
+from tinysft_jax.data.dataset import FORMAT_VERSION, SPLITS
 from tinysft_jax.data.encoding import Encoder
 from tinysft_jax.data.ledger import Ledger
 from tinysft_jax.data.shards import ShardWriter
-from tinysft_jax.data.sources import FORMATS, SPLITS, Item, Source, download, open_embedded, open_files, open_input
+from tinysft_jax.data.sources import FORMATS, Item, Source, download, open_embedded, open_files, open_input
 from tinysft_jax.data.workers import map_in_order
 from tinysft_jax.errors import RunError, UserError
 from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer
@@ -83,7 +84,7 @@ def prepare(source: Source, encoder: Encoder, output: Path, workers: int = 1, ov
 def _description(source: Source, encoder: Encoder, totals: dict[str, dict[str, int]]) -> dict[str, object]:
     """The content of `data.json`."""
     return {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "format": encoder.format,
         **encoder.tokenizer.description(),
         "max_tokens": encoder.max_tokens,

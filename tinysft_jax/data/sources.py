@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tinysft_jax.data.dataset import SPLITS
 from tinysft_jax.data.records import split_records
 from tinysft_jax.data.stories import embedded_stories, record_text
 from tinysft_jax.errors import UserError
 
 FORMATS = ("tinystories-instruct", "chat-jsonl", "text")
-SPLITS = ("train", "valid")
 # The embedded corpus has one story for validation to this many for training.
 EMBEDDED_TRAIN_PER_VALID = 20
 

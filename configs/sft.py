@@ -45,6 +45,9 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.attention = "auto"  # cudnn where it can run, else xla
     config.train.remat = "none"  # what the backward pass recomputes: none, dots (all but matmuls), full
 
+    # START:STOP traces these steps with JAX's profiler into WORKDIR/profile (view with xprof or TensorBoard).
+    config.profile = ""
+
     # Devices a mesh axis; -1: what is left.
     config.mesh = ConfigDict()
     config.mesh.data = -1

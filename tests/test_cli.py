@@ -39,6 +39,14 @@ def test_a_wrong_flag_is_one_line(capsys):
         parser.parse_args(["--x"])
 
 
+def test_help_shows_defaults_that_are_there():
+    parser = cli.Parser(prog="thing")
+    parser.add_argument("--must", required=True, help="needed")
+    parser.add_argument("--top_k", type=int, default=0, help="how many")
+    text = parser.format_help()
+    assert "None" not in text and "how many (default: 0)" in text
+
+
 def test_a_reader_that_leaves_early_is_no_error():
     program = "from tinysft_jax import cli; cli.run(lambda: [print('line') for _ in range(100_000)])"
     command = f'{sys.executable} -c "{program}" | head -1; exit ${{PIPESTATUS[0]}}'

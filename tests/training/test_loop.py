@@ -229,6 +229,12 @@ def test_what_it_starts_from_may_be_another_runs_best(chat_data, finished, tmp_p
     assert losses(tmp_path, "sft/val_loss")[0] == pytest.approx(best, rel=1e-5)
 
 
+def test_a_window_of_steps_is_traced(chat_data, tmp_path):
+    loop.train(tiny_config(chat_data, train__max_steps=4, profile="1:3"), tmp_path)
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 0
+
+
 def test_wandb_is_not_imported_unless_asked_for(finished):
     assert "wandb" not in sys.modules
 
@@ -251,6 +257,8 @@ def test_wandb_is_not_imported_unless_asked_for(finished):
         ({"data__seq_len": 32}, "data.seq_len is 32, but the longest conversation"),
         ({"train__attention": "cudnn"}, "cudnn can't run here"),
         ({"seed": 2**31}, "seed is 2147483648"),
+        ({"profile": "5"}, "profile is '5'; it must be START:STOP"),
+        ({"profile": "5:5"}, "profile is '5:5'"),
     ],
 )
 def test_what_cannot_be_a_run_is_refused_before_anything_is_written(chat_data, tmp_path, changes, complaint):

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from tinysft_jax.attention import ATTENTION_BACKENDS
 from tinysft_jax.errors import UserError
 from tinysft_jax.model import REMAT_POLICIES, default_dtype
+from tinysft_jax.training.profile import parse_window
 
 DTYPES = ("auto", "bfloat16", "float32")
 WANDB_MODES = ("disabled", "offline", "online")
@@ -65,6 +66,7 @@ def check_config(config: ConfigDict, batch_shards: int) -> None:
         raise UserError(f"seed is {config.seed}; it must be below 2**31")
     if config.train.num_epochs is not None and config.train.num_epochs < 1:
         raise UserError(f"train.num_epochs is {config.train.num_epochs}; it must be at least 1")
+    parse_window(config.profile)
     rows, divisor = config.train.batch_size, config.train.grad_accumulation_steps * batch_shards
     if rows % divisor:
         raise UserError(

@@ -27,6 +27,7 @@ from tinysft_jax.training.interrupt import StopRequest
 from tinysft_jax.training.metrics import MetricLog, Rates, read_metrics
 from tinysft_jax.training.optimizer import make_optimizer, warmup_cosine
 from tinysft_jax.training.plot import plot_loss
+from tinysft_jax.training.profile import ProfileWindow
 from tinysft_jax.training.progress import TrainingProgress, print_summary
 from tinysft_jax.training.state import create_state, starting_model, state_shapes
 from tinysft_jax.training.step import make_eval_step, make_train_step
@@ -172,8 +173,10 @@ class _Run:
     def _train(self) -> None:
         config = self.config.train
         batches = self._batches()
+        profile = ProfileWindow(self.config.profile, self.workdir / "profile")
         pending = None  # metrics of the step before: fetched while the device works on the next one
         while self.step < self.total_steps and not self.stop.requested:
+            profile.before(self.step)
             self.state, metrics = self.train_step(self.state, global_batch(self.mesh, next(batches)))
             if pending:
                 self._account(*pending)
@@ -191,6 +194,7 @@ class _Run:
                     self._save()
         if pending:
             self._account(*pending)
+        profile.close()
         if self.stop.requested:
             self._save()
             self.checkpoints.wait()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def _start_wandb(workdir: Path, settings: dict[str, Any], config: dict[str, Any]
 
     id_file = workdir / "wandb_id"
     if not id_file.exists():
-        files.write_text(id_file, wandb.util.generate_id())
+        files.write_text(id_file, uuid.uuid4().hex[:8])
     try:
         return wandb.init(
             mode=settings["mode"],

@@ -153,6 +153,17 @@ def test_a_run_continues_without_what_it_started_from(chat_data, finished, tmp_p
         np.testing.assert_array_equal(one[path], other[path])
 
 
+def test_a_continued_run_remembers_its_best_model(chat_data, tmp_path, monkeypatch):
+    scripted = iter([5.0, 1.0, 2.0, 3.0])  # at the steps 0, 5, 10 and 12
+    monkeypatch.setattr(loop.Evaluator, "losses", lambda *_: {"sft/val_loss": next(scripted)})
+    with monkeypatch.context() as patch:
+        stop_at(6, patch)
+        with pytest.raises(Interrupted):
+            loop.train(tiny_config(chat_data), tmp_path)
+    loop.train(tiny_config(chat_data), tmp_path)
+    assert os.readlink(tmp_path / "model") == "models/5"
+
+
 def test_an_evaluation_that_was_cut_short_is_done_again(chat_data, finished, tmp_path, monkeypatch):
     def interrupted(evaluator, *_):
         os.kill(os.getpid(), signal.SIGINT)

@@ -76,6 +76,8 @@ def test_a_run_learns_and_leaves_what_it_should(finished):
     train, valid = losses(finished), losses(finished, "sft/val_loss")
     assert list(train) == list(range(1, 13)) and list(valid) == [0, 5, 10, 12]
     assert train[12] < train[1] - 0.5 and valid[12] < valid[0] - 0.5
+    rates = losses(finished, "sft/lr")
+    assert [rates[1], rates[2]] == pytest.approx([0.005, 0.01]) and rates[12] < rates[11] < rates[3]
     assert {path.name for path in finished.iterdir()} == {
         "checkpoints", "config.json", "loss.png", "metrics.jsonl", "model", "models",
     }  # fmt: skip

@@ -1,0 +1,46 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from tinysft_jax.errors import UserError
+from tinysft_jax.sharding import batch_shards, constrain, global_batch, make_mesh, state_sharding
+
+
+def test_one_size_may_be_what_is_left():
+    assert dict(make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(1, -1, 1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1), (-2, 1, 1), (16, 1, 1)])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
+    with pytest.raises(UserError, match="mesh data="):
+        make_mesh(*sizes)
+
+
+@pytest.mark.parametrize(("sizes", "rows"), [((8, 1, 1), 1), ((2, 4, 1), 1), ((2, 2, 2), 2), ((1, 1, 8), 8)])
+def test_rows_are_divided_over_data_and_fsdp(sizes, rows):
+    mesh = make_mesh(*sizes)
+    batch = global_batch(mesh, {"tokens": np.arange(32).reshape(8, 4)})["tokens"]
+    assert {shard.data.shape for shard in batch.addressable_shards} == {(rows, 4)}
+    assert batch_shards(mesh) == 8 // rows
+    np.testing.assert_array_equal(batch, np.arange(32).reshape(8, 4))
+
+
+def test_optimizer_state_lies_as_its_parameter_and_odd_sizes_stay_whole():
+    mesh = make_mesh(2, 2, 2)
+    table = {"tok_emb": {"embedding": jax.ShapeDtypeStruct((256, 6), jnp.float32)}}
+    odd = {"tok_emb": {"embedding": jax.ShapeDtypeStruct((256, 5), jnp.float32)}}
+    shardings = state_sharding(mesh, {"params": table, "opt_state": ({"mu": table}, odd), "step": jnp.int32(0)})
+    assert shardings["params"]["tok_emb"]["embedding"].spec == PartitionSpec("tensor", "fsdp")
+    assert shardings["opt_state"][0]["mu"]["tok_emb"]["embedding"].spec == PartitionSpec("tensor", "fsdp")
+    assert shardings["opt_state"][1]["tok_emb"]["embedding"].spec == PartitionSpec("tensor", None)
+    assert shardings["step"].spec == PartitionSpec()
+
+
+def test_an_activation_is_pinned_where_a_mesh_is_set():
+    x = jnp.zeros((8, 4))
+    assert constrain(x, "batch", None) is x
+    with jax.set_mesh(make_mesh(2, 4, 1)):
+        assert jax.jit(lambda x: constrain(x, "batch", None))(x).sharding.spec[0] == ("data", "fsdp")

@@ -30,6 +30,8 @@ def get_config(preset: str = "") -> ConfigDict:
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.95
     config.optimizer.grad_clip = 1.0  # global norm; 0: off
+    config.optimizer.decayed = "all"  # what weight decay shrinks: all, or matrices (not the norms)
+    config.optimizer.ema_decay = 0.0  # of the parameters' moving average, then evaluated and kept; 0: none
 
     config.train = ConfigDict()
     config.train.max_steps = 10_000

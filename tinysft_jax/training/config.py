@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from tinysft_jax.attention import ATTENTION_BACKENDS
 from tinysft_jax.errors import UserError
 from tinysft_jax.model import REMAT_POLICIES, default_dtype
+from tinysft_jax.training.optimizer import DECAYED
 from tinysft_jax.training.profile import parse_window
 
 DTYPES = ("auto", "bfloat16", "float32")
@@ -34,6 +35,7 @@ _AT_LEAST_0 = (
     "train.eval_batches",
 )
 _CHOICES = {
+    "optimizer.decayed": DECAYED,
     "train.dtype": DTYPES,
     "train.attention": ATTENTION_BACKENDS,
     "train.remat": REMAT_POLICIES,
@@ -59,7 +61,7 @@ def check_config(config: ConfigDict, batch_shards: int) -> None:
     for key, choices in _CHOICES.items():
         if _get(config, key) not in choices:
             raise UserError(f"{key} is {_get(config, key)!r}; choose one of {', '.join(choices)}")
-    for key in ("optimizer.beta1", "optimizer.beta2"):
+    for key in ("optimizer.beta1", "optimizer.beta2", "optimizer.ema_decay"):
         if not 0 <= _get(config, key) < 1:
             raise UserError(f"{key} is {_get(config, key)}; it must be at least 0 and below 1")
     if config.seed >= 2**31:

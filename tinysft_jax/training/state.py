@@ -70,15 +70,18 @@ def grow_vocabulary(config: GPTConfig, params: Params, tokenizer: ChatTokenizer)
     return grown, pad_vocabulary(params | {"tok_emb": {"embedding": table}}, grown)
 
 
-def state_shapes(mesh: Mesh, model: GPT, optimizer: optax.GradientTransformation) -> tuple[TrainState, TrainState]:
+def state_shapes(
+    mesh: Mesh, model: GPT, optimizer: optax.GradientTransformation, averaged: bool = False
+) -> tuple[TrainState, TrainState]:
     """The shapes of a train state, and how it is sharded.
 
     Args:
       mesh: where it lies.
       model: an abstract GPT (`nnx.eval_shape`).
       optimizer: whose state is part of it.
+      averaged: whether it holds the parameters' moving average.
     """
-    shapes = jax.eval_shape(lambda params: _fresh(params, optimizer), nnx.to_pure_dict(nnx.state(model)))
+    shapes = jax.eval_shape(lambda params: _fresh(params, optimizer, averaged), nnx.to_pure_dict(nnx.state(model)))
     return shapes, state_sharding(mesh, shapes)
 
 
@@ -88,25 +91,28 @@ def create_state(
     """The state of step 0, created as it is sharded.
 
     Args:
-      shardings: of `state_shapes`.
+      shardings: of `state_shapes`; with an average there, the state has one.
       model: an abstract GPT, for its shape.
       params: host parameters; None: random.
       optimizer: whose state to make.
       seed: of random parameters.
     """
+    averaged = "average" in shardings
     if params is None:
 
         def random(key):
-            return _fresh(nnx.to_pure_dict(nnx.state(GPT(model.config, rngs=nnx.Rngs(key)))), optimizer)
+            return _fresh(nnx.to_pure_dict(nnx.state(GPT(model.config, rngs=nnx.Rngs(key)))), optimizer, averaged)
 
         return jax.jit(random, out_shardings=shardings)(jax.random.key(seed))
     # Copied by the jitted function: steps will donate the state, and the caller's arrays are not ours to give away.
-    fresh = jax.jit(lambda params: _fresh(params, optimizer), out_shardings=shardings)
+    fresh = jax.jit(lambda params: _fresh(params, optimizer, averaged), out_shardings=shardings)
     return fresh(jax.device_put(params, shardings["params"]))
 
 
-def _fresh(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+def _fresh(params: Params, optimizer: optax.GradientTransformation, averaged: bool) -> TrainState:
+    state = {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+    # A copy of its own: a step gives both away, and no array can be given twice.
+    return state | ({"average": jax.tree.map(jnp.copy, params)} if averaged else {})
 
 
 def _check_same_language(description: ModelDescription, tokenizer: ChatTokenizer, init_from: str) -> None:

@@ -10,14 +10,19 @@ from flax import nnx
 
 from tinysft_jax.sharding import constrain
 from tinysft_jax.training.loss import supervised_nll
-from tinysft_jax.training.optimizer import Schedule
+from tinysft_jax.training.optimizer import Schedule, moving_average
 
-TrainState = dict[str, Any]  # params: nested dicts of float32; opt_state: optax's; step: int32[], steps done
+# params: nested dicts of float32; opt_state: optax's; step: int32[], steps done; average: of params, if one is kept
+TrainState = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
 
 def make_train_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, schedule: Schedule, accumulation: int = 1
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    accumulation: int = 1,
+    ema_decay: int | float = 0.0,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """`train_step(state, batch) -> (state, metrics)`, to be jitted.
 
@@ -29,6 +34,7 @@ def make_train_step(
       optimizer: as `make_optimizer` makes it.
       schedule: its learning rate, for the metrics.
       accumulation: micro-batches a step; the batch's rows must be a multiple of it.
+      ema_decay: of the parameters' moving average, if the state has one.
     """
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
@@ -47,11 +53,10 @@ def make_train_step(
             "supervised_tokens": supervised,
             "tokens": jnp.sum(batch["segment_ids"] > 0),
         }
-        new_state = {
-            "params": optax.apply_updates(params, updates),
-            "opt_state": opt_state,
-            "step": state["step"] + 1,
-        }
+        step, params = state["step"] + 1, optax.apply_updates(params, updates)
+        new_state = {"params": params, "opt_state": opt_state, "step": step}
+        if "average" in state:
+            new_state["average"] = moving_average(state["average"], params, ema_decay, step)
         return new_state, metrics
 
     return train_step

@@ -10,6 +10,9 @@ from tinysft_jax import cli
 from tinysft_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, and after a colon its preset.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no launcher tells it.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the run, where no launcher tells it.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0, where no launcher tells it.")
 WORKDIR = flags.DEFINE_string("workdir", None, "What the run writes; an existing one is continued.")
 
 
@@ -28,8 +31,10 @@ def main() -> None:
     file = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
     if not file.is_file():
         raise UserError(f"there is no configuration {file}; this project's are configs/sft.py and configs/pretrain.py")
-    from tinysft_jax.training.loop import train  # after the flags: importing JAX takes seconds
+    from tinysft_jax import processes  # after the flags: importing JAX takes seconds
+    from tinysft_jax.training.loop import train
 
+    processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     train(CONFIG.value, Path(WORKDIR.value))
 
 

@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tinysft_jax.errors import UserError
-from tinysft_jax.sharding import batch_shards, constrain, global_batch, make_mesh, state_sharding
+from tinysft_jax.sharding import batch_shards, constrain, global_batch, make_mesh, process_part, state_sharding
 
 
 def test_one_size_may_be_what_is_left():
@@ -26,6 +26,28 @@ def test_rows_are_divided_over_data_and_fsdp(sizes, rows):
     assert {shard.data.shape for shard in batch.addressable_shards} == {(rows, 4)}
     assert batch_shards(mesh) == 8 // rows
     np.testing.assert_array_equal(batch, np.arange(32).reshape(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ((8, 1, 1), [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((1, 4, 2), [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((2, 1, 4), [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes divide the work on a row
+        ((1, 1, 8), [(0, 1)] * 4),
+    ],
+)
+def test_each_process_reads_the_rows_of_its_devices(monkeypatch, sizes, parts):
+    """Four processes of two devices each."""
+    mesh = make_mesh(*sizes)
+    for process, part in enumerate(parts):
+        local = set(jax.devices()[2 * process : 2 * process + 2])
+        monkeypatch.setattr(
+            NamedSharding,
+            "addressable_devices_indices_map",
+            lambda self, shape, local=local: {d: i for d, i in self.devices_indices_map(shape).items() if d in local},
+        )
+        assert process_part(mesh) == part
 
 
 def test_optimizer_state_lies_as_its_parameter_and_odd_sizes_stay_whole():

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from tinysft_jax import files
+from tinysft_jax import files, processes
 from tinysft_jax.errors import RunError, UserError, reason
 from tinysft_jax.model import GPT, GPTConfig
 
@@ -87,7 +87,7 @@ def write_model(directory: Path, params: Params, description: ModelDescription) 
         ocp.save(directory.resolve() / "params", trim_vocabulary(params, description.config))
     except (ValueError, OSError) as error:  # tensorstore's own errors are ValueErrors
         raise RunError(f"can't write {directory}: {reason(error)}") from None
-    if jax.process_index() == 0:
+    if processes.is_first():
         files.write_json(directory / "model.json", description.to_json())
 
 

@@ -59,6 +59,19 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
+def process_part(mesh: Mesh) -> tuple[int, int]:
+    """Which of how many equal parts of a batch's rows this process's devices hold, as (index, count).
+
+    Processes that divide a row's work between them (over `tensor`) hold the same part.
+    """
+    shards = batch_shards(mesh)
+    where = batch_sharding(mesh).addressable_devices_indices_map((shards,))
+    held = sorted({rows.start or 0 for (rows,) in where.values()})
+    if held != list(range(held[0], held[0] + len(held))) or held[0] % len(held):
+        raise UserError("this mesh gives a process rows that don't follow each other; order its devices by process")
+    return held[0] // len(held), shards // len(held)
+
+
 def spec(*axes: str | None) -> PartitionSpec:
     """The partition of an array whose axes have these meanings."""
     return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))

@@ -248,6 +248,18 @@ def test_a_window_of_steps_is_traced(chat_data, tmp_path):
     assert trace.stat().st_size > 0
 
 
+def test_the_moving_average_is_what_is_evaluated_and_kept(chat_data, finished, tmp_path):
+    loop.train(tiny_config(chat_data, optimizer__ema_decay=0.5), tmp_path)
+    assert losses(tmp_path) == losses(finished)
+    averaged, plain = losses(tmp_path, "sft/val_loss"), losses(finished, "sft/val_loss")
+    assert averaged[0] == plain[0] and averaged[5] > plain[5]
+    state = latest_checkpoint(tmp_path)
+    kept = np.asarray(load_model(tmp_path).ln_f.scale[...])
+    assert os.readlink(tmp_path / "model") == "models/12"
+    np.testing.assert_array_equal(kept, state["['average']['ln_f']['scale']"])
+    assert not np.array_equal(kept, state["['params']['ln_f']['scale']"])
+
+
 def test_wandb_is_not_imported_unless_asked_for(finished):
     assert "wandb" not in sys.modules
 
@@ -262,6 +274,8 @@ def test_wandb_is_not_imported_unless_asked_for(finished):
         ({"train__remat": "some"}, "train.remat is 'some'"),
         ({"train__log_interval": 0}, "train.log_interval is 0"),
         ({"optimizer__beta1": 1.0}, "optimizer.beta1 is 1.0"),
+        ({"optimizer__ema_decay": 1.0}, "optimizer.ema_decay is 1.0"),
+        ({"optimizer__decayed": "norms"}, "optimizer.decayed is 'norms'; choose one of all, matrices"),
         ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate is nan"),
         ({"wandb__mode": "on"}, "wandb.mode is 'on'"),
         ({"data__path": "/nowhere"}, "/nowhere is not a prepared data set"),

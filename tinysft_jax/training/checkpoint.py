@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from tinysft_jax import files
+from tinysft_jax import files, processes
 from tinysft_jax.errors import RunError, reason
 from tinysft_jax.model_directory import ModelDescription, Params, write_model
 from tinysft_jax.training.step import TrainState
@@ -108,16 +108,19 @@ def save_best(workdir: Path, step: int, params: Params, description: ModelDescri
     """
     models = workdir / "models"
     directory, aside = models / str(step), models / f".{step}.partial"
-    first = jax.process_index() == 0
-    if directory.exists():  # written by the run before it was killed: the same steps, the same model
-        files.link(workdir / "model", directory)
-        return
-    if first:
+    first = processes.is_first()
+    # Written already, if the run before was killed after it: the same steps, the same model.
+    is_written = processes.first_decides(directory.exists())
+    if first and not is_written:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    write_model(aside, params, description)
+    if not is_written:
+        processes.barrier("directory of the best model")
+        write_model(aside, params, description)
+        processes.barrier("best model")
     if first:
-        files.replace(aside, directory)
+        if not is_written:
+            files.replace(aside, directory)
         files.link(workdir / "model", directory)
         for other in models.iterdir():
             if other != directory:

@@ -1,5 +1,6 @@
 """A training run, from its configuration to its best model."""
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from tinysft_jax import files
+from tinysft_jax import files, processes
 from tinysft_jax.attention import choose_backend
 from tinysft_jax.data.dataset import PreparedData, Split
 from tinysft_jax.data.packing import plan_epoch
@@ -19,7 +20,7 @@ from tinysft_jax.data.pipeline import Batch, BatchSource, epoch_batches
 from tinysft_jax.errors import Interrupted, RunError, UserError, reason
 from tinysft_jax.model import GPT
 from tinysft_jax.model_directory import ModelDescription, Params
-from tinysft_jax.sharding import batch_sharding, batch_shards, global_batch, make_mesh
+from tinysft_jax.sharding import batch_sharding, batch_shards, global_batch, make_mesh, process_part
 from tinysft_jax.training.checkpoint import Checkpoints, save_best
 from tinysft_jax.training.config import check_config, compute_dtype, resolved
 from tinysft_jax.training.evaluate import ALL_TASKS, Evaluator
@@ -65,8 +66,10 @@ class _Run:
 
     def __init__(self, config: ConfigDict, workdir: Path, mesh: Mesh, stop: StopRequest):
         self.config, self.workdir, self.mesh, self.stop = config, workdir, mesh, stop
-        self.part = (jax.process_index(), jax.process_count())
+        self.part = process_part(mesh)
         self.data = PreparedData(config.data.path)
+        processes.check_same({"the configuration": config.to_json(), "the data": self._identity()["data"]})
+        processes.check_shared(workdir)
         self.split = self.data.split("train")
         if not len(self.split):
             raise UserError(f"{config.data.path} has no training conversation")
@@ -124,9 +127,10 @@ class _Run:
         options = {"dtype": dtype, "attention": config.train.attention, "remat": config.train.remat}
         model = nnx.eval_shape(lambda: GPT(shape, rngs=nnx.Rngs(0), **options))
         settings = config.optimizer.to_dict()
+        ema_decay = settings.pop("ema_decay")
         schedule = warmup_cosine(settings.pop("learning_rate"), settings.pop("warmup_steps"), self.total_steps)
         optimizer = make_optimizer(schedule, **settings)
-        shapes, self.shardings = state_shapes(self.mesh, model, optimizer)
+        shapes, self.shardings = state_shapes(self.mesh, model, optimizer, averaged=ema_decay > 0)
         if self.checkpoints:
             self.state = self.checkpoints.restore(self.step, shapes, self.shardings)
         else:
@@ -135,7 +139,7 @@ class _Run:
         everywhere, rows = NamedSharding(self.mesh, PartitionSpec()), batch_sharding(self.mesh)
         # Shardings are pinned, or the second call, whose state comes from the first, would be compiled anew.
         self.train_step = jax.jit(
-            make_train_step(graph, optimizer, schedule, config.train.grad_accumulation_steps),
+            make_train_step(graph, optimizer, schedule, config.train.grad_accumulation_steps, ema_decay),
             in_shardings=(self.shardings, rows),
             out_shardings=(self.shardings, everywhere),
             donate_argnums=0,
@@ -144,9 +148,14 @@ class _Run:
             make_eval_step(graph), in_shardings=(self.shardings["params"], rows), out_shardings=everywhere
         )
 
+    @property
+    def model_params(self) -> Params:
+        """What is evaluated and kept as the model: the moving average, where there is one."""
+        return self.state.get("average", self.state["params"])
+
     def to_the_end(self) -> None:
         self.workdir.mkdir(parents=True, exist_ok=True)
-        first = jax.process_index() == 0
+        first = processes.is_first()
         self.checkpoints = self.checkpoints or Checkpoints(self.workdir, self.config.train.keep_checkpoints)
         seq_len = self.config.data.seq_len
         self.rates = Rates(self.description.config, self.config.train.batch_size * seq_len, seq_len)
@@ -159,7 +168,7 @@ class _Run:
                 self.log = MetricLog(self.workdir, self.step, self.config.wandb.to_dict(), settings)
             if self.step:
                 self.progress.say(f"continuing at step {self.step:,} of {self.total_steps:,} in {self.workdir}")
-            if self._is_evaluation_due():
+            if processes.first_decides(self._is_evaluation_due()):
                 self._evaluate()
             self._train()
             self.checkpoints.wait()
@@ -175,7 +184,7 @@ class _Run:
         batches = self._batches()
         profile = ProfileWindow(self.config.profile, self.workdir / "profile")
         pending = None  # metrics of the step before: fetched while the device works on the next one
-        while self.step < self.total_steps and not self.stop.requested:
+        while self.step < self.total_steps and not self.stop.agreed(self.mesh):
             profile.before(self.step)
             self.state, metrics = self.train_step(self.state, global_batch(self.mesh, next(batches)))
             if pending:
@@ -195,7 +204,7 @@ class _Run:
         if pending:
             self._account(*pending)
         profile.close()
-        if self.stop.requested:
+        if self.stop.exit_code is not None:
             self._save()
             self.checkpoints.wait()
             raise Interrupted(
@@ -242,7 +251,8 @@ class _Run:
         return not any(ALL_TASKS in line for line in read_metrics(self.workdir) if line["step"] == self.step)
 
     def _evaluate(self) -> None:
-        losses = self.evaluator.losses(self.eval_step, self.state["params"], self.mesh, lambda: self.stop.requested)
+        stops = functools.partial(self.stop.agreed, self.mesh)
+        losses = self.evaluator.losses(self.eval_step, self.model_params, self.mesh, stops)
         if ALL_TASKS not in losses:
             return
         self.progress.say(f"step {self.step:,}: validation loss {losses[ALL_TASKS]:.4f}")
@@ -265,7 +275,7 @@ class _Run:
         self.checkpoints.save(self.step, self.state, progress)
 
     def _save_model(self) -> None:
-        save_best(self.workdir, self.step, self.state["params"], self.description)
+        save_best(self.workdir, self.step, self.model_params, self.description)
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         if self.log:
@@ -275,7 +285,7 @@ class _Run:
         if not self.best_step:  # without validation data nothing tells which model is best: the last one is
             self.best_step = self.step
             self._save_model()
-        if jax.process_index() == 0:
+        if processes.is_first():
             print_summary(read_metrics(self.workdir), self.best_step)
             self.progress.say(f"best model (step {self.best_step:,}): {self.workdir / 'model'}")
 

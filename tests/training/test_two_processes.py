@@ -1,0 +1,103 @@
+"""Two processes of two devices on one machine, against one process with one device."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from launch import start_training
+from orbax.checkpoint import v1 as ocp
+
+from tinysft_jax.training.metrics import read_metrics
+
+SETTINGS = {
+    "model.dim": 16,
+    "model.n_layers": 1,
+    "model.n_heads": 2,
+    "model.max_seq_len": 64,
+    "data.seq_len": 64,
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.warmup_steps": 2,
+    "train.max_steps": 20,
+    "train.batch_size": 8,
+    "train.log_interval": 1,
+    "train.eval_interval": 5,
+    "train.save_interval": 10,
+}
+
+
+def run(data: Path, workdir: Path, num_processes: int = 2, devices: int = 2, **changes) -> list[tuple[int, str]]:
+    """Exit codes and error outputs of a run's processes."""
+    processes = launch(data, workdir, num_processes, devices, **changes)
+    return [(process.wait(timeout=200), process.stderr.read()) for process in processes]
+
+
+def launch(data: Path, workdir: Path, num_processes: int = 2, devices: int = 2, **changes):
+    settings = SETTINGS | {"data.path": data} | {key.replace("__", "."): value for key, value in changes.items()}
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    return start_training([f"--workdir={workdir}", *flags], num_processes, devices)
+
+
+def losses(workdir: Path, key: str = "sft/train_loss") -> dict[int, float]:
+    return {line["step"]: line[key] for line in read_metrics(workdir) if key in line}
+
+
+def final_params(workdir: Path):
+    """The parameters of the last checkpoint, read by this process onto one device."""
+    shapes = ocp.metadata(workdir / "checkpoints" / "20").metadata
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
+    return ocp.load(workdir / "checkpoints" / "20", wanted)["params"]
+
+
+@pytest.fixture(scope="module")
+def alone(chat_data, tmp_path_factory) -> Path:
+    """The work directory of a run by one process with one device."""
+    workdir = tmp_path_factory.mktemp("alone") / "work"
+    ((code, text),) = run(chat_data, workdir, num_processes=1, devices=1)
+    assert code == 0, text
+    return workdir
+
+
+def assert_same_run(workdir: Path, alone: Path) -> None:
+    for key in ("sft/train_loss", "sft/val_loss"):
+        assert losses(workdir, key).keys() == losses(alone, key).keys()
+        np.testing.assert_allclose([*losses(workdir, key).values()], [*losses(alone, key).values()], rtol=1e-5)
+    assert os.readlink(workdir / "model") == os.readlink(alone / "model")
+
+
+def test_two_processes_train_as_one_device_does(chat_data, alone, tmp_path):
+    """Each reads its own part of the rows; the first alone writes logs; both write the checkpoint."""
+    (first, spoken), (second, silent) = run(chat_data, tmp_path)
+    assert (first, second) == (0, 0), (spoken, silent)
+    assert "step 20: validation loss" in spoken and "loss" not in silent
+    assert len(losses(alone)) == 20 and losses(alone)[20] < losses(alone)[1] - 0.1
+    assert_same_run(tmp_path, alone)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5),
+        final_params(tmp_path),
+        final_params(alone),
+    )
+
+
+def test_one_process_asked_to_stop_stops_both_and_one_device_goes_on(chat_data, alone, tmp_path):
+    """With parameters divided over both processes."""
+    # An evaluation at each step, so that there is time to ask.
+    changes = {"train__eval_interval": 1, "mesh__data": 1, "mesh__fsdp": 2, "mesh__tensor": 2}
+    processes = launch(chat_data, tmp_path, **changes)
+    deadline = time.monotonic() + 150
+    while max(losses(tmp_path), default=0) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    endings = [(process.wait(timeout=100), process.stderr.read()) for process in processes]
+    assert [code for code, _ in endings] == [143, 143], endings
+    assert all("checkpoint saved; run the same command to continue" in text for _, text in endings)
+    (stopped_at,) = (int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert 4 <= stopped_at < 20
+    ((code, text),) = run(chat_data, tmp_path, num_processes=1, devices=1)
+    assert code == 0 and f"continuing at step {stopped_at} of 20" in text
+    assert [*losses(tmp_path)] == [*range(1, 21)]
+    np.testing.assert_allclose([*losses(tmp_path).values()], [*losses(alone).values()], rtol=1e-5)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tinysft_jax.attention import segment_attention
 from tinysft_jax.errors import UserError
 from tinysft_jax.model import GPT, GPTConfig
 
@@ -88,26 +87,6 @@ def test_a_segment_in_a_row_is_as_if_alone(model):
     positions = jnp.concatenate([jnp.arange(10), jnp.arange(20)])[None].astype(jnp.int32)
     packed = model(tokens, segments, positions)
     np.testing.assert_allclose(packed[:, 10:], model(tokens[:, 10:]), atol=1e-5)
-
-
-def test_attention_in_blocks_of_queries_equals_the_formula():
-    """Longer than one block, against softmax written out in float64."""
-    q, k, v = (np.asarray(jax.random.normal(key, (1, 300, 2, 8))) for key in jax.random.split(jax.random.key(0), 3))
-    segments = (np.arange(300)[None] // 170).astype(np.int32)
-    scores = np.einsum("bqhd,bkhd->bhqk", q, k, dtype=np.float64) / np.sqrt(8)
-    visible = (segments[0][:, None] == segments[0][None, :]) & np.tri(300, dtype=bool)
-    weights = np.where(visible, np.exp(scores), 0)
-    expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
-    out = segment_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(segments))
-    np.testing.assert_allclose(out, expected, atol=2e-6)
-
-
-def test_a_backend_that_cannot_run_here_refuses():
-    q = jnp.zeros((1, 4, 2, 8))
-    with pytest.raises(UserError, match="cudnn can't run here: there is no NVIDIA GPU"):
-        segment_attention(q, q, q, jnp.ones((1, 4), jnp.int32), "cudnn")
-    with pytest.raises(UserError, match="'flash' is not one of auto, xla, cudnn"):
-        segment_attention(q, q, q, jnp.ones((1, 4), jnp.int32), "flash")
 
 
 def test_bfloat16_computes_nearly_the_same():

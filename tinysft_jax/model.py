@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from tinysft_jax.attention import cached_attention, segment_attention
 from tinysft_jax.errors import UserError
+from tinysft_jax.linear import PRODUCT, Linear
 from tinysft_jax.sharding import constrain
 
 # Rows of the embedding table are padded to a multiple of this, so that any mesh divides it and matmuls tile well.
@@ -65,8 +66,8 @@ class GPTConfig:
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: GPTConfig, dtype, backend: str, rngs: nnx.Rngs):
-        linear = functools.partial(_linear, config.dim, config.dim, dtype=dtype, rngs=rngs)
+    def __init__(self, config: GPTConfig, backend: str, rngs: nnx.Rngs):
+        linear = functools.partial(Linear, config.dim, config.dim, rngs=rngs)
         self.wq, self.wk, self.wv = linear(), linear(), linear()
         self.wo = linear(std=_residual_std(config))
         self.n_heads, self.backend = config.n_heads, backend
@@ -95,13 +96,14 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202): w2(silu(w1 x) * w3 x)."""
 
-    def __init__(self, config: GPTConfig, dtype, rngs: nnx.Rngs):
-        self.w1 = _linear(config.dim, config.hidden_dim, dtype=dtype, rngs=rngs)
-        self.w3 = _linear(config.dim, config.hidden_dim, dtype=dtype, rngs=rngs)
-        self.w2 = _linear(config.hidden_dim, config.dim, std=_residual_std(config), dtype=dtype, rngs=rngs)
+    def __init__(self, config: GPTConfig, rngs: nnx.Rngs):
+        self.w1 = Linear(config.dim, config.hidden_dim, rngs=rngs)
+        self.w3 = Linear(config.dim, config.hidden_dim, rngs=rngs)
+        self.w2 = Linear(config.hidden_dim, config.dim, std=_residual_std(config), rngs=rngs)
 
     def __call__(self, x: Float[Array, "N dim"]) -> Float[Array, "N dim"]:
-        return self.w2(nnx.silu(self.w1(x)) * self.w3(x))
+        # Of the four values of this width, the backward pass keeps two and makes the others again.
+        return _recomputed(lambda gate, up: self.w2(nnx.silu(gate) * up))(self.w1(x), self.w3(x))
 
 
 class Block(nnx.Module):
@@ -112,14 +114,14 @@ class Block(nnx.Module):
 
     def __init__(self, config: GPTConfig, dtype, backend: str, rngs: nnx.Rngs):
         self.ln_1, self.ln_2 = _layer_norm(config, dtype, rngs), _layer_norm(config, dtype, rngs)
-        self.attn = Attention(config, dtype, backend, rngs)
-        self.mlp = MLP(config, dtype, rngs)
+        self.attn = Attention(config, backend, rngs)
+        self.mlp = MLP(config, rngs)
 
     def __call__(self, x, rotation, positions, segment_ids, cache=None):
         """`[N, dim]` → the same shape, and the layer's cache with these positions written (None without one)."""
-        attended, cache = self.attn(self.ln_1(x), rotation, positions, segment_ids, cache)
+        attended, cache = self.attn(_recomputed(self.ln_1)(x), rotation, positions, segment_ids, cache)
         x = constrain(x + attended, "batch", None)
-        x = constrain(x + self.mlp(self.ln_2(x)), "batch", None)
+        x = constrain(x + self.mlp(_recomputed(self.ln_2)(x)), "batch", None)
         return x, cache
 
 
@@ -146,7 +148,6 @@ class GPT(nnx.Module):
         self.tok_emb = nnx.Embed(
             config.padded_vocab_size,
             config.dim,
-            dtype=self.dtype,
             embedding_init=functools.partial(_embedding_init, vocab_size=config.vocab_size),
             rngs=rngs,
         )
@@ -183,7 +184,7 @@ class GPT(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         rotation = rotary_angles(positions, self.config)
-        x = constrain(self.tok_emb(tokens.reshape(-1)), "batch", None)
+        x = constrain(self._embed(tokens), "batch", None)
 
         def apply(block: Block, x):
             return block(x, rotation, positions, segment_ids)[0]
@@ -211,16 +212,23 @@ class GPT(nnx.Module):
           cache: of `init_cache`; one pair of keys and values a layer.
         """
         rotation = rotary_angles(positions, self.config)
-        x, updated = self.tok_emb(tokens.reshape(-1)), []
+        x, updated = self._embed(tokens), []
         for block, layer_cache in zip(self.unstacked().blocks, cache, strict=True):
             x, layer_cache = block(x, rotation, positions, None, layer_cache)
             updated.append(layer_cache)
         return self.ln_f(x).reshape(*tokens.shape, -1), updated
 
-    def init_cache(self, batch_size: int, length: int) -> list[LayerCache]:
+    def init_cache(
+        self, batch_size: int, length: int, sharding: jax.sharding.Sharding | None = None
+    ) -> list[LayerCache]:
         """An empty cache with slots for positions 0..length-1, one pair `[B, H, length, D]` a layer."""
         shape = (batch_size, self.config.n_heads, length, self.config.head_dim)
-        return [(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(self.config.n_layers)]
+        empty = functools.partial(jnp.zeros, shape, self.dtype, device=sharding)
+        return [(empty(), empty()) for _ in range(self.config.n_layers)]
+
+    def _embed(self, tokens: Int32[Array, "B T"]) -> Float[Array, "N dim"]:
+        """Rows of the float32 table, rounded after they were taken: so their gradients are summed in float32."""
+        return self.tok_emb(tokens.reshape(-1)).astype(self.dtype)
 
     def logits(self, hidden: Float[Array, "*N dim"]) -> Float[Array, "*N padded_vocab"]:
         """Logits of all rows of the table, float32; -inf at padding rows."""
@@ -271,12 +279,13 @@ def rotate(x: Float[Array, "B T H D"], rotation: Rotation) -> Float[Array, "B T 
 def _remat(body, policy: str):
     if policy == "none":
         return body
-    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    saved = jax.checkpoint_policies.save_only_these_names(PRODUCT) if policy == "dots" else None
     return jax.checkpoint(body, policy=saved, prevent_cse=False)  # scan already keeps XLA from merging the two passes
 
 
-def _linear(n_in: int, n_out: int, *, std: float = 0.02, dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(n_in, n_out, use_bias=False, dtype=dtype, kernel_init=nnx.initializers.normal(std), rngs=rngs)
+# Makes again in the backward pass what costs next to nothing, instead of keeping it. A product at the end of what is
+# wrapped is not computed again: nothing in the backward pass asks for it.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def _layer_norm(config: GPTConfig, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:

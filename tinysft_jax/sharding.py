@@ -1,6 +1,7 @@
 """One mesh, and one table that says how every array lies on it."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -107,6 +108,24 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+def batch_axes() -> tuple[str, ...]:
+    """The axes of the mesh that is set, if one is, over which rows are divided."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in RULES["batch"] if mesh.shape.get(axis, 1) > 1)
+
+
+def over_batch_shards(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """`function` of arrays whose leading axis is the batch's, run by each shard on its own rows.
+
+    So what depends on the rows at run time, a loop's number of turns, say, needs no communication.
+    """
+    axes = batch_axes()
+    if not axes:
+        return function(*arrays)
+    rows = PartitionSpec(axes)
+    return jax.shard_map(function, in_specs=rows, out_specs=rows, axis_names=set(axes), check_vma=False)(*arrays)
 
 
 def global_batch(mesh: Mesh, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:

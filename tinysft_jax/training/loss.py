@@ -8,10 +8,12 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from tinysft_jax.model import head_logits
-from tinysft_jax.sharding import RULES
+from tinysft_jax.sharding import batch_axes
 
 # Supervised positions whose logits exist at a time.
 CHUNK = 512
+
+SCOPE = "supervised_chunks"  # names the loop whose number of turns depends on the batch, for profiles and counts
 
 Axes = tuple[str, ...]  # the mesh axes over which a shard's values vary; () on one device
 
@@ -36,8 +38,7 @@ def supervised_nll(
       weights: of each position; 0 where nothing is supervised. Constants to differentiation.
       vocab_size: rows of `embedding` that are tokens.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in RULES["batch"] if mesh.shape.get(axis, 1) > 1)
+    axes = batch_axes()
     if not axes:
         return _nll(vocab_size, (), hidden, embedding, targets, weights)
 
@@ -120,7 +121,8 @@ def _over_chunks(hidden, targets, weights, add, carry):
         is_supervised = i * CHUNK + jnp.arange(CHUNK) < count
         return add(carry, (flat_hidden[index], flat_targets[index], flat_weights[index] * is_supervised))
 
-    return jax.lax.fori_loop(0, (count + CHUNK - 1) // CHUNK, body, carry)
+    with jax.named_scope(SCOPE):
+        return jax.lax.fori_loop(0, (count + CHUNK - 1) // CHUNK, body, carry)
 
 
 def _chunk_nll(

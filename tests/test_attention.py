@@ -1,0 +1,129 @@
+"""Attention within segments, against softmax written out, and what its blocks leave out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinysft_jax import block_attention
+from tinysft_jax.attention import choose_backend, segment_attention
+from tinysft_jax.errors import UserError
+
+
+def random_qkv(*shape: int) -> list[jax.Array]:
+    return [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 3)]
+
+
+def plain_attention(q, k, v, segments):
+    """Softmax over the earlier positions of a query's segment, the whole square at once."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(q.shape[-1])
+    visible = (segments[:, :, None] == segments[:, None, :]) & jnp.tri(q.shape[1], dtype=bool)[None]
+    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def rows_of_segments(length: int) -> st.SearchStrategy[np.ndarray]:
+    """Two packed rows: conversations side by side, then padding."""
+
+    def lay_out(parts: list[int]) -> np.ndarray:
+        ids = np.repeat(np.arange(1, len(parts) + 1), parts)[:length]
+        return np.pad(ids, (0, length - len(ids))).astype(np.int32)
+
+    row = st.lists(st.integers(1, length), max_size=6).map(lay_out)
+    return st.lists(row, min_size=2, max_size=2).map(np.stack)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(attend, q, k, v, segments):
+    """Of a sum in which each entry of the output counts differently."""
+    places = jax.random.normal(jax.random.key(9), q.shape)
+    return jax.value_and_grad(lambda q, k, v: jnp.sum(places * attend(q, k, v, segments)), argnums=(0, 1, 2))(q, k, v)
+
+
+def check_against_the_formula(segments: np.ndarray) -> None:
+    """Output and gradients."""
+    qkv, segments = random_qkv(*segments.shape, 2, 4), jnp.asarray(segments, jnp.int32)
+    np.testing.assert_allclose(segment_attention(*qkv, segments), plain_attention(*qkv, segments), atol=2e-6)
+    ours, plain = (value_and_gradients(attend, *qkv, segments) for attend in (segment_attention, plain_attention))
+    np.testing.assert_allclose(ours[0], plain[0], atol=1e-4)
+    for gradient, expected in zip(ours[1], plain[1], strict=True):
+        np.testing.assert_allclose(gradient, expected, atol=2e-5)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(block_attention, "BLOCK", 8)
+
+
+@settings(max_examples=25)
+@given(rows_of_segments(40))
+def test_blocks_equal_the_formula(segments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_attention, "BLOCK", 8)
+        check_against_the_formula(segments)
+
+
+@pytest.mark.parametrize("length", [5, 8, 13, 300])
+def test_rows_of_any_length(length):
+    """Shorter than a block, and not a multiple of one."""
+    check_against_the_formula(np.stack([np.arange(length) // 170, np.arange(length) // 3]))
+
+
+def test_segments_in_any_order(small_blocks):
+    """Ids that come back, fall, or interleave: more blocks are visited, none too few."""
+    positions = np.arange(40)
+    rows = [positions % 3, 7 - positions // 6, np.where(positions // 10 == 2, 0, 5)]
+    check_against_the_formula(np.stack(rows))
+
+
+def test_large_scores_overflow_nowhere(small_blocks):
+    q, k, v = random_qkv(1, 24, 1, 4)
+    segments = jnp.repeat(jnp.array([[1, 2, 3]]), 8, axis=1)
+    out = segment_attention(1e4 * q, 1e4 * k, v, segments)
+    np.testing.assert_allclose(out, plain_attention(1e4 * q, 1e4 * k, v, segments), atol=1e-5)
+
+
+def test_blocks_of_other_segments_are_not_visited(small_blocks):
+    row = np.repeat([1, 2, 3, 0], [10, 12, 6, 12]).astype(np.int32)
+    blocks = row.reshape(5, 1, 8)
+    assert block_attention.first_key_blocks(jnp.asarray(blocks)).tolist() == [0, 0, 1, 2, 3]
+    # Another row that is one conversation needs all of them.
+    both = np.concatenate([blocks, np.ones_like(blocks)], axis=1)
+    assert block_attention.first_key_blocks(jnp.asarray(both)).tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("backend", ["xla", "cudnn"])
+def test_neighbours_in_a_row_are_never_seen(backend):
+    """For every backend that can run here: whatever another conversation holds changes no bit."""
+    dtype = jnp.bfloat16 if backend == "cudnn" else jnp.float32
+    try:
+        choose_backend(backend, dtype, 64, 300)
+    except UserError as error:
+        pytest.skip(str(error))
+    q, k, v = (jnp.asarray(array, dtype) for array in random_qkv(1, 300, 2, 64))
+    segments = jnp.repeat(jnp.array([[1, 2, 3]]), 100, axis=1)
+    middle = segments[0] == 2
+    before = segment_attention(q, k, v, segments, backend)
+    after = segment_attention(*(jnp.where(middle[None, :, None, None], 3 - x, x) for x in (q, k, v)), segments, backend)
+    np.testing.assert_array_equal(before[:, ~middle], after[:, ~middle])
+    assert not np.array_equal(before[:, middle], after[:, middle])
+
+
+def test_half_precision_is_near(small_blocks):
+    q, k, v = random_qkv(1, 40, 2, 8)
+    segments = jnp.arange(40)[None] // 15
+    half = segment_attention(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), segments)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(np.float32), plain_attention(q, k, v, segments), atol=0.03)
+
+
+def test_a_backend_that_cannot_run_here_refuses():
+    q = jnp.zeros((1, 4, 2, 8))
+    with pytest.raises(UserError, match="cudnn can't run here: there is no NVIDIA GPU"):
+        segment_attention(q, q, q, jnp.ones((1, 4), jnp.int32), "cudnn")
+    with pytest.raises(UserError, match="'flash' is not one of auto, xla, cudnn"):
+        segment_attention(q, q, q, jnp.ones((1, 4), jnp.int32), "flash")

@@ -25,6 +25,7 @@ from rich.table import Table
 from torch.nn import functional as F
 
 from tinysft_jax import cli
+from tinysft_jax.block_attention import BLOCK, first_key_blocks
 from tinysft_jax.data import prepare
 from tinysft_jax.data.dataset import PreparedData, Split
 from tinysft_jax.data.packing import PackingPlan, plan_epoch
@@ -70,7 +71,7 @@ def main() -> None:
 def unpacked(split: Split, rows: int, seq_len: int) -> BatchSource:
     """A conversation a row, in a random order."""
     order = np.random.default_rng(0).permutation(len(split)).astype(np.uint32)
-    return BatchSource(split, PackingPlan(order, np.arange(len(order) + 1)), rows, seq_len)
+    return BatchSource(split, PackingPlan.create(order, np.arange(len(order) + 1)), rows, seq_len)
 
 
 def packed(split: Split, rows: int, seq_len: int) -> BatchSource:
@@ -146,16 +147,20 @@ def measure(train: Callable, batches: Iterator, seconds: float, flops: Callable,
 def full_flops(config: GPTConfig, batch: dict[str, np.ndarray]) -> float:
     """Of the matmuls of a step with logits everywhere; attention over half of the square."""
     rows, length = batch["tokens"].shape
-    return matmul_flops(config, rows * length, rows * length, length)
+    return matmul_flops(config, rows * length, rows * length, length / 2)
 
 
 def our_flops(config: GPTConfig, batch: dict[str, np.ndarray]) -> float:
+    """Of the matmuls of a step with logits at supervised positions; attention over the blocks that are visited."""
     rows, length = batch["tokens"].shape
-    return matmul_flops(config, rows * length, float(batch["weights"].sum()), length)
+    segments = batch["segment_ids"].reshape(rows, -1, BLOCK).swapaxes(0, 1)
+    visited = np.arange(1, len(segments) + 1) - np.asarray(first_key_blocks(segments))
+    return matmul_flops(config, rows * length, float(batch["weights"].sum()), BLOCK * visited.mean())
 
 
-def matmul_flops(config: GPTConfig, positions: int, scored: float, length: int) -> float:
-    block = 4 * config.dim**2 + 3 * config.dim * config.hidden_dim + config.dim * length
+def matmul_flops(config: GPTConfig, positions: int, scored: float, keys: float) -> float:
+    """Forward and backward, two operations a product; `keys`: how many a query is compared with."""
+    block = 4 * config.dim**2 + 3 * config.dim * config.hidden_dim + 2 * config.dim * keys
     return 6 * (positions * config.n_layers * block + scored * config.vocab_size * config.dim)
 
 

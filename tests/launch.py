@@ -18,7 +18,8 @@ def free_address() -> str:
 
 def start_training(arguments: list[str], num_processes: int, devices: int) -> list[subprocess.Popen]:
     """`train.py` in processes that each have some virtual devices and know of each other by flags."""
-    environ = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": ""}
+    # Without the compilation cache: see `not_from_disk` in tests/training/test_step.py.
+    environ = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
     coordinator = free_address()
     return [
         subprocess.Popen(

@@ -1,5 +1,14 @@
+import gc
 import json
+import multiprocessing
+import os
+import pickle
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,13 +87,71 @@ def test_parts_for_several_processes_make_up_the_batch(split, source):
         assert_same(joined, source[index])
 
 
-def test_workers_make_the_same_batches(source):
+@pytest.fixture(autouse=True, scope="module")
+def parsed_flags():
+    """Grain's workers ask absl's flags."""
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["test"])  # grain's workers ask absl's flags
+        flags.FLAGS(["test"])
+
+
+def test_workers_make_the_same_batches(source):
     plain, by_workers = list(epoch_batches(source, 2)), list(epoch_batches(source, 2, num_workers=2))
     assert len(plain) == len(by_workers)
     for one, other in zip(plain, by_workers, strict=True):
         assert_same(one, other)
+
+
+def test_workers_and_the_plans_files_go_with_the_iterator(split, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = multiprocessing.active_children()
+    source = BatchSource(split, plan_epoch(split.lengths, 128), batch_size=1, seq_len=128)
+    assert len(pickle.dumps(source)) < 1000  # workers are sent where the plan and the data are, not their content
+    batches = epoch_batches(source, num_workers=1)
+    next(batches)
+    assert len(multiprocessing.active_children()) == len(before) + 1
+    batches.close()
+    assert multiprocessing.active_children() == before
+    del source, batches
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_workers_do_not_outlive_a_killed_parent(chat_data, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import multiprocessing, time
+from absl import flags
+from tinysft_jax.data.dataset import PreparedData
+from tinysft_jax.data.packing import plan_epoch
+from tinysft_jax.data.pipeline import BatchSource, epoch_batches
+
+if __name__ == "__main__":
+    flags.FLAGS(["program"])
+    split = PreparedData({str(chat_data)!r}).split("train")
+    batches = epoch_batches(BatchSource(split, plan_epoch(split.lengths, 128), 1, 128), num_workers=1)
+    next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(60)
+""")
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True, env=environment)
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(100):
+        if not _is_running(worker):
+            break
+        time.sleep(0.1)
+    assert not _is_running(worker)
+
+
+def _is_running(pid):
+    """Not ended, and no zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_batches_is_the_short_way(chat_data, split):

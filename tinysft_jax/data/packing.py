@@ -4,29 +4,69 @@ A conversation is never cut, and a row's content depends on (lengths, row length
 of a run in its data is one number, the rows it has read.
 """
 
-import dataclasses
+import hashlib
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt32
 
-from tinysft_jax.errors import UserError
-
-# Conversations that are packed together: rows fill better in larger windows (the rest that no conversation fits is
-# shared by more rows), while the random order of an epoch is kept from one window to the next.
-WINDOW = 16_384
+from tinysft_jax.data.cutting_stock import cut
+from tinysft_jax.errors import RunError, UserError
 
 
-@dataclasses.dataclass(frozen=True)
 class PackingPlan:
     """The rows of one epoch.
+
+    A plan lies in files of a temporary directory: processes that read it share its memory, and memory that is short
+    can be taken from it.
 
     Attributes:
       order: conversation indices, row after row.
       row_starts: where each row begins in `order`; one more entry than rows.
+
+    Args:
+      directory: written by `create`.
     """
 
-    order: UInt32[np.ndarray, " conversations"]
-    row_starts: Int[np.ndarray, " rows_and_1"]
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self.order: UInt32[np.ndarray, " conversations"] = np.asarray(np.load(directory / "order.npy", mmap_mode="r"))
+        self.row_starts: Int[np.ndarray, " rows_and_1"] = np.asarray(
+            np.load(directory / "row_starts.npy", mmap_mode="r")
+        )
+
+    @classmethod
+    def create(
+        cls, order: UInt32[np.ndarray, " conversations"], row_starts: Int[np.ndarray, " rows_and_1"]
+    ) -> "PackingPlan":
+        """A plan with files of its own, which are removed when the plan is no longer used, or the program ends.
+
+        Raises:
+          RunError: if they can't be written.
+        """
+        try:
+            directory = Path(tempfile.mkdtemp(prefix="tinysft-jax-plan-"))
+            try:
+                np.save(directory / "order.npy", order)
+                np.save(directory / "row_starts.npy", row_starts)
+                plan = cls(directory)
+            except BaseException:
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
+        except OSError as error:
+            raise RunError(
+                f"can't write the plan of an epoch to {tempfile.gettempdir()}: {error.strerror or error}; set TMPDIR "
+                f"to a directory with {(order.nbytes + row_starts.nbytes) >> 20:,} MiB to spare"
+            ) from None
+        weakref.finalize(plan, shutil.rmtree, directory, ignore_errors=True)
+        return plan
+
+    def __reduce__(self):
+        # Another process maps the files itself instead of being sent their content.
+        return PackingPlan, (self._directory,)
 
     def __len__(self) -> int:
         return len(self.row_starts) - 1
@@ -36,78 +76,76 @@ class PackingPlan:
         return self.order[self.row_starts[index] : self.row_starts[index + 1]]
 
 
+class Packing:
+    """Which lengths share a row, settled once for all epochs; an epoch draws the conversations.
+
+    Args:
+      lengths: each conversation's tokens.
+      seq_len: tokens a row.
+      among: the conversations to pack; None: all.
+
+    Attributes:
+      seq_len: tokens a row.
+      n_rows: rows of every epoch.
+      fill: the share of the rows' tokens that are no padding.
+      fingerprint: names the rows' lengths. Where it is the same, so are the rows of an epoch.
+
+    Raises:
+      UserError: if a conversation is longer than a row.
+    """
+
+    def __init__(self, lengths: Int[np.ndarray, " n"], seq_len: int, among: Int[np.ndarray, " m"] | None = None):
+        self.seq_len, self._lengths = seq_len, lengths
+        self._among = None if among is None else np.asarray(among, np.uint32)
+        counts = np.bincount(lengths if among is None else lengths[among])
+        if len(counts) > seq_len + 1:
+            raise UserError(
+                f"data.seq_len is {seq_len}, but the longest conversation has {len(counts) - 1} tokens; "
+                "raise data.seq_len or prepare with a smaller --max_tokens"
+            )
+        patterns = sorted(cut({int(length): int(counts[length]) for length in np.flatnonzero(counts)}, seq_len).items())
+        self.fingerprint = hashlib.sha256(repr(patterns).encode()).hexdigest()[:16]
+        self._row_counts = np.array([rows for _, rows in patterns], np.int64)
+        # The patterns one after the other, in a dtype that is sorted by counting up to 16 bits.
+        self._dtype = np.min_scalar_type(seq_len)
+        self._pattern_sizes = np.array([len(pattern) for pattern, _ in patterns], np.int64)
+        self._pattern_starts = np.cumsum(self._pattern_sizes) - self._pattern_sizes
+        self._pattern_lengths = np.array([length for pattern, _ in patterns for length in pattern], self._dtype)
+        self.n_rows = int(self._row_counts.sum())
+        self.fill = float(counts @ np.arange(len(counts))) / max(1, self.n_rows * seq_len)
+
+    def epoch(self, seed: int = 0, epoch: int = 0) -> PackingPlan:
+        """Assigns every conversation to exactly one row.
+
+        The patterns are laid out in a random order; each place in a row is for some length, and gets the next of the
+        shuffled conversations of that length.
+
+        Args:
+          seed: of the shuffle.
+          epoch: each has its own order.
+        """
+        random = np.random.default_rng([seed, epoch])
+        patterns = random.permutation(np.repeat(np.arange(len(self._row_counts), dtype=np.uint32), self._row_counts))
+        sizes = self._pattern_sizes[patterns]
+        row_starts = np.concatenate([[0], np.cumsum(sizes)])
+        within_patterns = np.repeat(self._pattern_starts[patterns] - row_starts[:-1], sizes)
+        within_patterns += np.arange(row_starts[-1])
+        places = self._pattern_lengths[within_patterns]
+        del within_patterns  # with millions of conversations, memory counts
+        chosen = np.arange(len(self._lengths), dtype=np.uint32) if self._among is None else self._among
+        chosen = random.permutation(chosen)
+        chosen = chosen[np.argsort(self._lengths[chosen].astype(self._dtype), kind="stable")]
+        order = np.empty_like(chosen)
+        order[np.argsort(places, kind="stable")] = chosen
+        return PackingPlan.create(order, row_starts)
+
+
 def plan_epoch(
     lengths: Int[np.ndarray, " n"],
     seq_len: int,
     seed: int = 0,
     epoch: int = 0,
-    shuffle: bool = True,
     among: Int[np.ndarray, " m"] | None = None,
 ) -> PackingPlan:
-    """Assigns every conversation to exactly one row.
-
-    Conversations are shuffled, cut into windows, and each window is packed best-fit in decreasing order of length;
-    then the rows of a window are shuffled.
-
-    Args:
-      lengths: each conversation's tokens.
-      seq_len: tokens a row.
-      seed: of the shuffle.
-      epoch: each has its own order.
-      shuffle: False: windows in the given order, as evaluation reads them.
-      among: the conversations to pack; None: all.
-
-    Raises:
-      UserError: if a conversation is longer than a row.
-    """
-    chosen = np.arange(len(lengths), dtype=np.uint32) if among is None else np.asarray(among, np.uint32)
-    if len(chosen) and lengths[chosen].max() > seq_len:
-        raise UserError(
-            f"data.seq_len is {seq_len}, but the longest conversation has {lengths[chosen].max()} tokens; "
-            "raise data.seq_len or prepare with a smaller --max_tokens"
-        )
-    random = np.random.default_rng([seed, epoch])
-    if shuffle:
-        chosen = random.permutation(chosen)
-    order, row_lengths = np.empty_like(chosen), []
-    for start in range(0, len(chosen), WINDOW):
-        window = chosen[start : start + WINDOW]
-        rows = _best_fit(lengths[window], seq_len)
-        n_rows = int(rows.max()) + 1
-        if shuffle:
-            rows = random.permutation(n_rows)[rows]
-        order[start : start + WINDOW] = window[np.argsort(rows, kind="stable")]
-        row_lengths.append(np.bincount(rows, minlength=n_rows))
-    row_starts = np.cumsum(np.concatenate([[0], *row_lengths]))
-    return PackingPlan(order, row_starts)
-
-
-def _best_fit(lengths: Int[np.ndarray, " n"], seq_len: int) -> Int[np.ndarray, " n"]:
-    """Best-fit decreasing: each conversation goes to the fullest row that still has room for it.
-
-    The rows with a given room are a stack; bit r of one integer says whether stack r has any. So the best row is the
-    lowest bit at or above the conversation's length, and a conversation costs a few machine operations.
-
-    Returns:
-      Each conversation's row.
-    """
-    rows = np.empty(len(lengths), np.int64)
-    rows_with_room: list[list[int]] = [[] for _ in range(seq_len + 1)]
-    rooms, n_rows = 0, 0
-    descending = np.argsort(-lengths.astype(np.int64), kind="stable")
-    for index, length in zip(descending.tolist(), lengths[descending].tolist(), strict=True):
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            stack = rows_with_room[room]
-            row = stack.pop()
-            if not stack:
-                rooms ^= 1 << room
-        else:
-            row, room = n_rows, seq_len
-            n_rows += 1
-        rows[index] = row
-        if left := room - length:
-            rows_with_room[left].append(row)
-            rooms |= 1 << left
-    return rows
+    """The rows of one epoch, where no other is asked for; see `Packing`."""
+    return Packing(lengths, seq_len, among).epoch(seed, epoch)

@@ -1,7 +1,11 @@
 """From a prepared split and a packing plan to batches, through grain."""
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
+from multiprocessing import parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import grain
@@ -60,11 +64,15 @@ def epoch_batches(source: BatchSource, start: int = 0, num_workers: int = 0) -> 
       num_workers: processes that build batches; 0: threads of this one. The batches are the same.
     """
     dataset = grain.MapDataset.source(source)[start:]
-    iterator = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD))
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD))
     if num_workers:
         options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=READ_AHEAD)
-        iterator = iterator.mp_prefetch(options, _leave_ctrl_c_to_the_parent)
-    return iter(iterator)
+        dataset = dataset.mp_prefetch(options, _prepare_worker)
+    iterator = iter(dataset)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()  # ends the workers
 
 
 def batches(
@@ -90,8 +98,15 @@ def batches(
     return epoch_batches(BatchSource(data, plan_epoch(data.lengths, seq_len, seed, epoch), batch_size, seq_len))
 
 
-def _leave_ctrl_c_to_the_parent(worker_index: int, worker_count: int) -> None:
+def _prepare_worker(worker_index: int, worker_count: int) -> None:
+    """A worker ends when it is told to, or when its parent is gone however that ended; Ctrl-C is the parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+
+
+def _end_with(process: BaseProcess) -> None:
+    process.join()
+    os._exit(1)
 
 
 def _empty_batch(n_rows: int, seq_len: int) -> Batch:

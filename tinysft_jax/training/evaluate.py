@@ -34,7 +34,7 @@ class Evaluator:
         self._sources = {}
         for task_id, name in enumerate(data.tasks):
             if len(members := np.flatnonzero(split.tasks == task_id)):
-                plan = plan_epoch(split.lengths, seq_len, shuffle=False, among=members)
+                plan = plan_epoch(split.lengths, seq_len, among=members)
                 self._sources[name] = BatchSource(split, plan, batch_size, seq_len, part)
 
     def losses(

@@ -1,5 +1,6 @@
 """A training run, from its configuration to its best model."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -14,8 +15,8 @@ from ml_collections import ConfigDict
 
 from tinysft_jax import files, processes
 from tinysft_jax.attention import choose_backend
-from tinysft_jax.data.dataset import PreparedData, Split
-from tinysft_jax.data.packing import plan_epoch
+from tinysft_jax.data.dataset import PreparedData
+from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.pipeline import Batch, BatchSource, epoch_batches
 from tinysft_jax.errors import Interrupted, RunError, UserError, reason
 from tinysft_jax.model import GPT
@@ -68,12 +69,19 @@ class _Run:
         self.config, self.workdir, self.mesh, self.stop = config, workdir, mesh, stop
         self.part = process_part(mesh)
         self.data = PreparedData(config.data.path)
-        processes.check_same({"the configuration": config.to_json(), "the data": self._identity()["data"]})
-        processes.check_shared(workdir)
         self.split = self.data.split("train")
         if not len(self.split):
             raise UserError(f"{config.data.path} has no training conversation")
-        self.total_steps = total_steps(config, self.split)
+        self.packing = Packing(self.split.lengths, config.data.seq_len)
+        self.total_steps = total_steps(config, self.packing)
+        processes.check_same(
+            {
+                "the configuration": config.to_json(),
+                "the data": self._identity()["data"],
+                "how it is packed (which may be due to another version of SciPy)": self.packing.fingerprint,
+            }
+        )
+        processes.check_shared(workdir)
         self.evaluator = Evaluator(
             self.data, config.train.batch_size, config.data.seq_len, config.train.eval_batches, self.part
         )
@@ -111,6 +119,7 @@ class _Run:
             "data": files.sha256(self.data.directory / "manifest.json")[:16],
             "seed": config.seed,
             "data.seq_len": config.data.seq_len,
+            "packing": self.packing.fingerprint,
             "train.batch_size": config.train.batch_size,
             **{f"optimizer.{key}": value for key, value in config.optimizer.items()},
         }
@@ -180,29 +189,27 @@ class _Run:
         self._finish()
 
     def _train(self) -> None:
-        config = self.config.train
-        batches = self._batches()
         profile = ProfileWindow(self.config.profile, self.workdir / "profile")
-        pending = None  # metrics of the step before: fetched while the device works on the next one
-        while self.step < self.total_steps and not self.stop.agreed(self.mesh):
-            profile.before(self.step)
-            self.state, metrics = self.train_step(self.state, global_batch(self.mesh, next(batches)))
+        with contextlib.closing(self._batches()) as batches:
+            pending = None  # metrics of the step before: fetched while the device works on the next one
+            while self.step < self.total_steps and not self.stop.agreed(self.mesh):
+                profile.before(self.step)
+                self.state, metrics = self.train_step(self.state, global_batch(self.mesh, next(batches)))
+                if pending:
+                    self._account(*pending)
+                self.step += 1
+                pending = (self.step, metrics)
+                evaluates, saves = self._is_time_to_evaluate(), self._is_time_to_save()
+                if evaluates or saves or self.step == 1:
+                    self._account(*pending)
+                    pending = None
+                with self.rates.paused():
+                    if evaluates:
+                        self._evaluate()
+                    if saves:
+                        self._save()
             if pending:
                 self._account(*pending)
-            self.step += 1
-            pending = (self.step, metrics)
-            evaluates = self.step % config.eval_interval == 0 or self.step == self.total_steps
-            saves = self.step % config.save_interval == 0 or self.step == self.total_steps
-            if evaluates or saves or self.step == 1:
-                self._account(*pending)
-                pending = None
-            with self.rates.paused():
-                if evaluates:
-                    self._evaluate()
-                if saves:
-                    self._save()
-        if pending:
-            self._account(*pending)
         profile.close()
         if self.stop.exit_code is not None:
             self._save()
@@ -213,16 +220,22 @@ class _Run:
                 self.stop.exit_code,
             )
 
+    def _is_time_to_evaluate(self) -> bool:
+        return self.step % self.config.train.eval_interval == 0 or self.step == self.total_steps
+
+    def _is_time_to_save(self) -> bool:
+        return self.step % self.config.train.save_interval == 0 or self.step == self.total_steps
+
     def _batches(self) -> Iterator[Batch]:
         """The batches from the current step on, epoch after epoch."""
-        to_skip = self.step
-        for epoch in itertools.count():
-            source = epoch_source(self.config, self.split, epoch, self.part)
-            if to_skip >= len(source):
-                to_skip -= len(source)
-                continue
-            yield from epoch_batches(source, to_skip, self.config.data.num_workers)
-            to_skip = 0
+        config = self.config
+        first, start = divmod(self.step, steps_an_epoch(config, self.packing))
+        for epoch in itertools.count(first):
+            plan = self.packing.epoch(config.seed, epoch)
+            source = BatchSource(self.split, plan, config.train.batch_size, config.data.seq_len, self.part)
+            yield from epoch_batches(source, start, config.data.num_workers)
+            start = 0
+            del plan, source  # or there would be two epochs' plans while the next is made
 
     def _account(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes a finished step's metrics from the device, and logs them if it is time."""
@@ -246,9 +259,9 @@ class _Run:
 
     def _is_evaluation_due(self) -> bool:
         """Whether the step that the run starts at should have been evaluated, and was not."""
-        if self.step % self.config.train.eval_interval and self.step != self.total_steps:
-            return False
-        return not any(ALL_TASKS in line for line in read_metrics(self.workdir) if line["step"] == self.step)
+        return self._is_time_to_evaluate() and not any(
+            ALL_TASKS in line for line in read_metrics(self.workdir) if line["step"] == self.step
+        )
 
     def _evaluate(self) -> None:
         stops = functools.partial(self.stop.agreed, self.mesh)
@@ -290,14 +303,12 @@ class _Run:
             self.progress.say(f"best model (step {self.best_step:,}): {self.workdir / 'model'}")
 
 
-def total_steps(config: ConfigDict, split: Split) -> int:
+def total_steps(config: ConfigDict, packing: Packing) -> int:
     """`max_steps`, or the batches of `num_epochs` epochs."""
     if config.train.num_epochs is None:
         return config.train.max_steps
-    return sum(len(epoch_source(config, split, epoch)) for epoch in range(config.train.num_epochs))
+    return config.train.num_epochs * steps_an_epoch(config, packing)
 
 
-def epoch_source(config: ConfigDict, split: Split, epoch: int, part: tuple[int, int] = (0, 1)) -> BatchSource:
-    """The batches of one training epoch."""
-    plan = plan_epoch(split.lengths, config.data.seq_len, config.seed, epoch)
-    return BatchSource(split, plan, config.train.batch_size, config.data.seq_len, part)
+def steps_an_epoch(config: ConfigDict, packing: Packing) -> int:
+    return -(-packing.n_rows // config.train.batch_size)

@@ -1,4 +1,8 @@
-"""Lets a model speak: answers to a prompt, a chat, or one request of each kind that it should have learnt."""
+"""Lets a model speak: answers to a prompt or to a file of them, a chat, or one request of each kind it should know."""
+
+import os
+from argparse import Namespace
+from pathlib import Path
 
 from tinysft_jax import cli
 from tinysft_jax.errors import UserError
@@ -6,45 +10,91 @@ from tinysft_jax.sampling.options import SamplingOptions
 
 
 def main() -> None:
+    flags = _parser().parse_args()
+    _check(flags)
+    options = SamplingOptions(
+        max_new_tokens=flags.max_new_tokens,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        min_p=flags.min_p,
+        repetition_penalty=flags.repetition_penalty,
+        seed=flags.seed,
+    )
+
+    # Only now what takes seconds to import.
+    import jax
+
+    from tinysft_jax.model import default_dtype
+    from tinysft_jax.model_directory import make_model, read_model
+    from tinysft_jax.sampling.batch import answer_file
+    from tinysft_jax.sampling.decode import Decoder
+    from tinysft_jax.sampling.interactive import Shell
+    from tinysft_jax.sampling.requests import read_requests
+    from tinysft_jax.sampling.session import Session
+    from tinysft_jax.sampling.single import print_answers, print_capabilities
+    from tinysft_jax.sharding import make_mesh
+    from tinysft_jax.tokenizer import ChatTokenizer
+
+    description, params = read_model(flags.checkpoint)
+    tokenizer = ChatTokenizer.from_description(description.to_json())
+    if flags.input is not None:
+        requests = read_requests(flags.input, tokenizer, description.config, flags.system)
+    model = make_model(description.config, params, dtype=default_dtype())
+    decoder = Decoder(model, make_mesh() if flags.input is not None and jax.device_count() > 1 else None)
+    if flags.input is not None:
+        answer_file(decoder, tokenizer, options, requests, flags.output, flags.num_samples, flags.batch_size)
+    elif flags.prompt is not None:
+        print_answers(decoder, tokenizer, options, flags.prompt, flags.system, flags.num_samples)
+    elif flags.test:
+        print_capabilities(decoder, tokenizer, options, flags.system)
+    else:
+        Shell(Session(decoder, tokenizer, options, flags.system)).run()
+
+
+def _parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="a model directory, a work directory or a .pt file")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--prompt", help="answer this; a model without a chat template continues it")
-    mode.add_argument("--interactive", action="store_true", help="chat, line by line")
+    mode.add_argument("--interactive", action="store_true", help="chat, line by line; /help lists the commands")
+    mode.add_argument("--input", type=Path, metavar="FILE", help="answer its lines, conversations or prompts in JSON")
     mode.add_argument("--test", action="store_true", help="show what the model can do, one request of each kind")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where the answers to --input go")
     parser.add_argument("--system", help="the system message (default: the one the model was trained with)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="length of an answer, at most")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 always takes the most likely token")
     parser.add_argument("--top_k", type=int, default=50, help="draw among the k most likely tokens; 0: off")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest this probable; 1: off")
-    parser.add_argument("--num_samples", type=int, default=1, help="answers to --prompt")
+    parser.add_argument(
+        "--min_p",
+        type=float,
+        default=0.0,
+        help="draw among those at least this fraction as likely as the likeliest; 0: off",
+    )
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids what occurred; 1: off")
+    parser.add_argument("--num_samples", type=int, default=1, help="answers to --prompt, or to each line of --input")
+    parser.add_argument("--batch_size", type=int, default=32, help="answers made at a time; more take more memory")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same answers")
-    args = parser.parse_args()
-    if args.num_samples < 1:
-        raise UserError(f"--num_samples is {args.num_samples}; it must be 1 or more")
-    if args.num_samples > 1 and args.prompt is None:
-        raise UserError("--num_samples goes with --prompt")
-    if args.prompt == "" or args.system == "":
-        raise UserError(f"{'--prompt' if args.prompt == '' else '--system'} is empty")
+    return parser
 
-    options = SamplingOptions(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
 
-    # Only now what takes seconds to import.
-    from tinysft_jax.model import default_dtype
-    from tinysft_jax.model_directory import make_model, read_model
-    from tinysft_jax.sampling import console
-    from tinysft_jax.sampling.decode import Decoder
-    from tinysft_jax.tokenizer import ChatTokenizer
-
-    description, params = read_model(args.checkpoint)
-    tokenizer = ChatTokenizer.from_description(description.to_json())
-    decoder = Decoder(make_model(description.config, params, dtype=default_dtype()))
-    if args.prompt is not None:
-        console.print_answers(decoder, tokenizer, options, args.prompt, args.system, args.num_samples)
-    elif args.test:
-        console.print_capabilities(decoder, tokenizer, options, args.system)
-    else:
-        console.run_interactive(decoder, tokenizer, options, args.system)
+def _check(flags: Namespace) -> None:
+    """Refuses what no model could make sense of."""
+    for name in ("num_samples", "batch_size"):
+        if (value := getattr(flags, name)) < 1:
+            raise UserError(f"--{name} is {value}; it must be 1 or more")
+    if flags.num_samples > 1 and flags.prompt is None and flags.input is None:
+        raise UserError("--num_samples goes with --prompt or --input")
+    if flags.prompt == "" or flags.system == "":
+        raise UserError(f"{'--prompt' if flags.prompt == '' else '--system'} is empty")
+    if (flags.input is None) != (flags.output is None):
+        raise UserError("--input and --output go together")
+    if flags.output is not None:
+        if os.path.exists(flags.output):
+            raise UserError(f"{flags.output} exists; choose another --output or delete it")
+        if not flags.output.parent.is_dir():
+            raise UserError(f"there is no directory {flags.output.parent} for --output")
 
 
 if __name__ == "__main__":

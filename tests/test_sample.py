@@ -1,7 +1,7 @@
 """`sample.py` as a user runs it, on a tiny model with random weights."""
 
 import io
-import itertools
+import json
 import re
 import runpy
 import subprocess
@@ -9,23 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from flax import nnx
-
-from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.model_directory import ModelDescription, save_model
-from tinysft_jax.sampling.decode import Decoder
-from tinysft_jax.tokenizer import ChatTokenizer
+from tiny_model import make_model_directory
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
-
-
-def make_model_directory(path: Path, template: str | None) -> Path:
-    tokenizer = ChatTokenizer(template, bpe_ranks=256)
-    config = GPTConfig(vocab_size=tokenizer.vocab_size, dim=32, n_layers=1, n_heads=2, max_seq_len=256)
-    params = nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(0))))
-    description = tokenizer.description()
-    save_model(path, params, ModelDescription(config, description["chat_template"], description["tokenizer"], {}))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +84,8 @@ def test_capability_cases(sample, chat_model):
         (["--prompt=Hi", "--top_k=-1"], "top_k"),
         (["--prompt=Hi", "--max_new_tokens=-1"], "max_new_tokens"),
         (["--prompt=Hi", "--num_samples=0"], "num_samples"),
+        (["--prompt=Hi", "--output=answers.jsonl"], "go together"),
+        (["--input=prompts.jsonl"], "go together"),
         (["--interactive", "--num_samples=2"], "num_samples"),
         (["--prompt="], "empty"),
         (["--prompt=Hi", "--system="], "empty"),
@@ -117,7 +105,7 @@ def test_mistakes_are_one_line(sample, chat_model, arguments, message):
 def test_no_system_message_without_a_template(sample, text_model):
     for mode in ("--prompt=Hi", "--interactive", "--test"):
         code, out, err = sample(f"--checkpoint={text_model}", mode, "--system=S", stdin="Hi\n")
-        assert (code, out) == (2, "") and "--system" in err
+        assert (code, out) == (2, "") and "takes no system message" in err
 
 
 def test_a_model_whose_tokenizer_is_unknown_is_refused(sample, fixtures):
@@ -125,39 +113,46 @@ def test_a_model_whose_tokenizer_is_unknown_is_refused(sample, fixtures):
     assert (code, out) == (2, "") and "tokenizer" in err and err.count("\n") == 1
 
 
-def test_a_piped_chat(sample, chat_model):
-    """A message that is too long is an error line, and the chat goes on; nothing is read after /quit."""
-    lines = ["Hi", "", "x" * 300, "/help", "/reset", "Hi", "/quit", "Hi"]
-    code, out, err = sample(
-        f"--checkpoint={chat_model}", "--interactive", "--temperature=0", "--max_new_tokens=20", stdin="\n".join(lines)
-    )
-    assert code == 0
-    assert err.count("\n") == 1 and "tokens" in err
-    answer = re.fullmatch(r"(?s)(.+)\n\(/reset .*\)\n\(forgotten\)\n(.+)\n", out)
-    assert answer and answer[1] == answer[2], "after /reset the same question has the same answer"
-
-
-def test_a_full_context_forgets_the_oldest_exchange(sample, chat_model):
-    out = sample(f"--checkpoint={chat_model}", "--interactive", "--system=S", "--max_new_tokens=60", stdin="Hi\n" * 4)[
-        1
+def test_a_file_of_requests(sample, chat_model, tmp_path):
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    source.write_text('{"prompt": "Hi"}\n{"prompt": "Ho"}\n{"prompt": "Hi"}\n')
+    arguments = (f"--checkpoint={chat_model}", f"--input={source}", "--system=S", "--max_new_tokens=20")
+    code, out, err = sample(*arguments, f"--output={output}", "--num_samples=2")
+    assert (code, out) == (0, "") and re.fullmatch(r"6/6 answers, [0-9,]+ tokens/s\n", err)
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [[message["content"] for message in line["messages"][:2]] for line in lines] == [
+        ["S", text] for text in ("Hi", "Hi", "Ho", "Ho", "Hi", "Hi")
     ]
-    assert "exchanges forgotten, oldest first: 1)" in out
+    assert len({line["messages"][2]["content"] for line in lines}) == 6, "each answer has its own random numbers"
+    again = tmp_path / "again.jsonl"
+    assert sample(*arguments, f"--output={again}", "--num_samples=2", "--temperature=0")[0] == 0
+    assert len({json.loads(line)["messages"][2]["content"] for line in again.read_text().splitlines()}) == 2
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_the_chat(sample, chat_model, monkeypatch):
-    stream, prompts = Decoder.stream, []
-
-    def interrupted(self, prompt, options):
-        prompts.append(prompt)
-        yield from itertools.islice(stream(self, prompt, options), 1)
-        if len(prompts) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Decoder, "stream", interrupted)
-    arguments = (f"--checkpoint={chat_model}", "--interactive", "--max_new_tokens=20")
-    code, out, err = sample(*arguments, stdin="Hi\nHi\n")
-    assert (code, err) == (0, "") and out.count(" (stopped)\n") == 1
-    assert len(prompts[1]) > len(prompts[0]) + 3, "the second turn holds what was said in the first"
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        ('{"prompt": "Hi"}\n{"prompt"\n', (), "prompts.jsonl:2: not valid JSON"),
+        ('{"prompt": "' + "long " * 60 + '"}', (), "prompts.jsonl:1: the request has"),
+        ("", (), "no requests"),
+        ('{"prompt": "Hi"}', ("--output=prompts.jsonl",), "exists"),
+        ('{"prompt": "Hi"}', ("--output=missing/answers.jsonl",), "no directory"),
+        ('{"prompt": "Hi"}', ("--output=" + "x" * 300,), "File name too long"),
+        ('{"prompt": "Hi"}', ("--batch_size=0",), "batch_size"),
+        ('{"prompt": "Hi"}', ("--min_p=2",), "min_p"),
+        ('{"prompt": "Hi"}', ("--repetition_penalty=0",), "repetition_penalty"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_a_file_of_requests(sample, chat_model, tmp_path, monkeypatch, content, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text(content)
+    code, out, err = sample(
+        f"--checkpoint={chat_model}", "--input=prompts.jsonl", "--output=answers.jsonl", "--system=S", *arguments
+    )
+    assert code == (3 if "too long" in message else 2) and out == ""
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
 def test_the_command_in_a_process_of_its_own(chat_model):

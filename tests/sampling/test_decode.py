@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,20 @@ def naive_greedy(full_logits, prompt: list[int], n: int, context: int) -> list[i
     return ids[len(prompt) :]
 
 
+@pytest.fixture
+def compilations():
+    """A list with an entry for everything that is compiled from now on."""
+    events = []
+
+    def note(event: str, duration: float, **_) -> None:
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":  # before the cache on disk is asked
+            events.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
 def compiled() -> int:
     return loop.start._cache_size() + loop.advance._cache_size()
 
@@ -59,6 +75,7 @@ def test_cached_logits_equal_the_full_forward(model, full_logits, cached_step, l
         lengths,
         lengths + 8,
         zeros,
+        np.zeros((4, 256), bool),
         np.uint32(0),
         config=model.config,
         dtype=model.dtype,
@@ -113,6 +130,35 @@ def test_random_numbers_follow_seed_and_row(decoder, prompts):
     assert len({tuple(ids) for ids in [*first, *sample(0, same)]}) == 8
 
 
+def test_a_row_of_a_larger_task_draws_as_in_the_whole(decoder, prompts):
+    options = SamplingOptions(max_new_tokens=N_NEW, temperature=1.0)
+    whole = decoder.generate(prompts, options)
+    assert decoder.generate(prompts[3:], options, batch_size=2, first_row=3) == whole[3:]
+    assert [id_ for ids in decoder.stream(prompts[3], options, row=3) for id_ in ids] == whole[3]
+
+
+@pytest.mark.parametrize("penalty", [1.5, 0.7])
+def test_the_penalty_is_for_what_stands_in_prompt_and_answer(decoder, full_logits, prompts, penalty):
+    def naive(prompt: list[int], stop_id: int) -> list[int]:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + N_NEW:
+            row = np.zeros((1, 96), np.int32)
+            row[0, : len(ids)] = ids
+            logits = np.array(full_logits(row)[0, len(ids) - 1])
+            for id_ in set(ids) - {stop_id}:
+                logits[id_] = logits[id_] / penalty if logits[id_] > 0 else logits[id_] * penalty
+            ids.append(int(logits.argmax()))
+            if ids[-1] == stop_id:
+                return ids[len(prompt) : -1]
+        return ids[len(prompt) :]
+
+    stop_id = prompts[2][4]
+    options = SamplingOptions(N_NEW, temperature=0, repetition_penalty=penalty, stop_ids=(stop_id,))
+    out = decoder.generate(prompts, options)
+    assert out == [naive(prompt, stop_id) for prompt in prompts]
+    assert out != decoder.generate(prompts, dataclasses.replace(options, repetition_penalty=1))
+
+
 def test_a_stop_id_ends_its_row_only_and_is_not_returned(decoder, prompts):
     options = SamplingOptions(max_new_tokens=N_NEW, temperature=0)
     free = decoder.generate(prompts, options)
@@ -148,22 +194,27 @@ def test_stream_yields_what_generate_returns(decoder, prompts):
         options = SamplingOptions(max_new_tokens=N_NEW, temperature=temperature, seed=3)
         chunks = list(decoder.stream(np.array(prompts[2]), options))
         assert [id_ for ids in chunks for id_ in ids] == decoder.generate([prompts[2]], options)[0]
-        assert len(chunks) == 5
+        assert [len(ids) for ids in chunks] == [1, 8, 8, 8, 8, 1]
 
 
-def test_only_shapes_and_top_k_compile(decoder, prompts):
-    decoder.generate(prompts[:3], SamplingOptions(max_new_tokens=N_NEW))
-    before = compiled()
-    for options in (
-        SamplingOptions(max_new_tokens=N_NEW, temperature=0),
-        SamplingOptions(max_new_tokens=30, temperature=1.5, top_p=0.3, seed=9),
-        SamplingOptions(max_new_tokens=N_NEW, top_p=0, forbidden_ids=(3, 4)),
+def test_only_shapes_and_top_k_compile(decoder, prompts, compilations):
+    options = SamplingOptions(max_new_tokens=N_NEW, stop_ids=(1,))
+    decoder.generate(prompts[:3], options)
+    list(decoder.stream(prompts[0], options))
+    compilations.clear()
+    for changes in (
+        {"temperature": 0},
+        {"temperature": 1.5, "top_p": 0.3, "seed": 9, "max_new_tokens": 30},
+        {"top_p": 0, "min_p": 0.2, "forbidden_ids": (3, 4), "stop_ids": (7,)},
+        {"repetition_penalty": 1.3},
     ):
-        decoder.generate(prompts[3:7], options)  # four rows, as three are rounded up to, of other lengths
-        decoder.generate(prompts[:3], options)
-    assert compiled() == before
-    decoder.generate(prompts[:3], SamplingOptions(max_new_tokens=N_NEW, top_k=7))
-    assert compiled() == before + 1, "top_k is a shape: if this counts nothing, neither does the test above"
+        changed = dataclasses.replace(options, **changes)
+        decoder.generate(prompts[3:7], changed)  # four rows, as three are rounded up to, of other lengths
+        decoder.generate(prompts[:3], changed)
+        list(decoder.stream(prompts[6], changed))
+    assert compilations == []
+    decoder.generate(prompts[:3], dataclasses.replace(options, top_k=7))
+    assert len(compilations) == 1, "top_k is a shape: if this counts nothing, neither does the test above"
 
 
 def test_decoders_of_one_shape_share_what_is_compiled(model, decoder, prompts):
@@ -180,7 +231,7 @@ def test_decoders_of_one_shape_share_what_is_compiled(model, decoder, prompts):
 def test_forbidden_and_padding_ids_never_come_out(decoder, prompts, top_k):
     """At such a temperature all ids are equally likely; the table has 56 rows of padding behind the 200 ids."""
     allowed = set(range(150, 200))
-    options = SamplingOptions(N_NEW, 1e9, top_k, forbidden_ids=(*range(150), 5000, -1))
+    options = SamplingOptions(N_NEW, temperature=1e9, top_k=top_k, forbidden_ids=(*range(150), 5000, -1))
     drawn = {id_ for ids in decoder.generate(prompts * 4, options, batch_size=7) for id_ in ids}
     assert drawn == allowed
 
@@ -202,7 +253,7 @@ def test_half_precision_generates(model, prompts):
         (2, "bfloat16"),
     }
     options = SamplingOptions(max_new_tokens=N_NEW, temperature=0)
-    state = decoder._prefill([np.array(prompt) for prompt in prompts], list(range(len(prompts))), options)
+    state = decoder._prefill([np.array(prompt, np.int32) for prompt in prompts], list(range(len(prompts))), options)
     assert {leaf.dtype.name for leaf in jax.tree.leaves((state.cache, state.hidden))} == {"bfloat16"}
     out = decoder.generate(prompts, options)
     exact = Decoder(model).generate(prompts, options)
@@ -216,6 +267,14 @@ def test_a_model_on_several_devices_generates_the_same(model, decoder, prompts):
     assert not params["tok_emb"]["embedding"].is_fully_replicated
     options = SamplingOptions(max_new_tokens=N_NEW, temperature=0)
     assert Decoder(nnx.merge(graph, params)).generate(prompts, options) == decoder.generate(prompts, options)
+
+
+def test_rows_divided_over_a_mesh_are_the_same(model, decoder, prompts):
+    divided = Decoder(model, make_mesh(data=2, fsdp=2, tensor=2))
+    options = SamplingOptions(max_new_tokens=N_NEW, temperature=1.0)
+    assert divided.generate(prompts, options) == decoder.generate(prompts, options)
+    state = divided._prefill([np.array(prompt, np.int32) for prompt in prompts], list(range(7)), options)
+    assert {len(shard.data) for shard in state.cache[0][0].addressable_shards} == {2}, "eight rows over four"
 
 
 @pytest.mark.parametrize(
@@ -251,6 +310,11 @@ def test_a_prompt_that_cannot_be_continued_is_refused(decoder, prompt, message):
         {"top_p": 1.1},
         {"top_p": float("nan")},
         {"top_k": -1},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": float("nan")},
+        {"repetition_penalty": 101},
         {"max_new_tokens": -1},
         {"seed": -1},
         {"seed": 2**32},

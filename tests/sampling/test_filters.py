@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from tinysft_jax.sampling.filters import BLOCK, draw, top_k_by_blocks
+from tinysft_jax.sampling.filters import BLOCK, Knobs, draw, penalize, top_k_by_blocks
 
 VOCAB, N_DRAWS = 3 * BLOCK, 8_000
 
@@ -28,8 +28,9 @@ def logits() -> np.ndarray:
     return logits.astype(np.float32)
 
 
-def distribution(logits: np.ndarray, temperature: float, top_p: float, top_k: int) -> np.ndarray:
-    """Softmax at the temperature, of the k largest, of the smallest set of these with the share top_p."""
+def distribution(logits: np.ndarray, temperature: float, top_p: float, top_k: int, min_p: float = 0) -> np.ndarray:
+    """Softmax at the temperature, of the k largest, of the smallest set of these with the share top_p, without those
+    less likely than min_p times the likeliest."""
     scaled = (logits.astype(np.float64) - logits.max()) / temperature
     order = np.argsort(-scaled, kind="stable")
     probabilities = np.exp(scaled[order])
@@ -39,35 +40,45 @@ def distribution(logits: np.ndarray, temperature: float, top_p: float, top_k: in
     if top_p < 1:
         before = np.cumsum(probabilities) - probabilities
         probabilities[(before >= top_p) & (np.arange(len(order)) > 0)] = 0
+    probabilities[probabilities < min_p * probabilities[0]] = 0
     out = np.zeros(len(logits))
     out[order] = probabilities / probabilities.sum()
     return out
 
 
-def drawn_counts(logits, temperature: float, top_p: float, top_k: int) -> np.ndarray:
+def knobs(temperature: float, top_p: float = 1, min_p: float = 0) -> Knobs:
+    return Knobs(*map(jnp.float32, (temperature, top_p, min_p, 1)))
+
+
+def drawn_counts(logits, temperature: float, top_p: float, top_k: int, min_p: float = 0) -> np.ndarray:
     keys = jax.random.split(jax.random.key(0), N_DRAWS)
     rows = jnp.broadcast_to(logits, (N_DRAWS, VOCAB))
-    ids = jitted_draw(rows, keys, jnp.float32(temperature), jnp.float32(top_p), top_k=top_k)
+    ids = jitted_draw(rows, keys, knobs(temperature, top_p, min_p), top_k=top_k)
     return np.bincount(ids, minlength=VOCAB)
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"),
+    ("temperature", "top_p", "top_k", "min_p"),
     [
-        (1.0, 1.0, 0),
-        (0.5, 1.0, 0),
-        (1.0, 0.9, 0),
-        (1.0, 0.3, 0),
-        (1.0, 1.0, 20),
-        (0.7, 0.8, 20),
-        (2.0, 0.99, 20),
-        (1.0, 0.95, VOCAB - 1),
-        (1.0, 0.9, VOCAB),
+        (1.0, 1.0, 0, 0),
+        (0.5, 1.0, 0, 0),
+        (1.0, 0.9, 0, 0),
+        (1.0, 0.3, 0, 0),
+        (1.0, 1.0, 20, 0),
+        (0.7, 0.8, 20, 0),
+        (2.0, 0.99, 20, 0),
+        (1.0, 0.95, VOCAB - 1, 0),
+        (1.0, 0.9, VOCAB, 0),
+        (1.0, 1.0, 0, 0.1),
+        (1.5, 0.95, 0, 0.2),
+        (1.0, 0.8, 0, 0.01),
+        (1.0, 1.0, 20, 0.2),
+        (2.0, 0.9, 20, 0.3),
     ],
 )
-def test_frequencies_are_those_of_the_filtered_softmax(logits, temperature, top_p, top_k):
-    expected = N_DRAWS * distribution(logits, temperature, top_p, top_k)
-    counts = drawn_counts(logits, temperature, top_p, top_k)
+def test_frequencies_are_those_of_the_filtered_softmax(logits, temperature, top_p, top_k, min_p):
+    expected = N_DRAWS * distribution(logits, temperature, top_p, top_k, min_p)
+    counts = drawn_counts(logits, temperature, top_p, top_k, min_p)
     assert counts[expected == 0].sum() == 0, "drew what the filters leave out"
     common = expected >= 5  # the test's approximation asks for that; the rare ones are counted together
     observed = np.append(counts[common], counts[~common].sum())
@@ -78,9 +89,27 @@ def test_frequencies_are_those_of_the_filtered_softmax(logits, temperature, top_
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 20])
-@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 0.0), (1e-30, 1.0), (0.0, 0.0)])
-def test_the_most_likely_token_is_all_that_is_left(logits, top_k, temperature, top_p):
-    assert drawn_counts(logits, temperature, top_p, top_k)[logits.argmax()] == N_DRAWS
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "min_p"), [(0.0, 1.0, 0), (1.0, 0.0, 0), (1e-30, 1.0, 0), (0.0, 0.0, 0), (1.0, 1.0, 1.0)]
+)
+def test_the_most_likely_token_is_all_that_is_left(logits, top_k, temperature, top_p, min_p):
+    assert drawn_counts(logits, temperature, top_p, top_k, min_p)[logits.argmax()] == N_DRAWS
+
+
+@pytest.mark.parametrize("top_k", [0, 20])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "min_p"), [(1.0, 1.0, 0), (1.0, 0.5, 0.5), (0.0, 1.0, 0), (9.0, 0, 1)]
+)
+def test_where_one_token_is_possible_it_is_drawn(top_k, temperature, top_p, min_p):
+    logits = np.full(VOCAB, -np.inf, np.float32)
+    logits[300] = -7
+    assert drawn_counts(logits, temperature, top_p, top_k, min_p)[300] == N_DRAWS
+
+
+def test_the_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
+    logits, seen = jnp.array([[2.0, 2.0, -2.0, -2.0, -jnp.inf]]), jnp.array([[True, False, True, False, True]])
+    np.testing.assert_array_equal(penalize(logits, seen, jnp.float32(4)), [[0.5, 2.0, -8.0, -2.0, -np.inf]])
+    np.testing.assert_array_equal(penalize(logits, seen, jnp.float32(1)), logits)
 
 
 @pytest.mark.parametrize("top_k", [0, 20])
@@ -106,9 +135,8 @@ def test_a_draw_depends_on_its_own_key_and_row_only(logits, top_k):
     keys = jax.random.split(jax.random.key(1), N_DRAWS)
     rows = jnp.stack([jnp.roll(logits, i) for i in range(8)])[jnp.arange(N_DRAWS) % 8]
     order = np.random.default_rng(0).permutation(N_DRAWS)
-    settings = {"temperature": jnp.float32(1.0), "top_p": jnp.float32(0.9), "top_k": top_k}
-    drawn = jitted_draw(rows, keys, **settings)
-    np.testing.assert_array_equal(jitted_draw(rows[order], keys[order], **settings), drawn[order])
+    drawn = jitted_draw(rows, keys, knobs(1.0, 0.9), top_k=top_k)
+    np.testing.assert_array_equal(jitted_draw(rows[order], keys[order], knobs(1.0, 0.9), top_k=top_k), drawn[order])
 
 
 @pytest.mark.parametrize("top_k", [0, 20])
@@ -137,7 +165,7 @@ def test_top_k_by_blocks_is_top_k(seed, n_peaks, n_values, k):
 def test_nothing_sorts_the_vocabulary_or_the_blocks():
     """XLA turns a top-k into a whole sort if it fails to recognise it, which once took longer than the model."""
     keys = jax.random.split(jax.random.key(0), 16)
-    arguments = jax.ShapeDtypeStruct((16, 50304), jnp.float32), keys, jnp.float32(1), jnp.float32(1)
+    arguments = jax.ShapeDtypeStruct((16, 50304), jnp.float32), keys, knobs(1)
     for top_k, n_top_k in ((50, 2), (0, 2)):
         program = jitted_draw.lower(*arguments, top_k=top_k).compile().as_text()
         sorted_widths = [int(width) for width in re.findall(r"= \(?\w+\[16,(\d+)\].* sort\(", program)]

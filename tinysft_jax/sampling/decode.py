@@ -1,23 +1,30 @@
 """Generation: prompts of any lengths in, the model's continuations out, all at once or as they are made."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Int32
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool
 
 from tinysft_jax.errors import UserError
-from tinysft_jax.model import GPT
+from tinysft_jax.model import GPT, LayerCache
 from tinysft_jax.sampling import loop
+from tinysft_jax.sampling.cache import KeptCache
+from tinysft_jax.sampling.filters import Knobs
 from tinysft_jax.sampling.options import SamplingOptions
+from tinysft_jax.sampling.prompt import Prompt, check_prompt, forbidden_ids, seen_ids
+from tinysft_jax.sharding import batch_sharding, batch_shards
 
 # Steps between two looks of the host at what was made, where someone reads along.
 STREAM_CHUNK = 8
-# Lengths are rounded up to powers of two, from this one on, so that few shapes are ever compiled.
+# Lengths are rounded up to powers of two, from this one on.
 SHORTEST_BUCKET = 32
-
-Prompt = Sequence[int] | np.ndarray
+# One row's prompt is fed in pieces of two lengths, whatever its own: as many of the long ones as it fills, then short
+# ones. That compiles little and leaves little padding.
+PIECES = (256, SHORTEST_BUCKET)
 
 
 def generate(
@@ -30,6 +37,8 @@ def generate(
     seed: int = 0,
     stop_ids: Sequence[int] = (),
     *,
+    min_p: float | int = 0.0,
+    repetition_penalty: float | int = 1.0,
     forbidden_ids: Sequence[int] = (),
     batch_size: int = 32,
 ) -> list[list[int]]:
@@ -46,6 +55,8 @@ def generate(
       top_p: draw among the most likely ids that together have this probability; 1: off.
       seed: of the random numbers. Prompt i draws the same ones whatever the other prompts are.
       stop_ids: ids that end a continuation.
+      min_p: draw only ids that are at least this fraction as likely as the most likely one; 0: off.
+      repetition_penalty: above 1, ids that occurred become less likely; 1: off.
       forbidden_ids: ids that never come out.
       batch_size: prompts decoded together; memory grows with it, the result does not depend on it.
 
@@ -55,8 +66,17 @@ def generate(
     Raises:
       UserError: if a number is out of range or a prompt can't be continued.
     """
-    stop_ids, forbidden_ids = tuple(map(int, stop_ids)), tuple(map(int, forbidden_ids))
-    options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed, stop_ids, forbidden_ids)
+    options = SamplingOptions(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop_ids=tuple(map(int, stop_ids)),
+        forbidden_ids=tuple(map(int, forbidden_ids)),
+    )
     return Decoder(model).generate(prompts, options, batch_size)
 
 
@@ -65,104 +85,157 @@ class Decoder:
 
     What is compiled depends on the model's shape, the buckets (of rows, prompt and cache) and `top_k`, on no other
     option and on no parameter: all decoders of one shape share it.
+
+    Args:
+      model: the model.
+      mesh: divides the rows of a batch over its devices; each has all the weights then. None: the arrays' own devices.
     """
 
-    def __init__(self, model: GPT):
-        self.config, self._dtype = model.config, model.dtype
+    def __init__(self, model: GPT, mesh: Mesh | None = None):
+        self.config, self._dtype, self._mesh = model.config, model.dtype, mesh
         params = nnx.to_pure_dict(nnx.state(model.unstacked()))
         # Vectors (the norms' scales and biases) stay float32, as they take part in float32 arithmetic.
-        self._params = jax.tree.map(lambda leaf: leaf.astype(model.dtype) if leaf.ndim > 1 else leaf, params)
+        params = jax.tree.map(lambda leaf: leaf.astype(model.dtype) if leaf.ndim > 1 else leaf, params)
+        self._params = params if mesh is None else jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
-    def generate(self, prompts: Sequence[Prompt], options: SamplingOptions, batch_size: int = 32) -> list[list[int]]:
-        """Continues prompts; see the function `generate`."""
+    def fingerprint(self) -> str:
+        """The SHA-256 of the weights."""
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves(self._params):
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()
+
+    def generate(
+        self, prompts: Sequence[Prompt], options: SamplingOptions, batch_size: int = 32, first_row: int = 0
+    ) -> list[list[int]]:
+        """Continues prompts; see the function `generate`.
+
+        Args:
+          prompts: token ids.
+          options: how to draw.
+          batch_size: prompts decoded together.
+          first_row: the first prompt's number among all those of a larger task, which its random numbers depend on.
+        """
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
         names = [f"prompt {row}" for row in range(len(prompts))] if len(prompts) > 1 else ["the prompt"]
-        prompts = [self._checked(prompt, name) for prompt, name in zip(prompts, names, strict=False)]
-        answers = [[] for _ in prompts]
+        prompts = [check_prompt(prompt, name, self.config) for prompt, name in zip(prompts, names, strict=False)]
+        answers, forbidden = [[] for _ in prompts], forbidden_ids(options, self.config)
         by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # neighbours share a bucket
         for first in range(0, len(prompts), batch_size):
             rows = by_length[first : first + batch_size]
-            for chunk in self._chunks([prompts[row] for row in rows], rows, options, loop.CHUNK):
-                for row, ids in zip(rows, chunk, strict=True):
+            state = self._prefill([prompts[row] for row in rows], [first_row + row for row in rows], options)
+            goes_on = True
+            while goes_on:
+                state, new, goes_on = self._advance(state, options, forbidden, loop.CHUNK)
+                for row, ids in zip(rows, new, strict=False):
                     answers[row] += ids
         return answers
 
-    def stream(self, prompt: Prompt, options: SamplingOptions) -> Iterator[list[int]]:
-        """Yields what `generate` gives for this one prompt, a few ids at a time, as they are made."""
-        chunks = self._chunks([self._checked(prompt, "the prompt")], [0], options, STREAM_CHUNK)
-        return (ids for (ids,) in chunks if ids)
+    def stream(
+        self, prompt: Prompt, options: SamplingOptions, kept: KeptCache | None = None, row: int = 0
+    ) -> Iterator[list[int]]:
+        """Yields what `generate` gives for this one prompt, a few ids at a time, as they are made.
 
-    def _chunks(
-        self, prompts: list[np.ndarray], rows: list[int], options: SamplingOptions, n_steps: int
-    ) -> Iterator[list[list[int]]]:
-        """Yields each prompt's new ids, up to `n_steps` at a time, until no row goes on."""
-        forbidden = self._forbidden(options)
-        state = self._prefill(prompts, rows, options)
-        while True:
-            state, emitted = loop.advance(
-                self._params,
-                state,
-                np.int32(n_steps),
-                np.float32(options.temperature),
-                np.float32(options.top_p),
-                np.array(options.stop_ids, np.int32),
-                forbidden,
-                top_k=options.top_k if options.top_k < self.config.vocab_size else 0,
-                config=self.config,
-                dtype=self._dtype,
-            )
-            emitted, active = jax.device_get((emitted, state.active))
-            yield [row[row >= 0].tolist() for row in emitted[: len(prompts)]]
-            if not active.any():
-                return
+        Args:
+          prompt: token ids.
+          options: how to draw.
+          kept: what it holds of the prompt is not computed again; it holds prompt and answer afterwards, up to where
+            the iterator was left.
+          row: chooses the random numbers.
+        """
+        ids, forbidden = check_prompt(prompt, "the prompt", self.config).tolist(), forbidden_ids(options, self.config)
+        kept = KeptCache() if kept is None else kept
 
-    def _prefill(self, prompts: list[np.ndarray], rows: list[int], options: SamplingOptions) -> loop.DecodeState:
-        """Runs the prompts through the model, as the rows with these numbers."""
-        context, padded = self.config.max_seq_len, _bucket(len(prompts))
-        # Rows that only fill the bucket have one token of prompt and no room for more.
-        filling = padded - len(prompts)
-        lengths = [len(prompt) for prompt in prompts] + filling * [1]
-        limits = [min(len(prompt) + options.max_new_tokens, context) for prompt in prompts] + filling * [0]
-        tokens = np.zeros((padded, min(_bucket(max(lengths), SHORTEST_BUCKET), context)), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-        model = nnx.merge(loop.decoding_graph(self.config, self._dtype), self._params)
-        return loop.start(
+        def chunks() -> Iterator[list[int]]:
+            state, said, n_steps, goes_on = self._extend(kept, ids, row, options), list(ids), 1, True
+            while goes_on:
+                kept.clear()  # what it holds is about to be written over
+                state, (new, *_), goes_on = self._advance(state, options, forbidden, n_steps)
+                said += new
+                kept.hold(said, state.cache)
+                n_steps = STREAM_CHUNK  # only the first token is not waited for
+                if new:
+                    yield new
+
+        return chunks()  # what is wrong has been said by now, not at the first chunk
+
+    def is_full(self, prompt: Prompt, answer: list[int], options: SamplingOptions) -> bool:
+        """Whether an answer ended because there was no room for more, not with a stop id."""
+        return len(prompt) + len(answer) >= self._limit(len(prompt), options)
+
+    def _advance(
+        self, state: loop.DecodeState, options: SamplingOptions, forbidden: Bool[np.ndarray, " V"], n_steps: int
+    ) -> tuple[loop.DecodeState, list[list[int]], bool]:
+        """Draws up to `n_steps` tokens: the new state, each row's new ids, and whether any row goes on."""
+        knobs = (options.temperature, options.top_p, options.min_p, options.repetition_penalty)
+        state, emitted = loop.advance(
             self._params,
-            model.init_cache(padded, min(_bucket(max(limits), SHORTEST_BUCKET), context)),
-            tokens,
-            np.zeros(padded, np.int32),
-            np.array(lengths, np.int32),
-            np.array(limits, np.int32),
-            np.array(rows + filling * [0], np.int32),
-            np.uint32(options.seed),
+            state,
+            np.int32(n_steps),
+            Knobs(*map(np.float32, knobs)),
+            np.array(options.stop_ids, np.int32),
+            forbidden,
+            top_k=options.top_k if options.top_k < self.config.vocab_size else 0,
             config=self.config,
             dtype=self._dtype,
         )
+        emitted, active = jax.device_get((emitted, state.active))
+        return state, [row[row >= 0].tolist() for row in emitted], bool(active.any())
 
-    def _forbidden(self, options: SamplingOptions) -> Bool[np.ndarray, " padded_vocab"]:
-        forbidden = np.isin(np.arange(self.config.padded_vocab_size), options.forbidden_ids)
-        if forbidden[: self.config.vocab_size].all():
-            raise UserError("forbidden_ids holds the whole vocabulary: nothing is left to draw")
-        return forbidden
+    def _prefill(self, prompts: list[np.ndarray], rows: list[int], options: SamplingOptions) -> loop.DecodeState:
+        """Feeds the prompts, as the rows with these numbers, all at once."""
+        shards = 1 if self._mesh is None else batch_shards(self._mesh)
+        padded = -(-_bucket(len(prompts)) // shards) * shards
+        # Rows that only fill the bucket have one token of prompt and no room for more.
+        filling = padded - len(prompts)
+        prompts, rows = prompts + filling * [np.zeros(1, np.int32)], rows + filling * [0]
+        lengths = [len(prompt) for prompt in prompts]
+        limits = [self._limit(length, options) for length in lengths[: padded - filling]] + filling * [0]
+        tokens = np.zeros((padded, self._slots(max(lengths))), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        cache = self._empty_cache(padded, self._slots(max(limits)))
+        seen = seen_ids(prompts, options, self.config)
+        return self._start(cache, tokens, padded * [0], lengths, limits, rows, seen, options.seed)
 
-    def _checked(self, prompt: Prompt, name: str) -> Int32[np.ndarray, " n"]:
-        ids, vocab_size, context = np.asarray(prompt), self.config.vocab_size, self.config.max_seq_len
-        if not ids.size:
-            raise UserError(f"{name} is empty; give at least one token")
-        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise UserError(f"{name} is not a list of token ids, which are whole numbers")
-        outside = ids[(ids < 0) | (ids >= vocab_size)]
-        if outside.size:
-            raise UserError(f"{name} holds the id {outside[0]}; the model's ids are 0 to {vocab_size - 1}")
-        if len(ids) >= context:
-            raise UserError(
-                f"{name} has {len(ids)} tokens, and the model's context is {context}: no room for an answer; shorten it"
-            )
-        return ids.astype(np.int32)
+    def _extend(self, kept: KeptCache, ids: list[int], row: int, options: SamplingOptions) -> loop.DecodeState:
+        """Feeds one prompt from where `kept` has nothing of it, in pieces."""
+        limit = self._limit(len(ids), options)
+        start, cache = kept.take(ids, self._slots(limit))
+        cache = cache or self._empty_cache(1, self._slots(limit))
+        seen = seen_ids([np.array(ids, np.int32)], options, self.config)
+        while start < len(ids):
+            size = next((size for size in PIECES if size <= len(ids) - start), PIECES[-1])
+            piece = ids[start : start + size]
+            tokens = np.array([piece + (size - len(piece)) * [0]], np.int32)
+            state = self._start(cache, tokens, [start], [len(piece)], [limit], [row], seen, options.seed)
+            start, cache = start + len(piece), state.cache
+        return state
+
+    def _start(self, cache, tokens, starts, lengths, limits, rows, seen, seed: int) -> loop.DecodeState:
+        """Calls `loop.start` with the rows' arrays on the rows' devices."""
+        numbers = (np.array(each, np.int32) for each in (starts, lengths, limits, rows))
+        arrays = jax.device_put((tokens, *numbers, seen), self._sharding(len(tokens)))
+        return loop.start(self._params, cache, *arrays, np.uint32(seed), config=self.config, dtype=self._dtype)
+
+    def _empty_cache(self, n_rows: int, n_slots: int) -> list[LayerCache]:
+        model = nnx.merge(loop.decoding_graph(self.config, self._dtype), self._params)
+        return model.init_cache(n_rows, n_slots, self._sharding(n_rows))
+
+    def _sharding(self, n_rows: int) -> NamedSharding | None:
+        """How rows lie on the mesh; a stream's single one is not divided."""
+        return None if self._mesh is None or n_rows % batch_shards(self._mesh) else batch_sharding(self._mesh)
+
+    def _limit(self, n_prompt: int, options: SamplingOptions) -> int:
+        """The position at which an answer has to end."""
+        return min(n_prompt + options.max_new_tokens, self.config.max_seq_len)
+
+    def _slots(self, n: int) -> int:
+        """`n`, rounded up so that few shapes are ever compiled."""
+        return min(max(_bucket(n), SHORTEST_BUCKET), self.config.max_seq_len)
 
 
-def _bucket(n: int, shortest: int = 1) -> int:
-    """The first power of two that is at least `n` and at least `shortest`."""
-    return max(shortest, 1 << (n - 1).bit_length())
+def _bucket(n: int) -> int:
+    """The first power of two that is at least `n`."""
+    return 1 << (n - 1).bit_length()

@@ -1,12 +1,14 @@
-"""From logits to the next token: temperature, top-k and top-p, and the draw.
+"""From logits to the next token: repetition penalty, temperature, top-k, top-p and min-p, and the draw.
 
 Nothing here sorts the vocabulary, and nothing draws a random number for each of its tokens: both would take longer
 than the model itself. Rows never meet: each has its own key, and what it draws does not depend on its neighbours.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Bool, Float, Int32, Key
 
 from tinysft_jax.model import VOCAB_MULTIPLE
 
@@ -16,25 +18,34 @@ BLOCK = VOCAB_MULTIPLE
 _TINY = jnp.finfo(jnp.float32).tiny
 
 
-def draw(
-    logits: Float[Array, "B V"],
-    keys: Key[Array, " B"],
-    temperature: Float[Array, ""],
-    top_p: Float[Array, ""],
-    top_k: int,
-) -> Int32[Array, " B"]:
+class Knobs(NamedTuple):
+    """The numbers of `SamplingOptions` that can change without anything being compiled: float32 scalars."""
+
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+    min_p: Float[Array, ""]
+    repetition_penalty: Float[Array, ""]
+
+
+def penalize(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, ""]) -> Float[Array, "B V"]:
+    """Makes tokens that were seen less likely; see `SamplingOptions.repetition_penalty`."""
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def draw(logits: Float[Array, "B V"], keys: Key[Array, " B"], knobs: Knobs, top_k: int) -> Int32[Array, " B"]:
     """Draws each row's next token.
+
+    Top-p counts within the top-k candidates. Min-p, which compares with the most likely token, commutes with both.
 
     Args:
       logits: float32; V is a multiple of `BLOCK`; -inf: never drawn. Each row has a finite one.
       keys: one of each row's own.
-      temperature: 0: the most likely token, the first among equals.
-      top_p: see `SamplingOptions`.
+      knobs: see `SamplingOptions`. Temperature 0: the most likely token, the first among equals.
       top_k: static; 0, or V and more: all tokens.
     """
     if 0 < top_k < logits.shape[1]:
-        return _draw_candidate(logits, keys, temperature, top_p, top_k)
-    return _draw_from_all(logits, keys, temperature, top_p)
+        return _draw_candidate(logits, keys, knobs, top_k)
+    return _draw_from_all(logits, keys, knobs)
 
 
 def top_k_by_blocks(logits: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B k"], Int32[Array, "B k"]]:
@@ -65,29 +76,31 @@ def _top_k(x: Float[Array, "B N"], k: int) -> tuple[Float[Array, "B k"], Int32[A
     return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(places)
 
 
-def _draw_candidate(logits, keys, temperature, top_p, top_k: int):
-    """Draws among the k most likely tokens, which come sorted: the nucleus is a prefix of them."""
+def _draw_candidate(logits, keys, knobs: Knobs, top_k: int):
+    """Draws among the k most likely tokens, which come sorted: what the filters leave is a prefix of them."""
     values, ids = top_k_by_blocks(logits, top_k)
-    scores = _scale(values, values[:, :1], temperature)
+    scores = _scale(values, values[:, :1], knobs.temperature)
     probabilities = jax.nn.softmax(scores, axis=-1)
     mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
     # The first candidate, before which there is nothing, always stays; and rounding leaves none out where p is 1.
-    in_nucleus = (mass_before < jnp.maximum(top_p, _TINY)) | (top_p >= 1)
-    place = _categorical(keys, jnp.where(in_nucleus, scores, -jnp.inf))
-    return _take(ids, jnp.where(temperature > 0, place, 0))
+    in_nucleus = (mass_before < jnp.maximum(knobs.top_p, _TINY)) | (knobs.top_p >= 1)
+    stays = in_nucleus & (jnp.exp(scores) >= knobs.min_p)
+    place = _categorical(keys, jnp.where(stays, scores, -jnp.inf))
+    return _take(ids, jnp.where(knobs.temperature > 0, place, 0))
 
 
-def _draw_from_all(logits, keys, temperature, top_p):
+def _draw_from_all(logits, keys, knobs: Knobs):
     """Draws a block by its mass, then a token in it: the same distribution as one draw from the whole row."""
     peak, most_likely = top_k_by_blocks(logits, 1)
-    weights = jnp.exp(_scale(logits, peak, temperature))
-    weights = jax.lax.cond(top_p < 1, lambda: _nucleus(weights, top_p), lambda: weights)
+    weights = jnp.exp(_scale(logits, peak, knobs.temperature))
+    weights = jax.lax.cond(knobs.top_p < 1, lambda: _nucleus(weights, knobs.top_p), lambda: weights)
+    weights = jnp.where(weights >= knobs.min_p, weights, 0)  # the peak's weight is 1
     block_keys, token_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
     blocks = weights.reshape(len(weights), -1, BLOCK)
     block = _categorical(block_keys, jnp.log(blocks.sum(axis=-1)))
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     token = block * BLOCK + _categorical(token_keys, jnp.log(inside))
-    return jnp.where(temperature > 0, token, most_likely[:, 0])
+    return jnp.where(knobs.temperature > 0, token, most_likely[:, 0])
 
 
 def _nucleus(weights: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, "B V"]:

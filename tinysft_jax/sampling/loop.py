@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt32
 
 from tinysft_jax.model import GPT, GPTConfig, LayerCache
-from tinysft_jax.sampling.filters import draw
+from tinysft_jax.sampling.filters import Knobs, draw, penalize
 
 # The most steps of one call to `advance`.
 CHUNK = 64
@@ -24,6 +24,7 @@ class DecodeState(NamedTuple):
       positions: that token's position.
       limits: the position at which a row has to end.
       keys: each row's source of random numbers.
+      seen: the ids that the repetition penalty is for.
       active: whether a row goes on.
     """
 
@@ -32,6 +33,7 @@ class DecodeState(NamedTuple):
     positions: Int32[Array, " B"]
     limits: Int32[Array, " B"]
     keys: Key[Array, " B"]
+    seen: Bool[Array, "B padded_vocab"]
     active: Bool[Array, " B"]
 
 
@@ -50,6 +52,7 @@ def start(
     lengths: Int32[Array, " B"],
     limits: Int32[Array, " B"],
     rows: Int32[Array, " B"],
+    seen: Bool[Array, "B padded_vocab"],
     seed: UInt32[Array, ""],
     *,
     config: GPTConfig,
@@ -65,6 +68,7 @@ def start(
       lengths: how many tokens of each row count; at least 1.
       limits: the position at which a row has to end.
       rows: the row's number, which chooses its random numbers.
+      seen: the ids that the repetition penalty is for.
       seed: of the random numbers.
       config: the model's shape.
       dtype: what it computes in.
@@ -75,7 +79,7 @@ def start(
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), row))(rows)
     ends = starts + lengths
-    return DecodeState(cache, last, ends, limits, keys, ends < limits)
+    return DecodeState(cache, last, ends, limits, keys, seen, ends < limits)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "top_k"), donate_argnames="state")
@@ -83,8 +87,7 @@ def advance(
     params: dict[str, Any],
     state: DecodeState,
     n_steps: Int32[Array, ""],
-    temperature: Float[Array, ""],
-    top_p: Float[Array, ""],
+    knobs: Knobs,
     stop_ids: Int32[Array, " n_stop"],
     forbidden: Bool[Array, " padded_vocab"],
     *,
@@ -100,8 +103,7 @@ def advance(
       params: the parameters of the model that `decoding_graph` describes.
       state: where the rows stand; the buffers are taken over.
       n_steps: at most `CHUNK`.
-      temperature: see `filters.draw`, as for `top_p` and `top_k`.
-      top_p: see there.
+      knobs: see `filters.draw`.
       stop_ids: a row that draws one of them emits nothing more.
       forbidden: ids that are never drawn.
       top_k: see there.
@@ -115,16 +117,19 @@ def advance(
 
     def step(carry):
         i, state, emitted = carry
-        logits = jnp.where(forbidden[None], -jnp.inf, model.logits(state.hidden))
+        logits = penalize(model.logits(state.hidden), state.seen, knobs.repetition_penalty)
+        logits = jnp.where(forbidden[None], -jnp.inf, logits)
         # Random numbers belong to a position, so that neither chunks nor buckets change what is drawn there.
         keys = jax.vmap(jax.random.fold_in)(state.keys, state.positions)
-        token = draw(logits, keys, temperature, top_p, top_k)
+        token = draw(logits, keys, knobs, top_k)
         emits = state.active & ~(token[:, None] == stop_ids[None]).any(axis=1)
         emitted = emitted.at[:, i].set(jnp.where(emits, token, -1))
         hidden, cache = model.hidden_cached(token[:, None], state.positions[:, None], state.cache)
         positions = state.positions + emits
+        seen = state.seen.at[jnp.arange(len(token)), token].set(True)
         active = emits & (positions < state.limits)
-        return i + 1, state._replace(cache=cache, hidden=hidden[:, 0], positions=positions, active=active), emitted
+        state = state._replace(cache=cache, hidden=hidden[:, 0], positions=positions, seen=seen, active=active)
+        return i + 1, state, emitted
 
     def goes_on(carry):
         i, state, _ = carry

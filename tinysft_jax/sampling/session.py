@@ -1,80 +1,99 @@
-"""Text in, text out: single answers as they are made, and conversations that remember."""
+"""A conversation with a model, which remembers what was said and keeps its keys and values on the device."""
 
-import dataclasses
 from collections.abc import Iterator
 
 from tinysft_jax import chat
 from tinysft_jax.errors import UserError
-from tinysft_jax.model import GPTConfig
-from tinysft_jax.sampling.decode import Decoder, Prompt
+from tinysft_jax.sampling.cache import KeptCache
+from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.options import SamplingOptions
-from tinysft_jax.tokenizer import ChatTokenizer, StreamDecoder
+from tinysft_jax.sampling.prompt import check_prompt
+from tinysft_jax.sampling.text import AnswerStream, Messages, system_message, text_options
+from tinysft_jax.tokenizer import ChatTokenizer
 
 
-def text_options(options: SamplingOptions, tokenizer: ChatTokenizer, config: GPTConfig) -> SamplingOptions:
-    """The options with which only text comes out: end-of-text ends it; no control token, no id without a meaning."""
-    unknown = range(tokenizer.vocab_size, config.vocab_size)
-    forbidden = (*options.forbidden_ids, *tokenizer.control_ids.values(), *unknown)
-    return dataclasses.replace(options, stop_ids=(tokenizer.eot_id,), forbidden_ids=forbidden)
+class Session:
+    """Questions and answers; each prompt is a function of what was said, and only what is new in it is computed.
 
-
-def encode_request(tokenizer: ChatTokenizer, text: str, system: str | None = None) -> list[int]:
-    """The ids that ask for an answer to `text`; with a model that has no chat template, for its continuation.
-
-    Raises:
-      UserError: if `text` can't be encoded, or there is a system message but no template to put it in.
-    """
-    if tokenizer.template is not None:
-        return tokenizer.encode_prompt([*_system_message(system), {"role": "user", "content": text}]).tolist()
-    if system is not None:
-        raise UserError("this model has no chat template, so it takes no system message; leave out --system")
-    return tokenizer.encode_text(text)
-
-
-def stream_text(decoder: Decoder, tokenizer: ChatTokenizer, prompt: Prompt, options: SamplingOptions) -> Iterator[str]:
-    """The answer's text as it is made, in whole characters.
-
-    Args:
-      decoder: the model.
-      tokenizer: its tokenizer.
-      prompt: token ids.
-      options: of `text_options`.
-
-    Raises:
-      UserError: at once, if the prompt can't be continued.
-    """
-    return _whole_characters(tokenizer, decoder.stream(prompt, options))
-
-
-def _whole_characters(tokenizer: ChatTokenizer, chunks: Iterator[list[int]]) -> Iterator[str]:
-    characters = StreamDecoder(tokenizer)
-    for ids in chunks:
-        if text := characters.push(ids):
-            yield text
-    if text := characters.flush():
-        yield text
-
-
-class ChatSession:
-    """A conversation with a model that has a chat template.
+    A model without a chat template continues each text by itself.
 
     Attributes:
-      messages: what was said and is remembered, without the system message; user and assistant in turn.
-      forgotten: how many exchanges had to be forgotten, because the context had no more room for them.
+      options: how to draw the next answer; of `text_options`.
+      messages: what was said, without the system message: user and assistant in turn.
+      forgotten: how many exchanges, the oldest, did not fit into the last prompt.
+      last: the last answer's stream; None before the first.
+      opening: what to show before the last answer: without a chat template, the text that it continues.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: ChatTokenizer, options: SamplingOptions, system: str | None = None):
-        self._decoder, self._tokenizer = decoder, tokenizer
-        self._options = text_options(options, tokenizer, decoder.config)
-        self._system = _system_message(system)
+        """Begins a conversation.
+
+        Raises:
+          UserError: if the system message can't be used.
+        """
+        self._decoder, self._tokenizer, self._kept = decoder, tokenizer, KeptCache()
+        self.options = text_options(options, tokenizer, decoder.config)
+        self.last: AnswerStream | None = None
+        self.opening = ""
+        self._system: str | None = None
+        if system is not None:
+            self.system = system
         self.reset()
 
-    def reset(self) -> None:
-        """Begins a new conversation."""
-        self.messages: list[dict[str, str]] = []
-        self.forgotten = 0
+    @property
+    def is_chat(self) -> bool:
+        """Whether the model has a chat template."""
+        return self._tokenizer.template is not None
 
-    def answer(self, text: str) -> Iterator[str]:
+    @property
+    def system(self) -> str | None:
+        """The system message; None: the one that models are trained with. A new one holds for all that was said.
+
+        Raises:
+          UserError: when it is set, if the template can't take it.
+        """
+        return self._system
+
+    @system.setter
+    def system(self, text: str) -> None:
+        if not self.is_chat:
+            raise UserError("this model has no chat template, so it takes no system message")
+        shortest = self._encode([*system_message(text), {"role": "user", "content": "a"}])
+        check_prompt(shortest, "a question after this system message", self._decoder.config)
+        self._system = text
+
+    @property
+    def transcript(self) -> Messages:
+        """The whole conversation, as chat-jsonl has it."""
+        return [*system_message(self._system), *self.messages]
+
+    def reset(self) -> None:
+        """Begins anew, with the same system message."""
+        self.messages: Messages = []
+        self.forgotten = 0
+        self._unanswered: str | None = None
+        self._attempt = 0
+
+    def resume(self, transcript: Messages) -> None:
+        """Goes on with another conversation.
+
+        Args:
+          transcript: an optional system message, then user and assistant in turn; an answer comes last.
+
+        Raises:
+          UserError: if it is none; the present conversation stays.
+        """
+        if not self.is_chat:
+            raise UserError("this model has no chat template, so it has no conversation to go on with")
+        if transcript[-1]["role"] != "assistant":
+            raise UserError("the conversation ends without an answer; only one that ends with an answer can go on")
+        self._tokenizer.encode_chat(transcript)  # refuses markers that the template can't tell from its own
+        self.reset()
+        self.messages, self._system = transcript, None
+        if transcript[0]["role"] == "system":
+            self.messages, self._system = transcript[1:], transcript[0]["content"]
+
+    def ask(self, text: str) -> Iterator[str]:
         """Says something to the model, and yields its answer as it is made.
 
         What was yielded is remembered, even if the answer is broken off (by closing the iterator). An exchange
@@ -83,25 +102,65 @@ class ChatSession:
         Raises:
           UserError: at once, if the message can't be encoded or is too long on its own.
         """
-        question = {"role": "user", "content": text}
-        prompt = self._make_room(question)
-        return self._remember(question, stream_text(self._decoder, self._tokenizer, prompt, self._options))
+        return self._answer(text, self.messages, attempt=0)
 
-    def _make_room(self, question: dict[str, str]) -> Prompt:
-        """Forgets the oldest exchanges if the context has no room for all, and encodes what remains."""
-        context = self._decoder.config.max_seq_len
+    def retry(self) -> Iterator[str]:
+        """Has the last question answered again, with other random numbers, in place of its answer.
+
+        Raises:
+          UserError: if there is none.
+        """
+        if self._unanswered is not None:
+            return self._answer(self._unanswered, self.messages, self._attempt + 1)
+        if not self.messages:
+            raise UserError("there is no question yet to answer again")
+        return self._answer(self.messages[-2]["content"], self.messages[:-2], self._attempt + 1)
+
+    def undo(self) -> str:
+        """Forgets the last question and its answer, and returns the question.
+
+        Raises:
+          UserError: if there is none.
+        """
+        question, self._unanswered, self._attempt = self._unanswered, None, 0
+        if question is not None:
+            return question
+        if not self.messages:
+            raise UserError("there is no question yet to take back")
+        question, self.messages = self.messages[-2]["content"], self.messages[:-2]
+        return question
+
+    def _answer(self, text: str, history: Messages, attempt: int) -> Iterator[str]:
+        prompt, forgotten = self._fit(history, {"role": "user", "content": text})
+        stream = self._decoder.stream(prompt, self.options, self._kept, row=attempt)
+        # From here on nothing is refused.
+        self.last, self.messages, self.forgotten = AnswerStream(self._tokenizer, stream), history, forgotten
+        self._unanswered, self._attempt, self.opening = text, attempt, "" if self.is_chat else text
+        return self._remember(text, self.last)
+
+    def _fit(self, history: Messages, question: dict[str, str]) -> tuple[list[int], int]:
+        """Encodes what the context has room for: the question, and before it as much of the history as possible.
+
+        Returns:
+          The prompt, and how many exchanges had to be left out.
+        """
+        if not self.is_chat:
+            return self._encode([question]), 0
         # An answer of a quarter of the context is room enough; a message that leaves less may still stand alone.
-        longest = context - min(self._options.max_new_tokens, context // 4)
-        for start in range(0, len(self.messages) + 1, 2):
-            kept = self.messages[start:]
-            prompt = self._tokenizer.encode_prompt([*self._system, *kept, question])
-            if len(prompt) <= longest or not kept:
+        context = self._decoder.config.max_seq_len
+        longest = context - min(self.options.max_new_tokens, context // 4)
+        for start in range(0, len(history) + 1, 2):
+            prompt = self._encode([*system_message(self._system), *history[start:], question])
+            if len(prompt) <= longest:
                 break
-        if len(prompt) < context:
-            self.messages, self.forgotten = kept, self.forgotten + start // 2
-        return prompt  # if it is too long even so, the decoder says so
+        return prompt, start // 2  # if it is too long even so, the decoder says so
 
-    def _remember(self, question: dict[str, str], pieces: Iterator[str]) -> Iterator[str]:
+    def _encode(self, messages: Messages) -> list[int]:
+        if self.is_chat:
+            return self._tokenizer.encode_prompt(messages).tolist()
+        return self._tokenizer.encode_text(messages[-1]["content"])
+
+    def _remember(self, question: str, pieces: AnswerStream) -> Iterator[str]:
         answer = ""
         try:
             for text in pieces:
@@ -113,8 +172,5 @@ class ChatSession:
                 for marker in (*chat.ROLE_MARKERS.values(), chat.END_OF_TEXT):
                     answer = answer.partition(marker)[0]
             if answer:
-                self.messages += [question, {"role": "assistant", "content": answer}]
-
-
-def _system_message(system: str | None) -> list[dict[str, str]]:
-    return [] if system is None else [{"role": "system", "content": system}]
+                exchange = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                self.messages, self._unanswered = self.messages + exchange, None

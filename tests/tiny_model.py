@@ -1,0 +1,55 @@
+"""A tiny model that speaks: it says letters, in an order that random weights decide."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.model_directory import ModelDescription, save_model
+from tinysft_jax.tokenizer import ChatTokenizer
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz "
+
+
+def make_tokenizer(template: str | None) -> ChatTokenizer:
+    """A token a byte."""
+    return ChatTokenizer(template, bpe_ranks=256)
+
+
+def make_params(config: GPTConfig, ends: bool) -> dict:
+    """Random parameters with which all but letters, and with `ends` end-of-text, are most unlikely."""
+    rng = np.random.default_rng(0)
+    params = nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(0))))
+    params = jax.tree.map(
+        lambda leaf: np.array(rng.normal(0, 0.5, leaf.shape) if leaf.ndim > 2 else leaf, np.float32), params
+    )
+    # The head reads a constant in the first place, and elsewhere with signs at random: else each token would be
+    # followed by itself.
+    params["ln_f"]["scale"] *= rng.choice([-1, 1], config.dim)
+    params["ln_f"]["scale"][0], params["ln_f"]["bias"][0] = 0, 10
+    table = params["tok_emb"]["embedding"]
+    table[:] = rng.normal(0, 1, table.shape)
+    table /= np.linalg.norm(table, axis=1, keepdims=True)
+    tokenizer = make_tokenizer("control")
+    table[:, 0] = -2
+    table[tokenizer.encode_text(LETTERS) + ([tokenizer.eot_id] if ends else []), 0] = 2
+    return params
+
+
+def make_config(context: int = 256) -> GPTConfig:
+    return GPTConfig(vocab_size=260, dim=32, n_layers=2, n_heads=2, max_seq_len=context)
+
+
+def make_model(context: int = 256, ends: bool = True) -> GPT:
+    config = make_config(context)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, jax.tree.map(jax.numpy.asarray, make_params(config, ends)))
+
+
+def make_model_directory(path: Path, template: str | None, context: int = 256, ends: bool = False) -> Path:
+    config, language = make_config(context), make_tokenizer(template).description()
+    description = ModelDescription(config, language["chat_template"], language["tokenizer"], {})
+    save_model(path, make_params(config, ends), description)
+    return path

@@ -1,0 +1,78 @@
+"""Text in, text out: requests as ids, and answers as text while they are made."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+
+from tinysft_jax.errors import UserError
+from tinysft_jax.model import GPTConfig
+from tinysft_jax.sampling.options import SamplingOptions
+from tinysft_jax.tokenizer import ChatTokenizer, StreamDecoder
+
+Messages = list[dict[str, str]]
+
+
+def text_options(options: SamplingOptions, tokenizer: ChatTokenizer, config: GPTConfig) -> SamplingOptions:
+    """The options with which only text comes out: end-of-text ends it; no control token, no id without a meaning."""
+    unknown = range(tokenizer.vocab_size, config.vocab_size)
+    forbidden = (*options.forbidden_ids, *tokenizer.control_ids.values(), *unknown)
+    return dataclasses.replace(options, stop_ids=(tokenizer.eot_id,), forbidden_ids=forbidden)
+
+
+def system_message(system: str | None) -> Messages:
+    """The system message, if there is one: the beginning of a conversation."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def encode_request(tokenizer: ChatTokenizer, text: str, system: str | None = None) -> list[int]:
+    """The ids that ask for an answer to `text`; with a model that has no chat template, for its continuation.
+
+    Raises:
+      UserError: if `text` can't be encoded, or there is a system message but no template to put it in.
+    """
+    if tokenizer.template is not None:
+        return tokenizer.encode_prompt([*system_message(system), {"role": "user", "content": text}]).tolist()
+    if system is not None:
+        raise UserError("this model has no chat template, so it takes no system message; leave out --system")
+    return tokenizer.encode_text(text)
+
+
+class AnswerStream:
+    """An answer's text as it is made, in whole characters; to be iterated over once.
+
+    Args:
+      tokenizer: the model's.
+      chunks: the answer's ids, a few at a time.
+
+    Attributes:
+      n_tokens: how many have come so far.
+      seconds_to_first: from the creation of this object to the first token; None before it.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, chunks: Iterator[list[int]]):
+        self._tokenizer, self._chunks = tokenizer, chunks
+        self._asked = time.perf_counter()
+        self.n_tokens, self.seconds_to_first = 0, None
+        self._n_later, self._seconds_later = 0, 0.0
+
+    def __iter__(self) -> Iterator[str]:
+        characters = StreamDecoder(self._tokenizer)
+        for ids in self._chunks:
+            self._count(len(ids), time.perf_counter() - self._asked)
+            if text := characters.push(ids):
+                yield text
+        if text := characters.flush():
+            yield text
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all but the first few tokens, which came with reading the prompt; None if there are no others."""
+        return self._n_later / self._seconds_later if self._n_later else None
+
+    def _count(self, n: int, seconds: float) -> None:
+        self.n_tokens += n
+        if self.seconds_to_first is None:
+            self.seconds_to_first = seconds
+        else:
+            self._n_later += n
+            self._seconds_later = seconds - self.seconds_to_first

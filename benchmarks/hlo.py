@@ -141,6 +141,8 @@ class _Program:
         condition = self.computations[loop.called("condition")[0]]
         (root,) = (instruction for instruction in condition.values() if instruction.root)
         limit = condition[root.operands[-1]]
+        while limit.opcode in RELABELS:
+            limit = condition[limit.operands[0]]
         if root.opcode == "compare" and "direction=LT" in root.attributes and limit.opcode == "constant":
             return int(limit.arguments)
         place = re.search(r'op_name="([^"]*)"', loop.attributes)

@@ -5,14 +5,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
+from training import make_step
 
-from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.model import GPTConfig
 from tinysft_jax.sharding import batch_sharding
-from tinysft_jax.training.optimizer import make_optimizer, warmup_cosine
-from tinysft_jax.training.state import state_shapes
-from tinysft_jax.training.step import make_train_step
 
 BATCH_DTYPES = {
     "tokens": jnp.int32,
@@ -34,18 +31,11 @@ def compile_train_step(
     """
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache leaves no dump
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
-        schedule = warmup_cosine(2e-5, 500, 10_000)
-        optimizer = make_optimizer(schedule, 0.01, 0.9, 0.95, 1.0)
-        model = nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, remat=remat))
-        shapes, shardings = state_shapes(mesh, model, optimizer)
-        state = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), shapes, shardings)
+        step, state, _ = make_step(config, mesh, jnp.bfloat16, remat)
         batch = {
             key: jax.ShapeDtypeStruct((rows, config.max_seq_len), dtype, sharding=batch_sharding(mesh))
             for key, dtype in BATCH_DTYPES.items()
         }
-        step = jax.jit(
-            make_train_step(nnx.graphdef(model), optimizer, schedule), out_shardings=(shardings, None), donate_argnums=0
-        )
         options = {"xla_dump_to": dump, "xla_dump_hlo_pass_re": "spmd.*"}
         compiled = step.lower(state, batch).compile(options)
         partitioned = [path.read_text() for path in Path(dump).rglob("*.after_spmd-partitioning.*.txt")]

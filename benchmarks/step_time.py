@@ -10,21 +10,18 @@ from collections import Counter
 from pathlib import Path
 
 import jax
-from flax import nnx
 from rich.console import Console
 from rich.table import Table
+from training import make_step
 
 from tinysft_jax import block_attention, cli
 from tinysft_jax.data import prepare
 from tinysft_jax.data.dataset import PreparedData
 from tinysft_jax.data.packing import plan_epoch
 from tinysft_jax.data.pipeline import BatchSource
-from tinysft_jax.model import GPT, GPTConfig, default_dtype
+from tinysft_jax.model import GPTConfig, default_dtype
 from tinysft_jax.sharding import global_batch, make_mesh
 from tinysft_jax.training import loss
-from tinysft_jax.training.optimizer import make_optimizer, warmup_cosine
-from tinysft_jax.training.state import create_state, state_shapes
-from tinysft_jax.training.step import make_train_step
 
 VOCAB_SIZE = 50_304
 
@@ -67,14 +64,8 @@ def profile(config: GPTConfig, source: BatchSource, steps: int, directory: Path)
     """Seconds in each part over all steps."""
     mesh = make_mesh()
     with jax.set_mesh(mesh):
-        schedule = warmup_cosine(2e-5, 500, 10_000)
-        optimizer = make_optimizer(schedule, 0.01, 0.9, 0.95, 1.0)
-        model = nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), dtype=default_dtype()))
-        _, shardings = state_shapes(mesh, model, optimizer)
-        state = create_state(shardings, model, None, optimizer, 0)
-        step = jax.jit(
-            make_train_step(nnx.graphdef(model), optimizer, schedule), out_shardings=(shardings, None), donate_argnums=0
-        )
+        step, _, create = make_step(config, mesh, default_dtype())
+        state = create()
         compiled = step.lower(state, global_batch(mesh, source[0])).compile()
         state, _ = compiled(state, global_batch(mesh, source[0]))
         with jax.profiler.trace(directory / "trace"):

@@ -13,8 +13,7 @@ from tinysft_jax.data.encoding import Encoder
 from tinysft_jax.data.prepare import main, prepare
 from tinysft_jax.data.shards import ShardWriter
 from tinysft_jax.data.sources import Item, Source
-from tinysft_jax.data.tasks import TASK_NAMES, Conversation
-from tinysft_jax.data.trimming import TRIMMABLE_TASKS, shortened
+from tinysft_jax.data.tasks import TASK_NAMES
 from tinysft_jax.errors import RunError, UserError
 from tinysft_jax.tokenizer import ChatTokenizer, load_tokenizer
 
@@ -153,49 +152,6 @@ def test_conversations_that_are_too_long_are_left_out_and_counted(tmp_path: Path
     with pytest.raises(UserError, match="left out 3 conversations: longer than max_tokens"):
         run(path, tmp_path / "none", *flags, "--max_tokens", "6")
     assert not (tmp_path / "none").exists()
-
-
-STORY = " ".join(f"Tim walked {i} steps." for i in range(10, 20))
-
-
-def test_a_long_story_is_trimmed_in_the_prompt_and_never_as_an_answer(tmp_path: Path):
-    path = tmp_path / "stories.txt"
-    path.write_text(f"Words: walk\nSummary: Tim walked.\nStory: {STORY}\n")
-    seven_sentences = " ".join(f"Tim walked {i} steps." for i in range(10, 17))
-    question = "Please provide a brief summary of the following story: "
-    messages = [
-        {"role": "user", "content": question + seven_sentences},
-        {"role": "assistant", "content": "Tim walked."},
-    ]
-    ids, _ = ChatTokenizer("control", 256).encode_chat(messages)
-
-    flags = ["--valid_fraction", "0", "--bpe_ranks", "256"]
-    # Nine bytes more do not let the eighth sentence in.
-    run(path, tmp_path / "data", *flags, "--max_tokens", str(len(ids) + 9))
-    summary, *_ = conversations(tmp_path / "data")
-    assert summary[0] == "summary" and summary[2] == "Tim walked.<|endoftext|>"
-    assert summary[1].endswith(f"<|user|>{question}{seven_sentences}<|assistant|>Tim walked.<|endoftext|>")
-    ledger = json.loads((tmp_path / "data" / "ledger.json").read_text())["splits"]["train"]["tasks"]
-    assert ledger["summary"] == {"made": 1, "kept": 1, "trimmed": 1, "left_out": {}}
-
-    assert ledger["words"] == {"made": 1, "kept": 0, "trimmed": 0, "left_out": {"longer than max_tokens": 1}}
-
-    # With less than half of the story it is left out too.
-    with pytest.raises(UserError, match=r"nothing is left to learn from: left out .* longer than max_tokens"):
-        run(path, tmp_path / "less", *flags, "--max_tokens", "230")
-
-
-def test_only_tasks_that_can_spare_the_end_of_a_story_are_shortened():
-    assert set(TASK_NAMES) > TRIMMABLE_TASKS
-    for task in TASK_NAMES:
-        conversation = Conversation(
-            task, [{"role": "user", "content": f"Q {STORY}"}, {"role": "assistant", "content": "A"}]
-        )
-        versions = [messages[0]["content"] for messages in shortened(conversation, STORY)]
-        if task in TRIMMABLE_TASKS:
-            assert versions == [f"Q {STORY[: i * 21 - 1]}" for i in range(9, 5, -1)]
-        else:
-            assert versions == []
 
 
 def test_documents_are_cut_into_pieces_and_nothing_is_lost(tmp_path: Path):

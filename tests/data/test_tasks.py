@@ -1,6 +1,7 @@
 """What is asked about a story, and what should be answered."""
 
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -9,9 +10,8 @@ import pytest
 
 from tinysft_jax.data.records import StoryRecord, parse_records
 from tinysft_jax.data.stories import embedded_stories
-from tinysft_jax.data.tasks import MAX_QUESTIONS, TASK_NAMES, make_tasks
-
-QUESTIONS = ("main_character", "what_happened", "happy_ending", "dialogue")
+from tinysft_jax.data.story_request import parse_request, requested_words
+from tinysft_jax.data.tasks import MAX_QUESTIONS, QUESTIONS, RATES, TASK_NAMES, make_tasks
 
 STORY = 'Sara had a red kite. One day Sara lost it. "Oh no!" said Sara.\nSara learned that kites need a long string.'
 RECORD = StoryRecord(
@@ -38,19 +38,64 @@ def changed(**fields) -> StoryRecord:
     return StoryRecord(**{**RECORD.__dict__, **fields})
 
 
-def test_prompts_and_answers():
-    """The specification's prompts, word for word; each task has one prompt and answer, whatever the seed."""
-    assert answers(RECORD) == {
-        "summary": {(f"Please provide a brief summary of the following story: {STORY}", "Sara loses her kite.")},
-        "moral": {(f"What is the moral lesson of this story? {STORY}", "Sara learned that kites need a long string.")},
-        "words": {("Write a short story that uses all of these words: kite, lost, string", STORY)},
-        "main_character": {
-            (f"Based on this story, who is the main character? {STORY}", "The main character is Sara."),
-        },
-        "what_happened": {(f"What happened in this story? {STORY}", "Sara loses her kite.")},
-        "happy_ending": {(f"Does this story have a happy ending? {STORY}", "Yes, this story has a happy ending.")},
-        "dialogue": {(f"Is there any dialogue in this story? {STORY}", "Yes, there is dialogue in this story.")},
-    }
+def test_the_order_of_the_tasks():
+    """Prepared data refers to tasks by their place, so it stays."""
+    assert TASK_NAMES == (
+        "summary",
+        "moral",
+        "words",
+        "main_character",
+        "what_happened",
+        "happy_ending",
+        "dialogue",
+        "story",
+    )
+
+
+# The specification's prompts, word for word, and the answer, which is the same for every wording.
+CANONICAL = {
+    "summary": (f"Please provide a brief summary of the following story: {STORY}", "Sara loses her kite."),
+    "moral": (f"What is the moral lesson of this story? {STORY}", "Sara learned that kites need a long string."),
+    "words": ("Write a short story that uses all of these words: kite, lost, string", STORY),
+    "main_character": (f"Based on this story, who is the main character? {STORY}", "The main character is Sara."),
+    "what_happened": (f"What happened in this story? {STORY}", "Sara loses her kite."),
+    "happy_ending": (f"Does this story have a happy ending? {STORY}", "Yes, this story has a happy ending."),
+    "dialogue": (f"Is there any dialogue in this story? {STORY}", "Yes, there is dialogue in this story."),
+}
+
+
+@pytest.fixture(scope="module")
+def found():
+    """All that the record is made into with many seeds."""
+    return answers(RECORD, range(400))
+
+
+def test_the_canonical_prompts_and_their_answers(found):
+    assert all(turn in found[task] for task, turn in CANONICAL.items())
+
+
+def test_other_wordings_have_the_same_answer(found):
+    for task, (_, answer) in CANONICAL.items():
+        assert {said for _, said in found[task]} == {answer}
+        assert len({prompt for prompt, _ in found[task]}) == 4
+        if task != "words":
+            assert all(STORY in prompt for prompt, _ in found[task])
+
+
+def test_the_words_are_asked_for_in_any_wording(found):
+    assert {requested_words(prompt) for prompt, _ in found["words"]} == {RECORD.words}
+
+
+def test_a_story_is_asked_for_from_any_subset_of_what_the_record_has(found):
+    assert {answer for _, answer in found["story"]} == {STORY}
+    requests = [parse_request(prompt) for prompt, _ in found["story"]]
+    for request in requests:
+        assert request.words in (RECORD.words, ()) and request.features in (RECORD.features, ())
+        assert request.summary in (RECORD.summary, None) and request.random_sentence is None
+    # Each of the three conditions or not, but never none of them.
+    assert len({tuple(map(bool, request)) for request in requests}) == 7
+    openings = {prompt.split("\n")[0] for prompt, _ in found["story"]}
+    assert len(openings) == 4 and "Write a short story." in openings
 
 
 @pytest.mark.parametrize(
@@ -58,6 +103,10 @@ def test_prompts_and_answers():
     [
         (changed(summary=None), {"summary", "what_happened"}),
         (changed(words=()), {"words"}),
+        (
+            changed(words=(), summary=None, features=None),
+            {"words", "summary", "what_happened", "moral", "happy_ending"} | {"story"},
+        ),
         (changed(features=None), {"moral", "happy_ending"}),
         (changed(features=("Dialogue",)), {"moral"}),
         (changed(story="Sara ran. She saw Tom. She said hello, Tom said hello."), {"moral", "main_character"}),
@@ -110,23 +159,42 @@ def test_another_process_asks_the_same():
     assert other.stdout.strip() == str([make_tasks(RECORD, seed) for seed in range(20)])
 
 
+def test_rates_decide_what_is_made():
+    never = {name: {"yes": 0.0, "no": 1.0} if isinstance(rate, dict) else 0.0 for name, rate in RATES.items()}
+    assert make_tasks(RECORD, rates=never) == []
+    sad = changed(features=("BadEnding",))
+    assert [c.task for c in make_tasks(sad, rates=never)] == ["happy_ending"]
+    always = {name: {"yes": 1.0, "no": 1.0} if isinstance(rate, dict) else 1.0 for name, rate in RATES.items()}
+    made = [c.task for c in make_tasks(RECORD, rates=always)]
+    assert len(made) == 4 + MAX_QUESTIONS and {"summary", "moral", "words", "story"} < set(made)
+
+
 @pytest.fixture(scope="module")
 def embedded():
-    """Stories whose truth is known, each with its answers by task."""
+    """Stories whose truth is known, each with its prompts and answers by task."""
     return [
-        (story, {c.task: c.messages[1]["content"] for c in make_tasks(story.record)}) for story in embedded_stories(500)
+        (story, {c.task: [message["content"] for message in c.messages] for c in make_tasks(story.record)})
+        for story in embedded_stories(1000)
     ]
 
 
+def share(found) -> float:
+    found = list(found)
+    return sum(found) / len(found)
+
+
 def test_rates(embedded):
-    asked = Counter(task for _, tasks in embedded for task in tasks if task in QUESTIONS)
+    asked = Counter(task for _, tasks in embedded for task in tasks)
     assert asked["main_character"] >= 0.6 * len(embedded)
     assert all(asked[question] >= 0.2 * len(embedded) for question in QUESTIONS)
+    assert 0.45 < asked["story"] / len(embedded) < 0.55
+    assert asked["words"] == sum(bool(story.record.words) for story, _ in embedded)
+    assert asked["summary"] == sum(story.record.summary is not None for story, _ in embedded)
 
 
 def test_answers_are_true(embedded):
     """The answers about the embedded corpus agree with what its author knows."""
-    right, asked = Counter(), Counter()
+    right = {"main_character": [], "happy_ending": [], "dialogue": []}
     for story, tasks in embedded:
         truth = {
             "main_character": f"The main character is {story.main_character}.",
@@ -134,15 +202,46 @@ def test_answers_are_true(embedded):
             "dialogue": "Yes, " if story.dialogue else "No, ",
         }
         for task in truth.keys() & tasks.keys():
-            asked[task] += 1
-            right[task] += tasks[task].lower().startswith(truth[task].lower())
-    assert right["main_character"] >= 0.98 * asked["main_character"]
-    assert right["happy_ending"] >= 0.99 * asked["happy_ending"]
-    assert right["dialogue"] >= 0.99 * asked["dialogue"]
+            right[task].append(tasks[task][1].lower().startswith(truth[task].lower()))
+    assert share(right["main_character"]) >= 0.98
+    assert share(right["happy_ending"]) >= 0.99
+    assert share(right["dialogue"]) >= 0.99
+
+
+def test_the_first_capitalised_word_rarely_answers_who_it_is_about(embedded):
+    asked = [story for story, tasks in embedded if "main_character" in tasks]
+    first = [re.search(r"[A-Z]\w*", story.record.story)[0] for story in asked]
+    # "The" is a part of "The little duck", but no answer.
+    named = [story.main_character.removeprefix("the ").title().split() for story in asked]
+    assert share(word in name for word, name in zip(first, named, strict=True)) < 0.6
 
 
 @pytest.mark.parametrize("question", ["happy_ending", "dialogue"])
 def test_no_constant_answer_is_often_right(embedded, question):
-    said = Counter(tasks[question].split(",")[0] for _, tasks in embedded if question in tasks)
-    assert set(said) == {"Yes", "No"}
-    assert 0.4 <= said["Yes"] / said.total() <= 0.6
+    """Nor one that is the same for each wording."""
+    said = [
+        (prompt, answer.split(",")[0])
+        for _, tasks in embedded
+        if question in tasks
+        for prompt, answer in [tasks[question]]
+    ]
+    assert {answer for _, answer in said} == {"Yes", "No"}
+    assert 0.4 <= share(answer == "Yes" for _, answer in said) <= 0.6
+    canonical = CANONICAL[question][0].removesuffix(STORY)
+    assert 0.35 <= share(answer == "Yes" for prompt, answer in said if prompt.startswith(canonical)) <= 0.65
+
+
+def test_wordings_come_as_often_as_they_should(embedded):
+    canonical = [tasks["summary"][0].startswith("Please provide") for _, tasks in embedded if "summary" in tasks]
+    assert 0.35 < share(canonical) < 0.45
+
+
+def test_what_a_story_is_written_from_holds_for_it(embedded):
+    """So it can be learned to keep to the request."""
+    for story, tasks in embedded:
+        if "story" in tasks:
+            request = parse_request(tasks["story"][0])
+            assert any(request)
+            assert set(request.features) <= set(story.record.features or ())
+            assert request.random_sentence is None or request.random_sentence in " ".join(story.record.story.split())
+            assert request.words in ((), story.record.words)

@@ -22,7 +22,7 @@ def story_data(tmp_path_factory):
 
 def test_cases_are_conversations_of_different_tasks(story_data):
     data = PreparedData(story_data)
-    cases = samples.held_out_cases(data, 7)
+    cases = samples.held_out_cases(data, len(data.tasks))
     assert {case.task for case in cases} == set(data.tasks)
     tokenizer, split = ChatTokenizer.from_description(data.description), data.split("valid")
     stored = [split.conversation(index)[0].tolist() for index in range(len(split))]

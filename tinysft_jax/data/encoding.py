@@ -6,7 +6,7 @@ A block is encoded without a look at any other, so the blocks may be encoded in 
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from tinysft_jax.data.dataset import SPLITS
 from tinysft_jax.data.ledger import Ledger
 from tinysft_jax.data.records import parse_record
 from tinysft_jax.data.sources import Item
-from tinysft_jax.data.tasks import TASK_NAMES, make_tasks
+from tinysft_jax.data.tasks import RATES, TASK_NAMES, Rates, make_tasks
 from tinysft_jax.data.trimming import shortened
 from tinysft_jax.errors import UserError
 from tinysft_jax.tokenizer import ChatTokenizer
@@ -65,12 +65,14 @@ class Encoder:
       tokenizer: without a chat template for the format "text", with one for the others.
       max_tokens: no conversation is longer.
       seed: for what is drawn when tasks are made of a story.
+      rates: how often each task is made of a story that allows it.
     """
 
     format: str
     tokenizer: ChatTokenizer
     max_tokens: int
     seed: int
+    rates: Rates = field(default_factory=lambda: RATES)
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -103,7 +105,7 @@ class Encoder:
         if record is None:
             ledger.skipped[item.split, "no story"] += 1
             return
-        for conversation in make_tasks(record, self.seed):
+        for conversation in make_tasks(record, self.seed, self.rates):
             versions = itertools.chain([conversation.messages], shortened(conversation, record.story))
             yield from self._first_that_fits(versions, item.split, conversation.task, ledger)
 

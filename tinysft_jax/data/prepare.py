@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from tinysft_jax import chat, cli, files
+from tinysft_jax.data.balance import rates_for
 from tinysft_jax.data.dataset import FORMAT_VERSION, SPLITS
 from tinysft_jax.data.encoding import Encoder
 from tinysft_jax.data.ledger import Ledger
@@ -90,6 +91,7 @@ def _description(source: Source, encoder: Encoder, totals: dict[str, dict[str, i
         "max_tokens": encoder.max_tokens,
         "tasks": list(encoder.task_names),
         "seed": encoder.seed,
+        **({"rates": encoder.rates} if encoder.format == "tinystories-instruct" else {}),
         "source": source.description,
         "splits": totals,
     }
@@ -173,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     source = _open_source(flags)
     template = None if source.format == "text" else flags.template
     tokenizer = ChatTokenizer(template, flags.bpe_ranks)
-    encoder = Encoder(source.format, tokenizer, flags.max_tokens, flags.seed)
+    encoder = Encoder(source.format, tokenizer, flags.max_tokens, flags.seed, rates_for(source))
 
     start = time.monotonic()
     ledger, totals = prepare(source, encoder, flags.output, flags.workers, flags.overwrite)

@@ -1,19 +1,46 @@
 """Story records → conversations: what the model is asked about a story, and what it should answer.
 
-A task is a function from a record to its prompt and answer, or to None where the record doesn't allow it, and a line in
-`_TASKS` or `_QUESTIONS`. No answer is the same for every story: that would teach a phrase and nothing about stories.
+A task is a function from a record to its answer, or to None where the record doesn't allow it; its prompts, in
+`phrasings.py`; and its rates in `RATES`. No answer is the same for every story: that would teach a phrase and nothing
+about stories.
 """
 
 import hashlib
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tinysft_jax.data.characters import main_character
 from tinysft_jax.data.dialogue import has_dialogue
 from tinysft_jax.data.morals import find_moral
+from tinysft_jax.data.phrasings import phrase
 from tinysft_jax.data.records import StoryRecord
+from tinysft_jax.data.story_request import CONDITIONS, StoryRequest, conditions_of
 
-Task = Callable[[StoryRecord], tuple[str, str] | None]
+Rates = Mapping[str, float | Mapping[str, float]]
+
+# How often a record that allows a task gets it. A rate of its own for each answer balances yes and no: these are for
+# the embedded corpus; `balance.py` finds those of other records, where most stories may end well.
+RATES: Rates = {
+    "summary": 1.0,
+    "moral": 1.0,
+    "words": 1.0,
+    # Questions: a record gets one or two of them. Where more are drawn, those with the smallest draw / rate stay;
+    # where none is, the one with the smallest comes all the same.
+    "main_character": 0.9,
+    "what_happened": 0.4,
+    "happy_ending": {"yes": 0.45, "no": 0.55},
+    "dialogue": {"yes": 0.5, "no": 0.5},
+    # What the data set itself was made for, with a part of the conditions.
+    "story": 0.5,
+}
+QUESTIONS = ("main_character", "what_happened", "happy_ending", "dialogue")
+MAX_QUESTIONS = 2
+# How often "story" names a condition that the record has; where none is drawn, it names one.
+CONDITION_RATES = {"features": 0.6, "words": 0.6, "summary": 0.5, "random_sentence": 0.6}
+
+# Their order gives the task ids of prepared data: new ones come last.
+TASK_NAMES = (*RATES,)
 
 
 @dataclass(frozen=True)
@@ -29,98 +56,129 @@ class Conversation:
     messages: list[dict[str, str]]
 
 
-def _summary(record: StoryRecord) -> tuple[str, str] | None:
-    if record.summary is None:
-        return None
-    return f"Please provide a brief summary of the following story: {record.story}", record.summary
+def _summary(record: StoryRecord) -> str | None:
+    return record.summary
 
 
-def _moral(record: StoryRecord) -> tuple[str, str] | None:
-    moral = find_moral(record.story) if "MoralValue" in (record.features or ()) else None
-    if moral is None:
-        return None
-    return f"What is the moral lesson of this story? {record.story}", moral
+def _moral(record: StoryRecord) -> str | None:
+    return find_moral(record.story) if "MoralValue" in (record.features or ()) else None
 
 
-def _words(record: StoryRecord) -> tuple[str, str] | None:
-    if not record.words:
-        return None
-    return f"Write a short story that uses all of these words: {', '.join(record.words)}", record.story
+def _words(record: StoryRecord) -> str | None:
+    return record.story if record.words else None
 
 
-def _main_character(record: StoryRecord) -> tuple[str, str] | None:
+def _main_character(record: StoryRecord) -> str | None:
     character = main_character(record.story)
-    if character is None:
-        return None
-    return f"Based on this story, who is the main character? {record.story}", f"The main character is {character}."
+    return None if character is None else f"The main character is {character}."
 
 
-def _what_happened(record: StoryRecord) -> tuple[str, str] | None:
-    if record.summary is None:
-        return None
-    return f"What happened in this story? {record.story}", record.summary
-
-
-def _happy_ending(record: StoryRecord) -> tuple[str, str] | None:
+def _happy_ending(record: StoryRecord) -> str | None:
     if record.features is None:
         return None
-    happy = "BadEnding" not in record.features
-    answer = "Yes, this story has a happy ending." if happy else "No, this story does not have a happy ending."
-    return f"Does this story have a happy ending? {record.story}", answer
+    if "BadEnding" in record.features:
+        return "No, this story does not have a happy ending."
+    return "Yes, this story has a happy ending."
 
 
-def _dialogue(record: StoryRecord) -> tuple[str, str] | None:
+def _dialogue(record: StoryRecord) -> str | None:
     talking = has_dialogue(record.story)
     if talking is None:
         return None
-    answer = "Yes, there is dialogue in this story." if talking else "No, there is no dialogue in this story."
-    return f"Is there any dialogue in this story? {record.story}", answer
+    return "Yes, there is dialogue in this story." if talking else "No, there is no dialogue in this story."
 
 
-# Every record that allows them gets these.
-_TASKS: dict[str, Task] = {
+def _story(record: StoryRecord) -> str | None:
+    return record.story if any(conditions_of(record)) else None
+
+
+_ANSWERS: dict[str, Callable[[StoryRecord], str | None]] = {
     "summary": _summary,
     "moral": _moral,
     "words": _words,
-}
-# A record is asked one or two of these. Where all can be asked, the higher its rate, the more often one is drawn.
-MAX_QUESTIONS = 2
-_QUESTIONS: dict[str, tuple[Task, float]] = {
-    "main_character": (_main_character, 0.9),
-    "what_happened": (_what_happened, 0.4),
-    "happy_ending": (_happy_ending, 0.5),
-    "dialogue": (_dialogue, 0.5),
+    "main_character": _main_character,
+    "what_happened": _summary,
+    "happy_ending": _happy_ending,
+    "dialogue": _dialogue,
+    "story": _story,
 }
 
-TASK_NAMES = (*_TASKS, *_QUESTIONS)
 
-
-def make_tasks(record: StoryRecord, seed: int = 0) -> list[Conversation]:
+def make_tasks(record: StoryRecord, seed: int = 0, rates: Rates = RATES) -> list[Conversation]:
     """Makes the conversations of one record, in the order of `TASK_NAMES`.
 
-    They depend on the record and the seed alone, not on what was made before or in which process.
+    They depend on the arguments alone, not on what was made before or in which process.
+
+    Args:
+      record: the story.
+      seed: decides, with the record, which tasks are made and how they are worded.
+      rates: how often each is made; see `RATES`.
     """
-    made = {name: task(record) for name, task in _TASKS.items()}
-    ranks = {name: draw / _QUESTIONS[name][1] for name, draw in _draws(record, seed).items()}
-    asked = 0
-    for name in sorted(ranks, key=ranks.__getitem__):
-        if asked == MAX_QUESTIONS or (asked and ranks[name] >= 1):
-            break
-        made[name] = _QUESTIONS[name][0](record)
-        asked += made[name] is not None
-    return [
-        Conversation(name, [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}])
+    draws = _draws(record, seed)
+    chosen = {name: draws.random() for name in TASK_NAMES}
+    wordings = {name: draws.random() for name in TASK_NAMES}
+    answers = {
+        name: answer
         for name in TASK_NAMES
-        if (turn := made.get(name)) is not None
-    ]
+        if name not in QUESTIONS and chosen[name] < rates[name] and (answer := find_answer(name, record)) is not None
+    }
+    answers |= _asked(record, chosen, rates)
+    conversations = []
+    for name in TASK_NAMES:
+        if name in answers:
+            prompt = _prompt(name, record, wordings[name], draws)
+            turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": answers[name]})
+            conversations.append(Conversation(name, list(turns)))
+    return conversations
 
 
-def _draws(record: StoryRecord, seed: int) -> dict[str, float]:
-    """A number in [0, 1) for each question, drawn for this record; the same in every process and on every machine."""
-    drawn_for = hashlib.blake2b(f"{seed}\n{record}".encode("utf-8", "surrogatepass"), digest_size=8)
-    draws = {}
-    for name in _QUESTIONS:
-        digest = drawn_for.copy()
-        digest.update(name.encode())
-        draws[name] = int.from_bytes(digest.digest()) / 2**64
-    return draws
+def answer_key(answer: str) -> str:
+    """What stands for an answer in the table of rates: "yes" or "no"."""
+    return answer.partition(",")[0].lower()
+
+
+def find_answer(task: str, record: StoryRecord) -> str | None:
+    """The answer that the task has for this record; None where the record doesn't allow it."""
+    return _ANSWERS[task](record)
+
+
+def _asked(record: StoryRecord, chosen: dict[str, float], rates: Rates) -> dict[str, str]:
+    """The questions that the record gets, with their answers."""
+    answers: dict[str, str | None] = {}
+    ranks = {}
+    for name in QUESTIONS:
+        rate = rates[name]
+        if isinstance(rate, Mapping):
+            answers[name] = answer = find_answer(name, record)
+            rate = 0 if answer is None else rate[answer_key(answer)]
+        if rate:
+            ranks[name] = chosen[name] / rate
+    asked: dict[str, str] = {}
+    for name in sorted(ranks, key=ranks.__getitem__):
+        if len(asked) == MAX_QUESTIONS or (asked and ranks[name] >= 1):
+            break
+        # To find a main character takes time, so it's looked for only where it's asked for.
+        answer = answers[name] if name in answers else find_answer(name, record)
+        if answer is not None:
+            asked[name] = answer
+    return asked
+
+
+def _prompt(task: str, record: StoryRecord, wording: float, draws: random.Random) -> str:
+    if task == "story":
+        return _story_request(record, draws).prompt(wording, {name: draws.random() for name in CONDITIONS})
+    return phrase(task, ", ".join(record.words) if task == "words" else record.story, wording)
+
+
+def _story_request(record: StoryRecord, draws: random.Random) -> StoryRequest:
+    """Some of the record's conditions, at least one."""
+    known = conditions_of(record)._asdict()
+    ranks = {name: draws.random() / rate for name, rate in CONDITION_RATES.items() if known[name]}
+    first = min(ranks, key=ranks.__getitem__)
+    return StoryRequest(**{name: known[name] for name, rank in ranks.items() if rank < 1 or name == first})
+
+
+def _draws(record: StoryRecord, seed: int) -> random.Random:
+    """Numbers in [0, 1) drawn for this record: the same in every process and on every machine."""
+    digest = hashlib.blake2b(f"{seed}\n{record}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return random.Random(int.from_bytes(digest))

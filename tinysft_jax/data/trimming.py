@@ -11,20 +11,28 @@ TRIMMABLE_TASKS = frozenset(("summary", "what_happened", "main_character"))
 # Half a story and the summary of the whole would teach to make things up.
 MIN_KEPT = 0.5
 
-_SENTENCE_END = re.compile(r"""[.!?…]["'”’)]*(?=\s)""")
+# Not after "Mr.", and not before the "said" of a quotation.
+_SENTENCE_END = re.compile(r"""(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)[.!?…]["'”’)]*(?=\s)(?! +[a-z])""")
 
 
 def shortened(conversation: Conversation, story: str) -> Iterator[list[dict[str, str]]]:
     """Yields the conversation's messages with ever fewer of the sentences at the end of the story in the prompt.
 
-    The question before the story and the answer stay as they are. Nothing comes where the task can't spare the end of
-    its story, or once too much of it would be gone.
+    The question, before the story or after it, and the answer stay as they are. Nothing comes where the task can't
+    spare the end of its story, or once too much of it would be gone.
     """
     question, *rest = conversation.messages
-    if conversation.task not in TRIMMABLE_TASKS or not question["content"].endswith(story):
+    before, found, after = question["content"].partition(story)
+    if conversation.task not in TRIMMABLE_TASKS or not found:
         return
-    instruction = question["content"].removesuffix(story)
     for end in reversed([match.end() for match in _SENTENCE_END.finditer(story)]):
         if end < MIN_KEPT * len(story):
             return
-        yield [{**question, "content": instruction + story[:end]}, *rest]
+        if not _is_quoting(story[:end]):
+            yield [{**question, "content": before + story[:end] + after}, *rest]
+
+
+def _is_quoting(text: str) -> bool:
+    """Whether a quotation is open at the end of the text; none runs over the end of its paragraph."""
+    paragraph = text.rpartition("\n")[2]
+    return paragraph.count('"') % 2 == 1 or paragraph.count("“") > paragraph.count("”")

@@ -1,0 +1,141 @@
+"""Stories in prompts that are too long: cut at the end of a sentence, never in the answer, and counted."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinysft_jax.data.encoding import TOO_LONG, Encoder
+from tinysft_jax.data.phrasings import PHRASINGS
+from tinysft_jax.data.prepare import main
+from tinysft_jax.data.sources import Item
+from tinysft_jax.data.tasks import RATES, TASK_NAMES, Conversation
+from tinysft_jax.data.trimming import MIN_KEPT, TRIMMABLE_TASKS, shortened
+from tinysft_jax.errors import UserError
+from tinysft_jax.tokenizer import ChatTokenizer
+
+STORY = " ".join(f"Tim walked {i} steps." for i in range(10, 20))
+ANSWER = {"role": "assistant", "content": "A"}
+# A record that gives a summary and a request for its words, and hardly any other conversation.
+RECORD = f"Words: walk\nSummary: Tim walked.\nStory: {STORY}\n"
+
+
+def prompts(task: str, wording: str, story: str) -> list[str]:
+    """The shortened prompts of a task in some wording."""
+    asked = Conversation(task, [{"role": "user", "content": wording.replace("{}", story)}, ANSWER])
+    versions = list(shortened(asked, story))
+    assert all(messages[1:] == [ANSWER] and messages[0]["role"] == "user" for messages in versions)
+    return [messages[0]["content"] for messages in versions]
+
+
+@pytest.mark.parametrize("task", sorted(TRIMMABLE_TASKS))
+def test_each_wording_keeps_its_question(task):
+    """Before the story or after it."""
+    for wording in PHRASINGS[task]:
+        assert prompts(task, wording, STORY) == [wording.format(STORY[: i * 21 - 1]) for i in range(9, 5, -1)]
+
+
+@pytest.mark.parametrize("task", ["moral", "happy_ending", "dialogue", "words", "story"])
+def test_tasks_that_need_the_end_of_the_story_are_not_shortened(task):
+    assert {*TRIMMABLE_TASKS, "moral", "happy_ending", "dialogue", "words", "story"} == set(TASK_NAMES)
+    assert all(prompts(task, wording, STORY) == [] for wording in PHRASINGS.get(task, ("Q {}",)))
+
+
+def test_a_prompt_without_the_story_is_not_shortened():
+    assert prompts("summary", "What happened?", STORY) == []
+
+
+@pytest.mark.parametrize(
+    ("story", "ends"),
+    [
+        ("A b c d. Tim saw Mr. Fox. Bye.", ["A b c d. Tim saw Mr. Fox."]),
+        ('Tim ran to her. "Stop!" said Mia. He did.', ['Tim ran to her. "Stop!" said Mia.']),
+        ('A long way he ran. "Stop. Look at it," he said. Yes.', ['A long way he ran. "Stop. Look at it," he said.']),
+        ("He ran off to me. “Oh. No,” he said. Yes.", ["He ran off to me. “Oh. No,” he said."]),
+        ('She ran to him. "Hi!"\nHe left.', ['She ran to him. "Hi!"', "She ran to him."]),
+        # A quotation that is never closed is not open for ever.
+        ('"Oh no.\nThen he left the house. Bye.', ['"Oh no.\nThen he left the house.']),
+        ("No end here", []),
+    ],
+)
+def test_cuts_are_between_sentences(story, ends):
+    assert prompts("summary", "{}\nQ", story) == [f"{end}\nQ" for end in ends]
+
+
+@given(story=st.text(alphabet='aB. !?"“”\n', min_size=1), wording=st.sampled_from(PHRASINGS["summary"]))
+def test_a_shortened_story_is_a_beginning_of_at_least_half_of_it(story, wording):
+    before, after = wording.split("{}")
+    lengths = []
+    for prompt in prompts("summary", wording, story):
+        kept = prompt.removeprefix(before).removesuffix(after)
+        assert story.startswith(kept) and MIN_KEPT * len(story) <= len(kept) < len(story)
+        assert kept.rstrip('"“”')[-1] in ".!?"
+        lengths.append(len(kept))
+    assert lengths == sorted(set(lengths), reverse=True)
+
+
+def blocks(max_tokens: int, seeds: range):
+    """What the record becomes with each seed: the conversations' texts and the ledger."""
+    tok = ChatTokenizer("control", 256)
+    for seed in seeds:
+        block = Encoder("tinystories-instruct", tok, max_tokens, seed).encode([Item("train", "here", RECORD)])
+        encoded, texts, start = block.splits["train"], [], 0
+        for length, task in zip(encoded.lengths, encoded.tasks, strict=True):
+            assert length <= max_tokens
+            part = slice(start, start := start + length)
+            texts.append(
+                (
+                    TASK_NAMES[task],
+                    tok.decode(encoded.tokens[part][encoded.supervised[part]]),
+                    tok.decode(encoded.tokens[part]),
+                )
+            )
+        yield texts, block.ledger
+
+
+def test_no_answer_is_ever_cut_and_everything_is_counted():
+    """At limits from too short for anything to long enough for everything."""
+    answers = {
+        "summary": "Tim walked.",
+        "what_happened": "Tim walked.",
+        "words": STORY,
+        "story": STORY,
+        "main_character": "The main character is Tim.",
+        "dialogue": "No, there is no dialogue in this story.",
+    }
+    trimmed = left_out = 0
+    for max_tokens in range(200, 440, 12):
+        for texts, ledger in blocks(max_tokens, range(3)):
+            whole = 0
+            for task, said, text in texts:
+                assert said == f"{answers[task]}<|endoftext|>"
+                whole += STORY in text
+                assert STORY[:104] in text
+            made = len(texts) + ledger.left_out.total()
+            assert made >= 4 and ledger.kept.total() == len(texts)
+            assert ledger.trimmed.total() == len(texts) - whole
+            assert {reason for _, _, reason in ledger.left_out} <= {TOO_LONG}
+            trimmed, left_out = trimmed + ledger.trimmed.total(), left_out + ledger.left_out.total()
+    assert trimmed > 20 and left_out > 20
+
+
+def test_a_long_story_is_trimmed_in_the_prompt_and_the_ledger_says_so(tmp_path: Path):
+    path = tmp_path / "stories.txt"
+    path.write_text(RECORD)
+    flags = ["--valid_fraction", "0", "--bpe_ranks", "256", "--workers", "1", "--max_tokens", "330"]
+    main(["--input", str(path), "--output", str(tmp_path / "data"), *flags])
+    ledger = json.loads((tmp_path / "data" / "ledger.json").read_text())["splits"]["train"]["tasks"]
+    assert ledger["summary"] == {"made": 1, "kept": 1, "trimmed": 1, "left_out": {}}
+    assert ledger["words"] == {"made": 1, "kept": 0, "trimmed": 0, "left_out": {"longer than max_tokens": 1}}
+    with pytest.raises(UserError, match=r"nothing is left to learn from: left out .* longer than max_tokens"):
+        main(["--input", str(path), "--output", str(tmp_path / "less"), *flags[:-1], "200"])
+
+
+def test_rates_reach_the_encoder():
+    """Which tasks are made is up to the encoder's rates."""
+    none = {name: {"yes": 0.0, "no": 0.0} if isinstance(rate, dict) else 0.0 for name, rate in RATES.items()}
+    encoder = Encoder("tinystories-instruct", ChatTokenizer("control", 256), 600, 0, {**none, "summary": 1.0})
+    block = encoder.encode([Item("train", "here", RECORD)])
+    assert dict(block.ledger.kept) == {("train", "summary"): 1}

@@ -1,0 +1,216 @@
+"""The command, from models and prepared data to a report."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tiny_model import make_model_directory
+
+from tinysft_jax.data import prepare
+from tinysft_jax.data.dataset import PreparedData
+from tinysft_jax.errors import RunError, UserError
+from tinysft_jax.evaluation import metrics, run
+from tinysft_jax.evaluation.cases import draw_cases
+from tinysft_jax.model_directory import load_model
+from tinysft_jax.tokenizer import ChatTokenizer
+
+FILES = {"report.json", "report.md", "report.png", "answers.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def story_data(tmp_path_factory):
+    """The tasks of a few embedded stories, in each template."""
+    path = tmp_path_factory.mktemp("stories")
+    options = ["--bpe_ranks=256", "--max_tokens=2048", "--workers=1"]
+    for template in ("control", "text"):
+        prepare.main(["--embedded=100", f"--output={path / template}", f"--template={template}", *options])
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """One that ends its answers, and one that never does."""
+    path = tmp_path_factory.mktemp("models")
+    for name in ("ends", "talks"):
+        make_model_directory(path / name, "control", 128, ends=name == "ends")
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluated(models, chat_data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("evaluation") / "out"
+    flags = [f"--checkpoint={models / 'ends'}", f"--baseline={models / 'talks'}", f"--data={chat_data}", "--cases=6"]
+    run.main([*flags, f"--output={output}", "--batch_size=4"])
+    return output, flags
+
+
+def content(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def answers(directory, speaker):
+    return [json.loads(line)[speaker]["text"] for line in (directory / "answers.jsonl").read_text().splitlines()]
+
+
+def test_the_output(evaluated, chat_data, models):
+    output, _ = evaluated
+    assert content(output).keys() == FILES
+    lines = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == 6
+    assert not any(line["baseline"]["stopped"] for line in lines)
+    assert any(line["model"]["stopped"] for line in lines)
+    figures = json.loads((output / "report.json").read_text())["tasks"]["chat"]
+    assert figures["stopped"]["baseline"]["value"] == 0
+    assert figures["loss"]["difference"]["cases"] == 6
+    assert figures["rouge_l"]["gold"]["value"] == 1
+
+    # The negative log-likelihoods, each from a forward pass of its own.
+    data, model = PreparedData(chat_data), load_model(models / "ends")
+    forward = jax.jit(lambda tokens: jax.nn.log_softmax(model(tokens)))
+    tokenizer = ChatTokenizer.from_description(data.description)
+    for line, (case, ids, supervised) in zip(lines, draw_cases(data, tokenizer, 6), strict=True):
+        assert (line["question"], line["gold"]) == (case.question, case.gold)
+        log_p = forward(np.pad(ids, (0, 64 - len(ids))).astype(np.int32)[None])[0]
+        nll = [-log_p[i, ids[i + 1]] for i in range(len(ids) - 1) if supervised[i + 1]]
+        assert len(nll) == line["tokens"]
+        assert line["model"]["nll"] == pytest.approx(float(np.sum(nll)), rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_report_and_another_one_other_cases(evaluated, tmp_path):
+    output, flags = evaluated
+    run.main([*flags, f"--output={tmp_path / 'again'}", "--batch_size=4"])
+    assert content(tmp_path / "again") == content(output)
+    run.main([*flags, f"--output={tmp_path / 'other'}", "--batch_size=4", "--seed=1"])
+    assert content(tmp_path / "other")["answers.jsonl"] != content(output)["answers.jsonl"]
+
+
+def test_drawn_answers_follow_the_seed(evaluated, tmp_path):
+    output, flags = evaluated
+    for name in ("once", "twice"):
+        run.main([*flags, f"--output={tmp_path / name}", "--batch_size=4", "--temperature=1"])
+    assert content(tmp_path / "once") == content(tmp_path / "twice")
+    drawn, greedy = (answers(directory, "baseline") for directory in (tmp_path / "once", output))
+    assert drawn != greedy and len(set(drawn)) > len(drawn) / 2
+
+
+def test_rescoring_gives_the_same_report(evaluated, tmp_path, capsys):
+    output, _ = evaluated
+    run.main([f"--rescore={output}", f"--output={tmp_path / 'again'}"])
+    assert content(tmp_path / "again") == content(output)
+    assert "rouge_l" in capsys.readouterr().out
+
+
+def test_rescoring_can_replace_the_directory_that_it_reads(evaluated, tmp_path):
+    output, _ = evaluated
+    shutil.copytree(output, tmp_path / "copy")
+    (tmp_path / "copy" / "report.md").unlink()
+    run.main([f"--rescore={tmp_path / 'copy'}", f"--output={tmp_path / 'copy'}", "--overwrite"])
+    assert content(tmp_path / "copy") == content(output)
+
+
+@pytest.mark.parametrize("template", ["control", "text"])
+def test_questions_are_those_of_the_data(story_data, template):
+    """Task by task, with the prompt's ids and what the data answers."""
+    data = PreparedData(story_data / template)
+    tokenizer = ChatTokenizer.from_description(data.description)
+    drawn = draw_cases(data, tokenizer, 3)
+    tasks = [each.case.task for each in drawn]
+    assert tasks == sorted(tasks, key=data.tasks.index) and max(map(tasks.count, tasks)) == 3
+    for each in drawn:
+        messages = [
+            {"role": "user", "content": each.case.question},
+            {"role": "assistant", "content": each.case.gold},
+        ]
+        assert tokenizer.encode_prompt(messages[:1]).tolist() == each.prompt
+        ids, supervised = tokenizer.encode_chat(messages)
+        np.testing.assert_array_equal(ids, each.ids)
+        np.testing.assert_array_equal(supervised, each.supervised)
+    assert [each.case for each in draw_cases(data, tokenizer, 1)] == [
+        each.case for each, before in zip(drawn, [None, *tasks], strict=False) if each.case.task != before
+    ]
+
+
+def test_of_a_longer_chat_the_first_answer_counts(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat = [{"role": "system", "content": "s"}, *turns, {"role": "user", "content": "c"}, turns[1]]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 3)
+    options = ["--bpe_ranks=256", "--valid_fraction=0.999", "--workers=1"]
+    prepare.main([f"--input={tmp_path / 'chats.jsonl'}", f"--output={tmp_path / 'data'}", *options])
+    data = PreparedData(tmp_path / "data")
+    tokenizer = ChatTokenizer.from_description(data.description)
+    case, ids, _ = draw_cases(data, tokenizer, 1)[0]
+    assert (case.question, case.gold, case.tokens) == ("a", "b", 2)
+    assert tokenizer.decode(ids) == "<|system|>s<|user|>a<|assistant|>b<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give --checkpoint and --data, or --rescore"),
+        (["--checkpoint=x", "--data=x", "--cases=0"], "--cases is 0"),
+        (["--checkpoint=x", "--data=x", "--seed=-1"], "--seed is -1"),
+        (["--checkpoint=x", "--data=x", "--batch_size=0"], "--batch_size is 0"),
+        (["--checkpoint=x", "--data=nowhere"], "nowhere is not a prepared data set"),
+        (["--checkpoint=x", "--rescore=x"], "leave out --checkpoint"),
+        (["--rescore=nowhere"], "nowhere is not an evaluation"),
+    ],
+)
+def test_mistakes_are_one_line(flags, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run.main([*flags, f"--output={tmp_path / 'out'}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_together_is_refused(models, chat_data, story_data, evaluated, tmp_path):
+    output = f"--output={tmp_path / 'out'}"
+    with pytest.raises(UserError, match="exists; choose another --output"):
+        run.main([f"--checkpoint={models / 'ends'}", f"--data={chat_data}", f"--output={evaluated[0]}"])
+    with pytest.raises(UserError, match="different tokenizers or chat templates"):
+        run.main([f"--checkpoint={models / 'ends'}", f"--data={story_data / 'text'}", output])
+    with pytest.raises(UserError, match="has a context of 128 tokens, and the data a conversation of"):
+        run.main([f"--checkpoint={models / 'ends'}", f"--data={story_data / 'control'}", output])
+    assert not list(tmp_path.iterdir())
+
+
+def test_plain_text_has_no_questions(tmp_path):
+    prepare.main(["--embedded=60", f"--output={tmp_path / 'data'}", "--format=text", "--bpe_ranks=256", "--workers=1"])
+    with pytest.raises(UserError, match="holds plain text"):
+        run.main(["--checkpoint=x", f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'out'}"])
+
+
+def test_a_diverged_model_ends_the_run(models, chat_data, tmp_path, monkeypatch):
+    from tinysft_jax.evaluation import respondent
+
+    monkeypatch.setattr(respondent, "_make_weigh", lambda model: lambda batch: np.full(len(batch["tokens"]), np.nan))
+    with pytest.raises(RunError, match="diverged or is damaged"):
+        run.main([f"--checkpoint={models / 'ends'}", f"--data={chat_data}", f"--output={tmp_path / 'out'}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_newer_format_is_refused(evaluated, tmp_path):
+    shutil.copytree(evaluated[0], tmp_path / "newer")
+    report = json.loads((tmp_path / "newer" / "report.json").read_text())
+    (tmp_path / "newer" / "report.json").write_text(json.dumps(report | {"format_version": 2}))
+    with pytest.raises(UserError, match="format_version 2"):
+        run.main([f"--rescore={tmp_path / 'newer'}", f"--output={tmp_path / 'out'}"])
+
+
+def test_the_exit_code_of_a_mistake(tmp_path):
+    command = [sys.executable, "-m", "tinysft_jax.evaluation.run", f"--output={tmp_path / 'out'}", "--rescore=nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: nowhere is not an evaluation") and done.stderr.count("\n") == 1
+
+
+def test_a_missing_library_is_said_before_the_work(monkeypatch, tmp_path):
+    def missing(name):
+        raise ImportError(name)
+
+    metrics._lemma.cache_clear()
+    monkeypatch.setattr(metrics.importlib, "import_module", missing)
+    with pytest.raises(UserError, match=r"needs simplemma; pip install 'tinysft-jax\[eval\]'"):
+        run.main(["--checkpoint=x", "--data=nowhere", f"--output={tmp_path / 'out'}"])

@@ -15,8 +15,9 @@ from tinysft_jax.data.dataset import PreparedData
 from tinysft_jax.errors import RunError, UserError
 from tinysft_jax.evaluation import metrics, run
 from tinysft_jax.evaluation.cases import draw_cases
-from tinysft_jax.model_directory import load_model
+from tinysft_jax.model_directory import load_model, save_model
 from tinysft_jax.tokenizer import ChatTokenizer
+from tinysft_jax.training.state import starting_model
 
 FILES = {"report.json", "report.md", "report.png", "answers.jsonl"}
 
@@ -99,9 +100,25 @@ def test_drawn_answers_follow_the_seed(evaluated, tmp_path):
 
 def test_rescoring_gives_the_same_report(evaluated, tmp_path, capsys):
     output, _ = evaluated
-    run.main([f"--rescore={output}", f"--output={tmp_path / 'again'}"])
+    run.main([f"--rescore={output}", f"--output={tmp_path / 'again'}", "--show=2"])
     assert content(tmp_path / "again") == content(output)
-    assert "rouge_l" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "rouge_l" in printed and printed.count("--- chat\nQuestion: ") == 2
+
+
+def test_a_model_without_a_template_is_asked_as_fine_tuning_starts_from_it(chat_data, evaluated, tmp_path):
+    """Its table grows by the markers' rows; a work directory's step 0 has the same."""
+    plain = make_model_directory(tmp_path / "plain", None, 128)
+    output, flags = tmp_path / "out", evaluated[1]
+    run.main([flags[0], f"--baseline={plain}", f"--data={chat_data}", "--cases=6", f"--output={output}"])
+    description, params = starting_model(str(plain), {}, PreparedData(chat_data))
+    save_model(tmp_path / "start", params, description)
+    run.main([f"--checkpoint={tmp_path / 'start'}", *flags[2:], f"--output={tmp_path / 'again'}"])
+    asked, started = (
+        [line[speaker] for line in map(json.loads, (directory / "answers.jsonl").read_text().splitlines())]
+        for directory, speaker in ((output, "baseline"), (tmp_path / "again", "model"))
+    )
+    assert asked == started and len({answer["nll"] for answer in asked}) > 1
 
 
 def test_rescoring_can_replace_the_directory_that_it_reads(evaluated, tmp_path):
@@ -154,6 +171,7 @@ def test_of_a_longer_chat_the_first_answer_counts(tmp_path):
         (["--checkpoint=x", "--data=x", "--cases=0"], "--cases is 0"),
         (["--checkpoint=x", "--data=x", "--seed=-1"], "--seed is -1"),
         (["--checkpoint=x", "--data=x", "--batch_size=0"], "--batch_size is 0"),
+        (["--checkpoint=x", "--data=x", "--show=-1"], "--show is -1"),
         (["--checkpoint=x", "--data=nowhere"], "nowhere is not a prepared data set"),
         (["--checkpoint=x", "--rescore=x"], "leave out --checkpoint"),
         (["--rescore=nowhere"], "nowhere is not an evaluation"),
@@ -169,7 +187,7 @@ def test_what_does_not_fit_together_is_refused(models, chat_data, story_data, ev
     output = f"--output={tmp_path / 'out'}"
     with pytest.raises(UserError, match="exists; choose another --output"):
         run.main([f"--checkpoint={models / 'ends'}", f"--data={chat_data}", f"--output={evaluated[0]}"])
-    with pytest.raises(UserError, match="different tokenizers or chat templates"):
+    with pytest.raises(UserError, match="speaks the chat template 'control'"):
         run.main([f"--checkpoint={models / 'ends'}", f"--data={story_data / 'text'}", output])
     with pytest.raises(UserError, match="has a context of 128 tokens, and the data a conversation of"):
         run.main([f"--checkpoint={models / 'ends'}", f"--data={story_data / 'control'}", output])

@@ -10,17 +10,19 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
+from tinysft_jax.data.dataset import PreparedData
 from tinysft_jax.errors import RunError, UserError
 from tinysft_jax.evaluation.answers import Answer
 from tinysft_jax.evaluation.cases import HeldOut
 from tinysft_jax.model import GPT, default_dtype
-from tinysft_jax.model_directory import make_model, read_model
+from tinysft_jax.model_directory import make_model
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.options import SamplingOptions
 from tinysft_jax.sampling.text import text_options
 from tinysft_jax.sharding import make_mesh
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.loss import supervised_nll
+from tinysft_jax.training.state import starting_model
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -28,22 +30,21 @@ SECONDS_BETWEEN_LINES = 10.0
 class Respondent:
     """A checkpoint, read and found fit for the cases.
 
+    A model without a chat template is taken as fine-tuning would start from it: its table grown by the markers' rows.
+
     Args:
       checkpoint: a model directory, a work directory or a `.pt` file.
-      tokenizer: the cases'.
+      data: where the cases are from.
       held_out: the cases.
 
     Raises:
       UserError: if it can't be read, has another tokenizer or chat template, or too short a context.
     """
 
-    def __init__(self, checkpoint: str, tokenizer: ChatTokenizer, held_out: Sequence[HeldOut]):
-        description, self._params = read_model(checkpoint)
-        language = tokenizer.description()
-        if (description.chat_template, description.tokenizer) != (language["chat_template"], language["tokenizer"]):
-            raise UserError(f"{checkpoint} and the data were made with different tokenizers or chat templates")
+    def __init__(self, checkpoint: str, data: PreparedData, held_out: Sequence[HeldOut]):
+        description, self._params = starting_model(checkpoint, {}, data)
         self._config, self._checkpoint = description.config, checkpoint
-        self._tokenizer, self._held_out = tokenizer, held_out
+        self._tokenizer, self._held_out = ChatTokenizer.from_description(data.description), held_out
         self._longest = max(len(each.ids) for each in held_out)
         if self._longest > self._config.max_seq_len:
             raise UserError(

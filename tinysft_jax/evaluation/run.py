@@ -17,6 +17,7 @@ from tinysft_jax.evaluation import metrics
 from tinysft_jax.evaluation import report as reports
 from tinysft_jax.evaluation.answers import Answered, read_answers, write_answers
 from tinysft_jax.evaluation.cases import draw_cases
+from tinysft_jax.evaluation.examples import examples, transcript
 from tinysft_jax.evaluation.plot import plot_report
 from tinysft_jax.sampling.options import SamplingOptions
 from tinysft_jax.tokenizer import ChatTokenizer
@@ -40,7 +41,7 @@ def evaluate(flags: Namespace) -> tuple[dict[str, Any], list[Answered]]:
     from tinysft_jax.evaluation.respondent import Respondent
 
     checkpoints = {"model": flags.checkpoint} | ({"baseline": flags.baseline} if flags.baseline else {})
-    respondents = {name: Respondent(path, tokenizer, held_out) for name, path in checkpoints.items()}
+    respondents = {name: Respondent(path, data, held_out) for name, path in checkpoints.items()}
     answers = {name: respondent.answers(options, flags.batch_size) for name, respondent in respondents.items()}
     answered = [Answered(each.case, {name: answers[name][i] for name in answers}) for i, each in enumerate(held_out)]
     settings = {"data": str(flags.data), "cases": flags.cases, "seed": flags.seed, "temperature": flags.temperature}
@@ -90,6 +91,7 @@ def _parser() -> cli.Parser:
     parser.add_argument("--seed", type=int, default=0, help="which ones, and of drawn answers")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the most likely token")
     parser.add_argument("--batch_size", type=int, default=32, help="answers made at a time; more take more memory")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N cases with their answers, too")
     return parser
 
 
@@ -99,7 +101,7 @@ def _check(flags: Namespace) -> None:
         raise UserError("give --checkpoint and --data, or --rescore")
     if flags.rescore is not None and (flags.checkpoint or flags.baseline or flags.data):
         raise UserError("--rescore takes its answers from a directory; leave out --checkpoint, --baseline and --data")
-    for name, least in (("cases", 1), ("batch_size", 1), ("seed", 0)):
+    for name, least in (("cases", 1), ("batch_size", 1), ("seed", 0), ("show", 0)):
         if getattr(flags, name) < least:
             raise UserError(f"--{name} is {getattr(flags, name)}; it must be {least} or more")
 
@@ -112,6 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
     metrics.require_libraries()
     settings, answered = evaluate(flags) if flags.rescore is None else rescore(flags.rescore)
     report = write(flags.output, settings, answered, flags.overwrite)
+    for each in examples(answered, flags.show):
+        print(transcript(each), end="\n\n")
     Console(width=max(Console().width, 120)).print(reports.table(report))
     print(f"{flags.output}: {len(answered):,} cases of {len(report['tasks'])} tasks")
 

@@ -76,12 +76,10 @@ class Ledger:
 
     def tables(self, splits: tuple[str, ...], tasks: tuple[str, ...]) -> list[Table]:
         """The ledger for people: conversations, and their tokens."""
-        read = " and ".join(f"{self.read[split]:,} {split}" for split in splits)
-        conversations = Table("split", "task", caption="; ".join([f"read {read} records", *self.reasons()]))
-        tokens = Table("split", "task")
+        conversations, tokens = Table("split", "task"), Table("split", "task")
         for column in ("made", "kept", "trimmed", "left out"):
             conversations.add_column(column, justify="right")
-        for column in ("tokens", "supervised", "mean", "median", "longest"):
+        for column in ("tokens", "supervised", "mean", "median", "max"):
             tokens.add_column(column, justify="right")
         for split in splits:
             for task in tasks:
@@ -90,7 +88,9 @@ class Ledger:
                     numbers = (counts["made"], counts["kept"], counts["trimmed"], counts["made"] - counts["kept"])
                     conversations.add_row(split, task, *(f"{number:,}" for number in numbers))
                 if counts["kept"]:
-                    tokens.add_row(split, task, *(f"{number:,}" for number in lengths.values()))
+                    share = lengths.pop("supervised") / lengths["total"]
+                    total, *others = (f"{number:,}" for number in lengths.values())
+                    tokens.add_row(split, task, total, f"{share:.1%}", *others)
         return [conversations, tokens]
 
     def reasons(self) -> list[str]:
@@ -115,7 +115,7 @@ class Ledger:
             "left_out": left_out,
         }
 
-    def _tokens(self, split: str, task: str) -> dict[str, float]:
+    def _tokens(self, split: str, task: str) -> dict[str, int | float]:
         """Tokens of the kept conversations, and their lengths: the median is the lower one of two."""
         lengths = self._lengths(split, task)
         kept, tokens = sum(lengths.values()), sum(length * n for length, n in lengths.items())

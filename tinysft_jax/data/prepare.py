@@ -60,12 +60,12 @@ def prepare(source: Source, encoder: Encoder, output: Path, workers: int = 1, ov
         with files.new_directory(output, overwrite, "data.json") as directory:
             writers = {split: ShardWriter(directory / split) for split in SPLITS}
             blocks = map_in_order(encoder.encode, _blocks_of(source), workers)
-            with contextlib.closing(blocks), progress(source) as show:
+            with contextlib.closing(blocks), progress("preparing", source.size, "tokens") as show:
                 for block in blocks:
                     ledger.add(block.ledger)
                     for split, writer in writers.items():
                         writer.add(block.splits[split])
-                    show(sum(writer.totals["tokens"] for writer in writers.values()))
+                    show(source.position, sum(writer.totals["tokens"] for writer in writers.values()))
             for writer in writers.values():
                 writer.close()
             if not ledger.kept:
@@ -78,8 +78,7 @@ def prepare(source: Source, encoder: Encoder, output: Path, workers: int = 1, ov
             files.write_json(directory / "ledger.json", ledger.to_json(SPLITS, encoder.task_names))
             files.write_manifest(directory)
     except OSError as error:
-        # NumPy gives no reason where it could write a part of an array only.
-        raise RunError(f"can't write {output}: {error.strerror or 'the disk seems to be full'}") from None
+        raise RunError(f"can't write {output}: {error.strerror}") from None
     return Summary(ledger, totals)
 
 
@@ -181,6 +180,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     for table in ledger.tables(SPLITS, encoder.task_names):
         Console().print(table)
+    print("read", " and ".join(f"{ledger.read[split]:,} {split}" for split in SPLITS), "records")
+    for reason in ledger.reasons():
+        print(reason)
     for bad in ledger.bad:
         print(f"skipped {bad}", file=sys.stderr)
     for split in SPLITS:

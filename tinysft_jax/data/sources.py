@@ -6,8 +6,9 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from tinysft_jax.data.dataset import SPLITS
 from tinysft_jax.data.reading import TOO_LONG, Piece, read_lines, read_records
@@ -109,7 +110,7 @@ class FileSource(Source):
                 number += 1
                 yield (place if flaw else f"{path}, {noun} {number}"), text, flaw
 
-    def _pieces(self, path: Path, read: Callable[[BinaryIO], Iterator[Piece]]) -> Iterator[Piece]:
+    def _pieces(self, path: Path, read: Callable[[BufferedIOBase], Iterator[Piece]]) -> Iterator[Piece]:
         before = self.position
         try:
             with path.open("rb") as file:

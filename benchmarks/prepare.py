@@ -55,7 +55,7 @@ def write_stories(path: Path, megabytes: int) -> None:
         for round_number in itertools.count():
             suffix = "" if round_number == 0 else "".join(chr(ord("a") + int(digit)) for digit in str(round_number))
             for record in records:
-                written += file.write(f"{NAME.sub(lambda match: match[0] + suffix, record)}\n<|endoftext|>\n")
+                written += file.write(NAME.sub(rf"\g<0>{suffix}", record) + "\n<|endoftext|>\n")
                 if written >= megabytes * MB:
                     return
 

@@ -65,8 +65,7 @@ class Ledger:
                     "read": self.read[split],
                     "skipped": {reason: n for (s, reason), n in sorted(self.skipped.items()) if s == split},
                     "tasks": {
-                        task: self._conversations(split, task) | {"tokens": self._tokens(split, task)}
-                        for task in tasks
+                        task: self._conversations(split, task) | {"tokens": self._tokens(split, task)} for task in tasks
                     },
                 }
                 for split in splits
@@ -120,10 +119,10 @@ class Ledger:
         lengths = self._lengths(split, task)
         kept, tokens = sum(lengths.values()), sum(length * n for length, n in lengths.items())
         below, median = 0, 0
-        for median, n in lengths.items():
+        for length, n in lengths.items():
+            if 2 * below < kept:
+                median = length
             below += n
-            if 2 * below >= kept:
-                break
         return {
             "total": tokens,
             "supervised": self.supervised[split, task],

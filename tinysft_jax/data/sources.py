@@ -10,7 +10,6 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinysft_jax.data.dataset import SPLITS
 from tinysft_jax.data.reading import TOO_LONG, Piece, read_lines, read_records
 from tinysft_jax.data.records import SEPARATOR, clean_record
 from tinysft_jax.data.stories import embedded_stories, record_text

@@ -1,9 +1,11 @@
 """Files and directories that appear whole or not at all."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -36,6 +38,9 @@ def check_output(path: Path, overwrite: bool, marker: str) -> None:
 def new_directory(path: Path, overwrite: bool = False, marker: str = "model.json") -> Iterator[Path]:
     """Yields an empty directory that becomes `path` when the block ends, and vanishes if it fails.
 
+    What a process that was killed left aside is removed first. The lock on such a directory tells that its process
+    lives; the system releases it with the process, however that ends.
+
     Args: as of `check_output`.
 
     Raises:
@@ -44,14 +49,44 @@ def new_directory(path: Path, overwrite: bool = False, marker: str = "model.json
     check_output(path, overwrite, marker)
     aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
-        aside.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        aside.mkdir()
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror}") from None
+    lock = _lock(aside)
     try:
         yield aside
         replace(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes what `new_directory` and `replace` left beside `path` in processes that were killed."""
+    # What `path` was before is kept until there is another one.
+    kinds = "partial|old" if path.exists() else "partial"
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(?:{kinds})")
+    for found in path.parent.iterdir():
+        if name.fullmatch(found.name) and found.is_dir() and (lock := _lock(found)) is not None:
+            shutil.rmtree(found, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(directory: Path) -> int | None:
+    """Locks a directory until the descriptor is closed; None if another process has, or the file system can't."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def replace(new: Path, path: Path) -> None:
@@ -63,7 +98,7 @@ def replace(new: Path, path: Path) -> None:
         old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
         path.rename(old)
         new.rename(path)
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     else:
         new.rename(path)
 

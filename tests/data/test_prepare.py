@@ -112,22 +112,13 @@ def test_chats_of_both_forms(tmp_path: Path):
     ]
 
 
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ("{", r"chats\.jsonl:2: not valid JSON"),
-        ("[" * 100_000, r"chats\.jsonl:2: not valid JSON"),
-        ('{"text": "Hi"}', r'chats\.jsonl:2: a line must be an object with "messages"'),
-        ('{"prompt": "Hi", "completion": ""}', r"chats\.jsonl:2: completion is empty"),
-        ('{"prompt": "\\ud83d", "completion": "Hi"}', r"chats\.jsonl:2: prompt is not valid Unicode"),
-    ],
-)
-def test_a_bad_line_is_named_and_nothing_is_written(tmp_path: Path, line, complaint):
-    path = write_chats(tmp_path / "chats.jsonl", {"prompt": "Hi", "completion": "Hi"})
-    path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(UserError, match=complaint):
-        run(path, tmp_path / "data")
-    assert list(tmp_path.iterdir()) == [path]
+def test_stories_are_trimmed_and_the_ledger_says_so(tmp_path: Path):
+    path = tmp_path / "stories.txt"
+    path.write_text("Summary: A cat.\nStory: " + "A cat sat on a mat. " * 20)
+    run(path, tmp_path / "data", "--valid_fraction", "0", "--max_tokens", "120")
+    summary = json.loads((tmp_path / "data" / "ledger.json").read_text())["splits"]["train"]["tasks"]["summary"]
+    assert (summary["made"], summary["kept"], summary["trimmed"]) == (1, 1, 1)
+    assert 100 < summary["tokens"]["longest"] <= 120
 
 
 def test_a_forged_marker_is_named_in_the_template_that_could_not_tell(tmp_path: Path):
@@ -148,7 +139,13 @@ def test_conversations_that_are_too_long_are_left_out_and_counted(tmp_path: Path
     totals = run(path, tmp_path / "data", *flags)["splits"]["train"]
     assert totals == {"conversations": 2, "tokens": 27, "supervised_tokens": 17, "longest": 20, "shards": 1}
     ledger = json.loads((tmp_path / "data" / "ledger.json").read_text())["splits"]["train"]
-    assert ledger["tasks"]["chat"] == {"made": 3, "kept": 2, "trimmed": 0, "left_out": {"longer than max_tokens": 1}}
+    assert ledger["tasks"]["chat"] == {
+        "made": 3,
+        "kept": 2,
+        "trimmed": 0,
+        "left_out": {"longer than max_tokens": 1},
+        "tokens": {"total": 27, "supervised": 17, "mean": 13.5, "median": 7, "longest": 20},
+    }
     with pytest.raises(UserError, match="left out 3 conversations: longer than max_tokens"):
         run(path, tmp_path / "none", *flags, "--max_tokens", "6")
     assert not (tmp_path / "none").exists()
@@ -241,6 +238,7 @@ def test_a_failed_run_keeps_what_it_would_have_replaced(tmp_path: Path):
         (["--bpe_ranks", "255"], "from 256 to 50256"),
         (["--template", "chatml"], "invalid choice"),
         (["--embedded", "3"], "not allowed with"),
+        (["--revision", "main"], "--revision is for --hub"),
         (["--output", "."], "exists"),
     ],
 )
@@ -262,10 +260,12 @@ def test_an_input_of_white_space_has_nothing_to_learn_from(tmp_path: Path):
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, records: Path, monkeypatch):
-    def save(*_, **__):
-        raise OSError("4096 requested and 100 written")
+    real = Path.open
 
-    monkeypatch.setattr(np, "save", save)
-    with pytest.raises(RunError, match="the disk seems to be full"):
+    def full(path: Path, mode: str = "r", *arguments, **options):
+        return real(Path("/dev/full") if path.suffix == ".npy" else path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(RunError, match="No space left on device"):
         run(records / "samples.txt", tmp_path / "data")
     assert list(tmp_path.iterdir()) == []

@@ -1,15 +1,14 @@
 """What prepare reads: files and pairs, formats, the division into train and valid."""
 
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinysft_jax.data.reading import MAX_BYTES
 from tinysft_jax.data.records import parse_record
-from tinysft_jax.data.sources import Item, download, open_embedded, open_input, split_of
+from tinysft_jax.data.sources import Item, open_embedded, open_input, split_of
 from tinysft_jax.errors import UserError
 
 RECORD = "Words: cat, hat\nStory: \n\nA cat had a hat.\n"
@@ -94,10 +93,27 @@ def test_a_limit_holds_for_each_file(tmp_path: Path):
     ]
 
 
-def test_text_that_is_not_utf_8_is_refused_with_its_line(tmp_path: Path):
-    (tmp_path / "a.txt").write_bytes(b"fine\ncaf\xe9 \n")
-    with pytest.raises(UserError, match=r"a\.txt:2 is not UTF-8 text \(byte 4 of the line\)"):
-        items(tmp_path / "a.txt")
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_text_that_is_not_utf_8_is_a_flaw_of_its_line(tmp_path: Path, name):
+    path = tmp_path / name
+    path.write_bytes(b"fine\ncaf\xe9 \n<|endoftext|>\nfine\n")
+    found = items(path)
+    (bad,) = [item for item in found if item.flaw]
+    assert (bad.where, bad.text, bad.flaw) == (f"{path}:2, byte 4", "", "not UTF-8 text")
+    assert found[-1].text.strip() == "fine"
+
+
+def test_what_is_too_long_is_a_flaw_of_its_first_line(tmp_path: Path):
+    for name, whole in (("a.jsonl", "\n"), ("a.txt", "<|endoftext|>")):
+        path = tmp_path / name
+        path.write_bytes(f"fine\n{whole}".encode())
+        with path.open("r+b") as file:
+            file.seek(0, 2)
+            start = file.tell()
+            file.truncate(start + MAX_BYTES + 1)  # NULs
+        found = [(item.where, item.text.strip(), item.flaw) for item in items(path)]
+        assert found[1] == (f"{path}:{3 if whole == chr(10) else 2}", "", "longer than 8 MiB")
+        assert found[0][1] == "fine" and len(found) == 2
 
 
 def test_position_reaches_the_size(tmp_path: Path):
@@ -140,34 +156,3 @@ def test_embedded_stories_refuse_what_they_cannot_be():
         open_embedded(1, "chat-jsonl", 0)
     with pytest.raises(UserError, match="positive number"):
         open_embedded(0, "auto", 0)
-
-
-def test_without_the_hub_package_the_error_names_the_files(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(
-        UserError, match=r"download TinyStories-Instruct-train\.txt and TinyStories-Instruct-valid\.txt"
-    ):
-        download("roneneldan/TinyStoriesInstruct")
-    with pytest.raises(UserError, match="--hub knows"):
-        download("someone/else")
-
-
-def test_the_hub_package_downloads_the_pair(monkeypatch, tmp_path: Path):
-    def hf_hub_download(repository: str, name: str, repo_type: str) -> str:
-        assert (repository, repo_type) == ("roneneldan/TinyStoriesInstruct", "dataset")
-        return str(tmp_path / name)
-
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=hf_hub_download))
-    assert download("roneneldan/TinyStoriesInstruct") == [
-        (tmp_path / "TinyStories-Instruct-train.txt", "train"),
-        (tmp_path / "TinyStories-Instruct-valid.txt", "valid"),
-    ]
-
-
-def test_a_failed_download_is_one_line(monkeypatch):
-    def hf_hub_download(*_, **__) -> str:
-        raise OSError("no route to host")
-
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=hf_hub_download))
-    with pytest.raises(UserError, match=r"the download failed \(no route to host\)"):
-        download("roneneldan/TinyStoriesInstruct")

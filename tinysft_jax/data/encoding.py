@@ -5,6 +5,7 @@ A block is encoded without a look at any other, so the blocks may be encoded in 
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,11 +19,16 @@ from tinysft_jax.data.ledger import Ledger
 from tinysft_jax.data.records import parse_record
 from tinysft_jax.data.sources import Item
 from tinysft_jax.data.tasks import RATES, TASK_NAMES, Rates, make_tasks
-from tinysft_jax.data.trimming import shortened
-from tinysft_jax.errors import UserError
+from tinysft_jax.data.trimming import MIN_KEPT, shortened
+from tinysft_jax.errors import UserError, reason
 from tinysft_jax.tokenizer import ChatTokenizer
 
 TOO_LONG = "longer than max_tokens"
+# Of GPT-2's tokens, in bytes. What has more characters than so many tokens can hold needs no tokenizer to be too long.
+LONGEST_TOKEN = 128
+# The tokenizer's regular expressions overflow their stack at a million white-space characters in a row.
+LONGEST_BLANK = 500_000
+BAD_ITEMS = ("stop", "skip")
 TASKS_OF_FORMAT = {"tinystories-instruct": TASK_NAMES, "chat-jsonl": ("chat",), "text": ("text",)}
 
 
@@ -50,10 +56,24 @@ class Block(NamedTuple):
     ledger: Ledger
 
 
+class BadItem(UserError):
+    """A line, record or document that can't be used; `kind` says why in words that don't depend on which it is."""
+
+    def __init__(self, kind: str, detail: str | None = None):
+        super().__init__(detail or kind)
+        self.kind = kind
+
+
 class _Example(NamedTuple):
     task: str
     ids: Int32[np.ndarray, " n"]
     supervised: Bool[np.ndarray, " n"]
+    trimmed: bool = False
+
+
+class _LeftOut(NamedTuple):
+    task: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,7 @@ class Encoder:
       max_tokens: no conversation is longer.
       seed: for what is drawn when tasks are made of a story.
       rates: how often each task is made of a story that allows it.
+      bad_items: "stop" at the first item that can't be used, or "skip" and count them.
     """
 
     format: str
@@ -73,6 +94,7 @@ class Encoder:
     max_tokens: int
     seed: int
     rates: Rates = field(default_factory=lambda: RATES)
+    bad_items: str = "stop"
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -83,7 +105,7 @@ class Encoder:
         """Encodes a block.
 
         Raises:
-          UserError: if an item is not what its format says; names the place.
+          UserError: if an item is not what its format says and bad items are not skipped; names the place.
         """
         examples_of = {
             "tinystories-instruct": self._story_examples,
@@ -95,28 +117,45 @@ class Encoder:
         for item in items:
             ledger.read[item.split] += 1
             try:
-                examples[item.split].extend(examples_of(item, ledger))
+                _check(item)
+                found = list(examples_of(item))
             except UserError as error:
-                raise UserError(f"{item.where}: {error}") from None
+                if self.bad_items == "stop" and not isinstance(error, _Unused):
+                    raise UserError(f"{item.where}: {reason(error)}") from None
+                kind = error.kind if isinstance(error, BadItem) else "can't be laid out in the template"
+                ledger.skip(item.split, kind, None if isinstance(error, _Unused) else f"{item.where}: {reason(error)}")
+                continue
+            for example in found:
+                if isinstance(example, _LeftOut):
+                    ledger.left_out[item.split, example.task, example.reason] += 1
+                else:
+                    supervised = int(np.count_nonzero(example.supervised))
+                    ledger.keep(item.split, example.task, example.ids.size, supervised, example.trimmed)
+                    examples[item.split].append(example)
         return Block({split: self._join(examples[split]) for split in SPLITS}, ledger)
 
-    def _story_examples(self, item: Item, ledger: Ledger) -> Iterator[_Example]:
+    def _story_examples(self, item: Item) -> Iterator[_Example | _LeftOut]:
         record = parse_record(item.text)
         if record is None:
-            ledger.skipped[item.split, "no story"] += 1
-            return
+            raise _Unused("no story")
+        if len(record.story) * MIN_KEPT > self.max_tokens * LONGEST_TOKEN:
+            raise _Unused("a story too long for any task")
         for conversation in make_tasks(record, self.seed, self.rates):
             versions = itertools.chain([conversation.messages], shortened(conversation, record.story))
-            yield from self._first_that_fits(versions, item.split, conversation.task, ledger)
+            yield self._first_that_fits(versions, conversation.task)
 
-    def _chat_examples(self, item: Item, ledger: Ledger) -> Iterator[_Example]:
+    def _chat_examples(self, item: Item) -> Iterator[_Example | _LeftOut]:
         try:
             line = json.loads(item.text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"not valid JSON: {error}") from None
-        yield from self._first_that_fits([chat.parse_chat(line)], item.split, "chat", ledger)
+            raise BadItem("not valid JSON", f"not valid JSON: {error}") from None
+        try:
+            messages = chat.parse_chat(line)
+        except UserError as error:
+            raise BadItem("not a conversation", str(error)) from None
+        yield self._first_that_fits([messages], "chat")
 
-    def _text_examples(self, item: Item, ledger: Ledger) -> Iterator[_Example]:
+    def _text_examples(self, item: Item) -> Iterator[_Example | _LeftOut]:
         """A document, in consecutive pieces where it is longer than max_tokens.
 
         A piece begins with the token that ends the one before: there it is predicted, here predicted from.
@@ -124,21 +163,17 @@ class Encoder:
         ids = self.tokenizer.encode_document(item.text)
         for start in range(0, max(ids.size - 1, 1), self.max_tokens - 1):
             piece = ids[start : start + self.max_tokens]
-            ledger.kept[item.split, "text"] += 1
             yield _Example("text", piece, np.arange(piece.size) > 0)
 
-    def _first_that_fits(
-        self, versions: Iterable[chat.Messages], split: str, task: str, ledger: Ledger
-    ) -> Iterator[_Example]:
+    def _first_that_fits(self, versions: Iterable[chat.Messages], task: str) -> _Example | _LeftOut:
         """Encodes a conversation, or the first of its shorter versions, that max_tokens allows."""
         for n_trims, messages in enumerate(versions):
+            if sum(len(message["content"]) for message in messages) > self.max_tokens * LONGEST_TOKEN:
+                continue
             ids, supervised = self.tokenizer.encode_chat(messages)
             if ids.size <= self.max_tokens:
-                ledger.kept[split, task] += 1
-                ledger.trimmed[split, task] += n_trims > 0
-                yield _Example(task, ids, supervised)
-                return
-        ledger.left_out[split, task, TOO_LONG] += 1
+                return _Example(task, ids, supervised, n_trims > 0)
+        return _LeftOut(task, TOO_LONG)
 
     def _join(self, examples: list[_Example]) -> Encoded:
         ids = [example.ids for example in examples]
@@ -148,3 +183,17 @@ class Encoder:
             lengths=np.array([example.ids.size for example in examples], np.int32),
             tasks=np.array([self.task_names.index(example.task) for example in examples], np.uint8),
         )
+
+
+class _Unused(BadItem):
+    """An item of the right form of which nothing can be made: no reason to stop."""
+
+
+def _check(item: Item) -> None:
+    """Refuses an item with a flaw that was seen as it was read, or that the tokenizer could not cope with."""
+    if item.flaw is not None:
+        raise BadItem(item.flaw)
+    if len(item.text) > LONGEST_BLANK:
+        longest = max((match.end() - match.start() for match in re.finditer(r"\s+", item.text)), default=0)
+        if longest > LONGEST_BLANK:
+            raise BadItem(f"over {LONGEST_BLANK:,} white-space characters in a row")

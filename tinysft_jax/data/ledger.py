@@ -6,29 +6,55 @@ from typing import Any
 
 from rich.table import Table
 
+# How many of the bad lines are named.
+NAMED_BAD_LINES = 5
+
 
 @dataclass
 class Ledger:
-    """Counts by split and task; the ledgers of parts add up to that of the whole.
+    """Counts by split and task; the ledgers of parts, added in order, make up that of the whole.
 
     Attributes:
       read: split -> records, lines or documents.
       skipped: (split, reason) -> records that nothing could be made of.
-      kept: (split, task) -> conversations in the data set.
-      trimmed: (split, task) -> those of the kept whose prompt was shortened.
+      bad: the first few of the skipped that are not what they should be, each with its place.
+      trimmed: (split, task) -> kept conversations whose prompt was shortened.
       left_out: (split, task, reason) -> conversations that were made but are not in the data set.
+      lengths: (split, task, tokens) -> kept conversations of that length.
+      supervised: (split, task) -> supervised tokens of the kept.
     """
 
     read: Counter[str] = field(default_factory=Counter)
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)
-    kept: Counter[tuple[str, str]] = field(default_factory=Counter)
+    bad: list[str] = field(default_factory=list)
     trimmed: Counter[tuple[str, str]] = field(default_factory=Counter)
     left_out: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    lengths: Counter[tuple[str, str, int]] = field(default_factory=Counter)
+    supervised: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    @property
+    def kept(self) -> int:
+        """Conversations in the data set."""
+        return self.lengths.total()
+
+    def keep(self, split: str, task: str, tokens: int, supervised: int, trimmed: bool) -> None:
+        """Enters a conversation that is in the data set."""
+        self.lengths[split, task, tokens] += 1
+        self.supervised[split, task] += supervised
+        self.trimmed[split, task] += trimmed
+
+    def skip(self, split: str, reason: str, bad: str | None = None) -> None:
+        """Enters a record that nothing could be made of; `bad` is what to say of it, if it's not what it should be."""
+        self.skipped[split, reason] += 1
+        if bad is not None and len(self.bad) < NAMED_BAD_LINES:
+            self.bad.append(bad)
 
     def add(self, part: "Ledger") -> None:
-        """Adds the counts of another ledger."""
-        for counter in fields(self):
-            getattr(self, counter.name).update(getattr(part, counter.name))
+        """Adds what another ledger holds, of items that come after those of this one."""
+        self.bad = (self.bad + part.bad)[:NAMED_BAD_LINES]
+        for entry in fields(self):
+            if entry.name != "bad":
+                getattr(self, entry.name).update(getattr(part, entry.name))
 
     def to_json(self, splits: tuple[str, ...], tasks: tuple[str, ...]) -> dict[str, Any]:
         """The content of `ledger.json`."""
@@ -38,25 +64,33 @@ class Ledger:
                 split: {
                     "read": self.read[split],
                     "skipped": {reason: n for (s, reason), n in sorted(self.skipped.items()) if s == split},
-                    "tasks": {task: self._task(split, task) for task in tasks},
+                    "tasks": {
+                        task: self._conversations(split, task) | {"tokens": self._tokens(split, task)} for task in tasks
+                    },
                 }
                 for split in splits
             },
+            "first_bad": self.bad,
         }
 
-    def table(self, splits: tuple[str, ...], tasks: tuple[str, ...]) -> Table:
-        """The ledger for people."""
-        read = f"read {self.read.total():,} records"
-        table = Table("split", "task", caption="; ".join([read, *self.reasons()]))
+    def tables(self, splits: tuple[str, ...], tasks: tuple[str, ...]) -> list[Table]:
+        """The ledger for people: conversations, and their tokens."""
+        conversations, tokens = Table("split", "task"), Table("split", "task")
         for column in ("made", "kept", "trimmed", "left out"):
-            table.add_column(column, justify="right")
+            conversations.add_column(column, justify="right")
+        for column in ("tokens", "supervised", "mean", "median", "max"):
+            tokens.add_column(column, justify="right")
         for split in splits:
             for task in tasks:
-                counts = self._task(split, task)
+                counts, lengths = self._conversations(split, task), self._tokens(split, task)
                 if counts["made"]:
                     numbers = (counts["made"], counts["kept"], counts["trimmed"], counts["made"] - counts["kept"])
-                    table.add_row(split, task, *(f"{number:,}" for number in numbers))
-        return table
+                    conversations.add_row(split, task, *(f"{number:,}" for number in numbers))
+                if counts["kept"]:
+                    share = lengths.pop("supervised") / lengths["total"]
+                    total, *others = (f"{number:,}" for number in lengths.values())
+                    tokens.add_row(split, task, total, f"{share:.1%}", *others)
+        return [conversations, tokens]
 
     def reasons(self) -> list[str]:
         """Why things are not in the data set, one phrase a reason with the number of them."""
@@ -70,12 +104,33 @@ class Ledger:
             *(f"left out {n:,} conversations: {reason}" for reason, n in sorted(left_out.items())),
         ]
 
-    def _task(self, split: str, task: str) -> dict[str, Any]:
+    def _conversations(self, split: str, task: str) -> dict[str, Any]:
         left_out = {reason: n for (s, t, reason), n in sorted(self.left_out.items()) if (s, t) == (split, task)}
-        kept = self.kept[split, task]
+        kept = sum(self._lengths(split, task).values())
         return {
             "made": kept + sum(left_out.values()),
             "kept": kept,
             "trimmed": self.trimmed[split, task],
             "left_out": left_out,
         }
+
+    def _tokens(self, split: str, task: str) -> dict[str, int | float]:
+        """Tokens of the kept conversations, and their lengths: the median is the lower one of two."""
+        lengths = self._lengths(split, task)
+        kept, tokens = sum(lengths.values()), sum(length * n for length, n in lengths.items())
+        below, median = 0, 0
+        for length, n in lengths.items():
+            if 2 * below < kept:
+                median = length
+            below += n
+        return {
+            "total": tokens,
+            "supervised": self.supervised[split, task],
+            "mean": round(tokens / kept, 1) if kept else 0.0,
+            "median": median,
+            "longest": max(lengths, default=0),
+        }
+
+    def _lengths(self, split: str, task: str) -> dict[int, int]:
+        """Length -> conversations, by rising length."""
+        return {length: n for (s, t, length), n in sorted(self.lengths.items()) if (s, t) == (split, task)}

@@ -6,31 +6,32 @@ and the memory that it takes does not grow with the input.
 """
 
 import contextlib
-import itertools
 import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from tinysft_jax import chat, cli, files
 from tinysft_jax.data.balance import rates_for
 from tinysft_jax.data.dataset import FORMAT_VERSION, SPLITS
-from tinysft_jax.data.encoding import Encoder
+from tinysft_jax.data.encoding import BAD_ITEMS, Encoder
+from tinysft_jax.data.hub import download
 from tinysft_jax.data.ledger import Ledger
+from tinysft_jax.data.progress import progress
 from tinysft_jax.data.shards import ShardWriter
-from tinysft_jax.data.sources import FORMATS, Item, Source, download, open_embedded, open_files, open_input
+from tinysft_jax.data.sources import FORMATS, Item, Source, open_embedded, open_files, open_input
 from tinysft_jax.data.workers import map_in_order
 from tinysft_jax.errors import RunError, UserError
 from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer
 
+# A block ends with either.
 ITEMS_PER_BLOCK = 256
-SECONDS_BETWEEN_LINES = 10.0
+CHARACTERS_PER_BLOCK = 1 << 20
 
 
 class Summary(NamedTuple):
@@ -59,12 +60,12 @@ def prepare(source: Source, encoder: Encoder, output: Path, workers: int = 1, ov
         with files.new_directory(output, overwrite, "data.json") as directory:
             writers = {split: ShardWriter(directory / split) for split in SPLITS}
             blocks = map_in_order(encoder.encode, _blocks_of(source), workers)
-            with contextlib.closing(blocks), _progress(source) as show:
+            with contextlib.closing(blocks), progress("preparing", source.size, "tokens") as show:
                 for block in blocks:
                     ledger.add(block.ledger)
                     for split, writer in writers.items():
                         writer.add(block.splits[split])
-                    show(sum(writer.totals["tokens"] for writer in writers.values()))
+                    show(source.position, sum(writer.totals["tokens"] for writer in writers.values()))
             for writer in writers.values():
                 writer.close()
             if not ledger.kept:
@@ -77,8 +78,7 @@ def prepare(source: Source, encoder: Encoder, output: Path, workers: int = 1, ov
             files.write_json(directory / "ledger.json", ledger.to_json(SPLITS, encoder.task_names))
             files.write_manifest(directory)
     except OSError as error:
-        # NumPy gives no reason where it could write a part of an array only.
-        raise RunError(f"can't write {output}: {error.strerror or 'the disk seems to be full'}") from None
+        raise RunError(f"can't write {output}: {error.strerror}") from None
     return Summary(ledger, totals)
 
 
@@ -98,30 +98,16 @@ def _description(source: Source, encoder: Encoder, totals: dict[str, dict[str, i
 
 
 def _blocks_of(items: Iterable[Item]) -> Iterator[list[Item]]:
-    iterator = iter(items)
-    while block := list(itertools.islice(iterator, ITEMS_PER_BLOCK)):
+    block: list[Item] = []
+    characters = 0
+    for item in items:
+        block.append(item)
+        characters += len(item.text)
+        if len(block) == ITEMS_PER_BLOCK or characters >= CHARACTERS_PER_BLOCK:
+            yield block
+            block, characters = [], 0
+    if block:
         yield block
-
-
-@contextlib.contextmanager
-def _progress(source: Source) -> Iterator[Callable[[int], None]]:
-    """Yields a function that shows how far the work is, given the tokens so far: a bar, or lines without a terminal."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[tokens]:,} tokens"))
-        with Progress("preparing", *columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-            task = progress.add_task("", total=source.size, tokens=0)
-            yield lambda tokens: progress.update(task, completed=source.position, tokens=tokens)
-    else:
-        last = time.monotonic()
-
-        def show_line(tokens: int) -> None:
-            nonlocal last
-            if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
-                last = time.monotonic()
-                print(f"{source.position / source.size:.0%} read, {tokens:,} tokens", file=sys.stderr, flush=True)
-
-        yield show_line
 
 
 def _parser() -> cli.Parser:
@@ -130,6 +116,7 @@ def _parser() -> cli.Parser:
     source.add_argument("--input", type=Path, metavar="PATH", help="a file, or a directory with a train and valid pair")
     source.add_argument("--embedded", type=int, metavar="N", help="that many stories of the embedded corpus")
     source.add_argument("--hub", metavar="REPOSITORY", help="roneneldan/TinyStoriesInstruct from the Hugging Face Hub")
+    parser.add_argument("--revision", help="commit, branch or tag of the --hub repository instead of a known commit")
     parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="the data set to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="of the input")
@@ -140,6 +127,12 @@ def _parser() -> cli.Parser:
     parser.add_argument("--max_tokens", type=int, default=512, help="the longest conversation that is kept")
     parser.add_argument("--valid_fraction", type=float, default=0.01, help="share of a single file that validates")
     parser.add_argument("--limit", type=int, metavar="N", help="read only the first N records of each file")
+    parser.add_argument(
+        "--bad_lines",
+        choices=BAD_ITEMS,
+        default="stop",
+        help="what to do at a line or record that is malformed: name it and stop, or leave it out and count it",
+    )
     parser.add_argument("--seed", type=int, default=0, help="for the tasks made of a story, and the embedded stories")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that encode")
     return parser
@@ -155,6 +148,8 @@ def _check(flags: Namespace) -> None:
         raise UserError(f"--limit must be at least 1, not {flags.limit}")
     if flags.limit is not None and flags.embedded is not None:
         raise UserError("--limit is for files; --embedded itself says how many stories to make")
+    if flags.revision is not None and flags.hub is None:
+        raise UserError("--revision is for --hub")
     if flags.workers < 1:
         raise UserError(f"--workers must be at least 1, not {flags.workers}")
 
@@ -163,7 +158,9 @@ def _open_source(flags: Namespace) -> Source:
     if flags.embedded is not None:
         return open_embedded(flags.embedded, flags.format, flags.seed)
     if flags.hub is not None:
-        return open_files(download(flags.hub), flags.format, flags.valid_fraction, flags.limit)
+        found = download(flags.hub, flags.revision)
+        origin = {"repository": flags.hub, "commit": found.commit}
+        return open_files(found.files, flags.format, flags.valid_fraction, flags.limit, hub=origin)
     return open_input(flags.input, flags.format, flags.valid_fraction, flags.limit)
 
 
@@ -175,13 +172,19 @@ def main(arguments: list[str] | None = None) -> None:
     source = _open_source(flags)
     template = None if source.format == "text" else flags.template
     tokenizer = ChatTokenizer(template, flags.bpe_ranks)
-    encoder = Encoder(source.format, tokenizer, flags.max_tokens, flags.seed, rates_for(source))
+    encoder = Encoder(source.format, tokenizer, flags.max_tokens, flags.seed, rates_for(source), flags.bad_lines)
 
     start = time.monotonic()
     ledger, totals = prepare(source, encoder, flags.output, flags.workers, flags.overwrite)
     seconds = time.monotonic() - start
 
-    Console().print(ledger.table(SPLITS, encoder.task_names))
+    for table in ledger.tables(SPLITS, encoder.task_names):
+        Console().print(table)
+    print("read", " and ".join(f"{ledger.read[split]:,} {split}" for split in SPLITS), "records")
+    for reason in ledger.reasons():
+        print(reason)
+    for bad in ledger.bad:
+        print(f"skipped {bad}", file=sys.stderr)
     for split in SPLITS:
         if not totals[split]["conversations"]:
             print(f"note: the {split} split is empty", file=sys.stderr)

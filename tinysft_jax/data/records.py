@@ -50,13 +50,24 @@ def split_records(lines: Iterable[str]) -> Iterator[str]:
     for line in lines:
         *ended, rest = line.split(SEPARATOR)
         for end in ended:
-            yield from _record_text([*pending, end])
+            if text := clean_record("".join([*pending, end])):
+                yield text
             pending.clear()
         if rest:
             pending.append(rest if rest.endswith("\n") else rest + "\n")
         elif not ended:
             pending.append("\n")  # an empty line that came without its line end
-    yield from _record_text(pending)
+    if text := clean_record("".join(pending)):
+        yield text
+
+
+def clean_record(text: str) -> str:
+    """What stands between two separators, as `split_records` yields it; empty if it is only white space."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    # A byte-order mark opens the first record of a file, and another one where files were concatenated.
+    text = text.lstrip("\ufeff\n").rstrip("\n")
+    return text if text.strip() else ""
 
 
 def parse_record(text: str) -> StoryRecord | None:
@@ -89,17 +100,6 @@ def parse_records(lines: Iterable[str], skipped: Counter[str] | None = None) -> 
             yield record
         elif skipped is not None:
             skipped["no story"] += 1
-
-
-def _record_text(pieces: list[str]) -> Iterator[str]:
-    """Yields the record that the pieces make up, or nothing if there is only white space."""
-    text = "".join(pieces)
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    # A byte-order mark opens the first record of a file, and another one where files were concatenated.
-    text = text.lstrip("\ufeff\n").rstrip("\n")
-    if text.strip():
-        yield text
 
 
 def _items(field: str) -> tuple[str, ...]:

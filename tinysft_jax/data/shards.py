@@ -6,12 +6,55 @@ import numpy as np
 
 from tinysft_jax.data.encoding import Encoded
 
-# A shard is collected in memory before it is written, at four bytes a token or so.
 TOKENS_PER_SHARD = 50_000_000
 
 
+class _ArrayFile:
+    """A one-dimensional array in a `.npy` file that grows at its end, so that none is collected in memory."""
+
+    def __init__(self, path: Path, dtype: type):
+        self._dtype = np.dtype(dtype)
+        self._size = 0
+        self._file = path.open("wb")
+        self._write_header()
+
+    def append(self, array: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(array, self._dtype).data)
+        self._size += array.size
+
+    def close(self) -> None:
+        # NumPy leaves room for the length to grow: the header stays as long as it was.
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+
+    def _write_header(self) -> None:
+        description = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._size,)}
+        np.lib.format.write_array_header_1_0(self._file, description)
+
+
+class _Shard:
+    """The four files of a shard that is being written."""
+
+    def __init__(self, directory: Path, number: int):
+        dtypes = {"tokens": np.uint16, "supervised": np.bool_, "offsets": np.int64, "tasks": np.uint8}
+        self._files = {name: _ArrayFile(directory / f"{name}-{number:05d}.npy", dtypes[name]) for name in dtypes}
+        self._files["offsets"].append(np.zeros(1, np.int64))
+        self.tokens = 0
+
+    def add(self, encoded: Encoded) -> None:
+        for name in ("tokens", "supervised", "tasks"):
+            self._files[name].append(getattr(encoded, name))
+        self._files["offsets"].append(self.tokens + np.cumsum(encoded.lengths, dtype=np.int64))
+        self.tokens += encoded.tokens.size
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
 class ShardWriter:
-    """Collects conversations and writes a shard whenever there are enough of them.
+    """Writes conversations as they come, into a new shard whenever one is full.
 
     A shard is four files: `tokens` (uint16), `supervised` (bool), `offsets` (int64: where each conversation starts in
     them, then where the last one ends) and `tasks` (uint8). A split without conversations has no shards.
@@ -24,38 +67,26 @@ class ShardWriter:
         self.totals = {"conversations": 0, "tokens": 0, "supervised_tokens": 0, "longest": 0, "shards": 0}
         self._directory = directory
         self._tokens_per_shard = tokens_per_shard
-        self._pending: list[Encoded] = []
-        self._pending_tokens = 0
+        self._shard: _Shard | None = None
         self._directory.mkdir()
 
     def add(self, encoded: Encoded) -> None:
         """Adds conversations."""
         if not encoded.lengths.size:
             return
-        self._pending.append(encoded)
-        self._pending_tokens += encoded.tokens.size
+        if self._shard is None:
+            self._shard = _Shard(self._directory, self.totals["shards"])
+            self.totals["shards"] += 1
+        self._shard.add(encoded)
         self.totals["conversations"] += encoded.lengths.size
         self.totals["tokens"] += encoded.tokens.size
         self.totals["supervised_tokens"] += int(encoded.supervised.sum())
         self.totals["longest"] = max(self.totals["longest"], int(encoded.lengths.max()))
-        if self._pending_tokens >= self._tokens_per_shard:
-            self._write()
+        if self._shard.tokens >= self._tokens_per_shard:
+            self.close()
 
     def close(self) -> None:
-        """Writes what is left."""
-        if self._pending:
-            self._write()
-
-    def _write(self) -> None:
-        lengths = np.concatenate([part.lengths for part in self._pending])
-        offsets = np.zeros(lengths.size + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        self._save("offsets", offsets)
-        for name in ("tokens", "supervised", "tasks"):
-            self._save(name, np.concatenate([getattr(part, name) for part in self._pending]))
-        self._pending.clear()
-        self._pending_tokens = 0
-        self.totals["shards"] += 1
-
-    def _save(self, name: str, array: np.ndarray) -> None:
-        np.save(self._directory / f"{name}-{self.totals['shards']:05d}.npy", array, allow_pickle=False)
+        """Finishes the last shard."""
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None

@@ -1,15 +1,17 @@
 """What `prepare` reads: a file, a train and valid pair, or the embedded stories, as one stream of items."""
 
+import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinysft_jax.data.dataset import SPLITS
-from tinysft_jax.data.records import split_records
+from tinysft_jax.data.reading import TOO_LONG, Piece, read_lines, read_records
+from tinysft_jax.data.records import SEPARATOR, clean_record
 from tinysft_jax.data.stories import embedded_stories, record_text
 from tinysft_jax.errors import UserError
 
@@ -17,10 +19,6 @@ FORMATS = ("tinystories-instruct", "chat-jsonl", "text")
 # The embedded corpus has one story for validation to this many for training.
 EMBEDDED_TRAIN_PER_VALID = 20
 
-_HUB_FILES = {
-    "roneneldan/TinyStoriesInstruct": "TinyStories-Instruct-{split}.txt",
-    "roneneldan/TinyStories": "TinyStoriesV2-GPT4-{split}.txt",
-}
 _TRAIN_NAME = re.compile(r"(|.*[-_.])train(\.\w+)")
 _STORY_HEADER = re.compile(rb"^Story:", re.MULTILINE)
 _BYTES_TO_GUESS_FROM = 1 << 16
@@ -32,12 +30,14 @@ class Item(NamedTuple):
     Attributes:
       split: "train" or "valid".
       where: where it was read, for the user.
-      text: its text.
+      text: its text; empty if it has a flaw.
+      flaw: why there is no text, or None.
     """
 
     split: str
     where: str
     text: str
+    flaw: str | None = None
 
 
 @dataclass
@@ -88,30 +88,49 @@ class FileSource(Source):
 
     def __iter__(self) -> Iterator[Item]:
         for path, split in self.files:
-            for where, text in itertools.islice(self._texts(path), self.limit):
-                yield Item(split or split_of(text, self.valid_fraction), where, text)
+            texts = self._lines(path) if self.format == "chat-jsonl" else self._records(path)
+            for where, text, flaw in itertools.islice(texts, self.limit):
+                yield Item(split or split_of(text, self.valid_fraction), where, text, flaw)
 
-    def _texts(self, path: Path) -> Iterator[tuple[str, str]]:
-        if self.format == "chat-jsonl":
-            for number, line in enumerate(self._lines(path), 1):
-                if line.strip():
-                    yield f"{path}:{number}", line
-        else:
-            # Documents of plain text are separated as records are.
-            noun = "document" if self.format == "text" else "record"
-            for number, text in enumerate(split_records(self._lines(path)), 1):
-                yield f"{path}, {noun} {number}", text
+    def _lines(self, path: Path) -> Iterator[tuple[str, str, str | None]]:
+        for piece in self._pieces(path, read_lines):
+            place, text, flaw = _decode(path, piece)
+            if flaw or text.strip():
+                yield (place if flaw else f"{path}:{piece.line}"), text, flaw
 
-    def _lines(self, path: Path) -> Iterator[str]:
+    def _records(self, path: Path) -> Iterator[tuple[str, str, str | None]]:
+        # Documents of plain text are separated as records are.
+        noun = "document" if self.format == "text" else "record"
+        number = 0
+        for piece in self._pieces(path, functools.partial(read_records, separator=SEPARATOR.encode())):
+            place, text, flaw = _decode(path, piece)
+            text = clean_record(text)
+            if flaw or text:
+                number += 1
+                yield (place if flaw else f"{path}, {noun} {number}"), text, flaw
+
+    def _pieces(self, path: Path, read: Callable[[BufferedIOBase], Iterator[Piece]]) -> Iterator[Piece]:
+        before = self.position
         try:
             with path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    self.position += len(line)
-                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}:{number} is not UTF-8 text (byte {error.start + 1} of the line)") from None
+                for piece in read(file):
+                    self.position = before + file.tell()
+                    yield piece
         except OSError as error:
             raise UserError(f"can't read {path}: {error.strerror}") from None
+        self.position = before + path.stat().st_size
+
+
+def _decode(path: Path, piece: Piece) -> tuple[str, str, str | None]:
+    """Where a flaw of the piece is, its text, and the flaw or None."""
+    if piece.content is None:
+        return f"{path}:{piece.line}", "", TOO_LONG
+    try:
+        return "", piece.content.decode("utf-8-sig" if piece.line == 1 else "utf-8"), None
+    except UnicodeDecodeError as error:
+        before = piece.content[: error.start]
+        line, byte = piece.line + before.count(b"\n"), len(before) - (before.rfind(b"\n") + 1) + 1
+        return f"{path}:{line}, byte {byte}", "", "not UTF-8 text"
 
 
 def split_of(text: str, valid_fraction: float) -> str:
@@ -158,41 +177,18 @@ def open_input(path: Path, format: str, valid_fraction: float, limit: int | None
 
 
 def open_files(
-    files: list[tuple[Path, str | None]], format: str, valid_fraction: float, limit: int | None
+    files: list[tuple[Path, str | None]], format: str, valid_fraction: float, limit: int | None, **description: Any
 ) -> FileSource:
-    """Files, each with its split or None; see `open_input`."""
+    """Files, each with its split or None; see `open_input`. `description` is kept in the source's."""
     sizes = {path.name: path.stat().st_size for path, _ in files}
     for path, _ in files:
         if not sizes[path.name]:
             raise UserError(f"{path} is empty")
     format = _guess_format(files[0][0]) if format == "auto" else format
-    description: dict[str, Any] = {"files": sizes, "limit": limit}
+    description |= {"files": sizes, "limit": limit}
     if any(split is None for _, split in files):
         description["valid_fraction"] = valid_fraction
     return FileSource(format, description, sum(sizes.values()), files, valid_fraction, limit)
-
-
-def download(repository: str) -> list[tuple[Path, str | None]]:
-    """The train and valid file of a data set on the Hugging Face Hub, from its cache or downloaded into it.
-
-    Raises:
-      UserError: if it can't be had; says how to do without.
-    """
-    if repository not in _HUB_FILES:
-        raise UserError(
-            f"--hub knows {' and '.join(_HUB_FILES)}, not {repository}; download its files and give them to --input"
-        )
-    names = {split: _HUB_FILES[repository].format(split=split) for split in SPLITS}
-    url = f"https://huggingface.co/datasets/{repository}"
-    by_hand = f"download {' and '.join(names.values())} from {url} into a directory and give it to --input"
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise UserError(f"--hub needs the package huggingface-hub; install it, or {by_hand}") from None
-    try:
-        return [(Path(hf_hub_download(repository, name, repo_type="dataset")), s) for s, name in names.items()]
-    except (OSError, ValueError) as error:  # its own errors are one or the other
-        raise UserError(f"the download failed ({error}); try again, or {by_hand}") from None
 
 
 def _pair_in(directory: Path) -> Path:

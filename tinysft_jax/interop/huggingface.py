@@ -51,14 +51,15 @@ def write_huggingface(directory: Path, params: Params, description: ModelDescrip
         # The metadata is how transformers tells PyTorch's layout of kernels from others.
         save_file(huggingface_tensors(params, config), directory / WEIGHTS, metadata={"format": "pt"})
         eot_id = tokenizer and tokenizer.eot_id
-        # A template without a tokenizer has no other place.
-        stated = {} if tokenizer else {LANGUAGE: {"chat_template": description.chat_template}}
-        _write_json(directory / "config.json", to_huggingface_config(config, eot_id) | stated)
-        _write_json(directory / "generation_config.json", _generation_config(eot_id))
+        content = to_huggingface_config(config, eot_id)
+        if tokenizer is None:  # then a template has no other place
+            content[LANGUAGE] = {"chat_template": description.chat_template}
+        files.write_json(directory / "config.json", content)
+        files.write_json(directory / "generation_config.json", _generation_config(eot_id))
         if tokenizer:
-            _write_json(directory / "tokenizer.json", huggingface_tokenizer.tokenizer_json(tokenizer))
+            files.write_json(directory / "tokenizer.json", huggingface_tokenizer.tokenizer_json(tokenizer))
             settings = huggingface_tokenizer.tokenizer_config(tokenizer, config.max_seq_len)
-            _write_json(directory / "tokenizer_config.json", settings)
+            files.write_json(directory / "tokenizer_config.json", settings)
     except (OSError, _safetensors().SafetensorError) as error:
         raise RunError(f"can't write {directory}: {reason(error)}") from None
 
@@ -164,10 +165,6 @@ def _generation_config(eot_id: int | None) -> dict[str, Any]:
         "eos_token_id": eot_id,
         "pad_token_id": eot_id,
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    files.write_json(path, {key: value for key, value in content.items() if value is not None})
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -43,7 +43,7 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	@$(call install,.)
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt
-	@$(call install,.[dev$(comma)eval$(comma)torch])
+	@$(call install,.[dev$(comma)eval$(comma)hf$(comma)torch])
 
 comma := ,
 define install

@@ -84,6 +84,7 @@ def test_sizes_agree_and_padding_is_not_exported(exported):
     assert f"model.layers.{config['num_hidden_layers']}.mlp.gate_proj.weight" not in tensors
     assert not [name for name in tensors if name.startswith("lm_head")]
     assert {path.suffix for path in exported.folder.iterdir()} == {".json", ".safetensors"}
+    assert len({path.stat().st_mode for path in exported.folder.iterdir()}) == 1  # read by whom config.json is
 
 
 def test_greedy_answers_are_the_same(chat_folder):

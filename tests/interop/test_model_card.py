@@ -63,6 +63,7 @@ def test_a_run_and_its_evaluation(workdir, tmp_path):
         "| loss | 1.234 |",
     ):
         assert part in text
+    assert "| data.path | data |" in text and str(tmp_path) not in text
     assert "secret" not in text and "3.5" not in text and "limit" not in text
     shown = re.findall(r"\]\((.*?)\)", text)
     assert [(tmp_path / "folder" / name).read_bytes() for name in shown] == [

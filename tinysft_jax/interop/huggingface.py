@@ -1,6 +1,7 @@
 """Writes and reads Hugging Face folders of a model: safetensors and JSON, no pickle."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -50,6 +51,7 @@ def write_huggingface(directory: Path, params: Params, description: ModelDescrip
     try:
         # The metadata is how transformers tells PyTorch's layout of kernels from others.
         save_file(huggingface_tensors(params, config), directory / WEIGHTS, metadata={"format": "pt"})
+        (directory / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
         eot_id = tokenizer and tokenizer.eot_id
         content = to_huggingface_config(config, eot_id)
         if tokenizer is None:  # then a template has no other place
@@ -152,6 +154,12 @@ def _open_weights(path: Path) -> Iterator[dict[str, Any]]:
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"can't read {' or '.join(names)}: {reason(error)}; copy it again") from None
         yield {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (it is no dict)
+
+
+def _umask() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
 
 
 def _generation_config(eot_id: int | None) -> dict[str, Any]:

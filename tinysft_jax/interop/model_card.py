@@ -13,8 +13,9 @@ from tinysft_jax.interop.run_record import RunRecord
 from tinysft_jax.model_directory import ModelDescription, model_parameter_shapes, trim_vocabulary
 
 _LOSS_PLOT, _REPORT_PLOT = "loss.png", "evaluation.png"
-# Settings that say nothing of the model: where and how the run wrote.
+# Settings that say nothing of the model: where and how the run wrote; and its shape, which stands above.
 _UNTOLD = (
+    "model.",
     "wandb.",
     "profile",
     "export",
@@ -23,6 +24,8 @@ _UNTOLD = (
     "train.save_interval",
     "train.keep_checkpoints",
 )
+
+_PATHS = ("data.path", "init_from")  # of which the name is told: where they lay is nobody else's business
 
 _CHAT = """\
 ```python
@@ -141,6 +144,7 @@ def _training(run: RunRecord) -> list[str]:
     told = {
         key: value for key, value in run.settings.items() if value not in (None, "") and not key.startswith(_UNTOLD)
     }
+    told |= {key: Path(told[key]).name for key in _PATHS if key in told}
     parts += ["### Settings", _table(told)]
     if run.packages:
         parts += ["Packages: " + ", ".join(f"{name} {version}" for name, version in run.packages.items()) + "."]

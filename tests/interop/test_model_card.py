@@ -28,7 +28,8 @@ def workdir(tmp_path):
     settings = {"data": {"path": str(data)}, "optimizer": {"learning_rate": 2e-5}, "wandb": {"project": "secret"}}
     files.write_json(work / "config.json", {"format_version": 1, "config": settings, "packages": {"jax": "1.2.3"}})
     (work / "metrics.jsonl").write_text(
-        '{"step": 10, "sft/val_loss": 3.5}\n{"step": 20, "sft/val_loss": 2.25, "sft/val_loss/moral": 1.5}\n{"st'
+        '{"step": 10, "sft/val_loss": 3.5}\n{"step": 20, "sft/val_loss": 2.25, "sft/val_loss/moral": 1.5}\n'
+        '{"step": 30, "sft/val_loss": 3.75}\n{"st'
     )
     (work / "loss.png").write_bytes(b"\x89PNG of the loss")
     return work
@@ -64,7 +65,7 @@ def test_a_run_and_its_evaluation(workdir, tmp_path):
     ):
         assert part in text
     assert "| data.path | data |" in text and str(tmp_path) not in text
-    assert "secret" not in text and "3.5" not in text and "limit" not in text
+    assert "secret" not in text and "3.5" not in text and "3.75" not in text and "limit" not in text
     shown = re.findall(r"\]\((.*?)\)", text)
     assert [(tmp_path / "folder" / name).read_bytes() for name in shown] == [
         b"\x89PNG of the loss",

@@ -88,6 +88,8 @@ def print_notes(to: str, description: ModelDescription) -> None:
         )
     if to == "huggingface" and description.tokenizer is None:
         print("note        the model's tokenizer is unknown: the folder holds none")
+    if to == "model" and description.tokenizer is None and description.source.get("kind") == "huggingface":
+        print("note        the folder has no tokenizer of this package's: the model's is unknown")
 
 
 def check(model: GPT, path: Path, name: Path) -> None:

@@ -83,6 +83,11 @@ def test_a_wrong_name_is_told_before_anything_is_read(tmp_path):
         loop.train(config, tmp_path / "work")
 
 
+def test_a_folder_is_not_taken_for_a_run(finished):
+    with pytest.raises(UserError, match=r"Hugging Face folder; convert it first: convert_torch_weights\.py"):
+        read_model(finished / "huggingface")
+
+
 def test_only_the_same_kind_is_replaced(finished, tmp_path):
     """A work directory has a config.json as well: it is not taken for a Hugging Face folder."""
     check_output("huggingface", finished / "huggingface", overwrite=True)

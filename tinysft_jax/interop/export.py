@@ -3,11 +3,12 @@
 import contextlib
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from tinysft_jax import files
-from tinysft_jax.errors import UserError
+from tinysft_jax.errors import RunError, UserError, reason
 from tinysft_jax.interop import huggingface
 from tinysft_jax.interop.model_card import write_card
 from tinysft_jax.interop.run_record import RunRecord, read_run
@@ -98,13 +99,21 @@ def write(
     if kind == "model":
         write_model(path, params, description)
     elif kind == "torch":
-        if run and run.step is not None:
-            progress = {"step": run.step} | ({"loss": run.losses["sft/val_loss"]} if run.losses else {})
-            description = dataclasses.replace(description, source=description.source | progress)
-        write_torch_checkpoint(path, params, description)
+        write_torch_checkpoint(path, params, _with_progress(description, run))
     else:
         huggingface.write_huggingface(path, params, description)
-        write_card(path, title, description, run, report)
+        try:
+            write_card(path, title, description, run, report)
+        except OSError as error:
+            raise RunError(f"can't write {path}: {reason(error)}") from None
+
+
+def _with_progress(description: ModelDescription, run: RunRecord | None) -> ModelDescription:
+    """The description with the best model's step and loss as its source's, where the run is known."""
+    if run is None or run.step is None:
+        return description
+    progress = {"step": run.step, "loss": run.losses.get("sft/val_loss", math.nan)}
+    return dataclasses.replace(description, source=description.source | progress)
 
 
 def parse_export(names: str) -> tuple[str, ...]:

@@ -47,6 +47,9 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.attention = "auto"  # cudnn where it can run, else xla
     config.train.remat = "none"  # what the backward pass recomputes: none, dots (all but matmuls), full
 
+    # Forms to write the best model in as well when the run ends: huggingface, torch, or both with a comma between.
+    config.export = ""
+
     # START:STOP traces these steps with JAX's profiler into WORKDIR/profile (view with xprof or TensorBoard).
     config.profile = ""
 

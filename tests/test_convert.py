@@ -6,14 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from tiny_model import make_model_directory
 from torch_twin import TorchTwin, save, without_buffers
 
 from tinysft_jax.interop import parity
-from tinysft_jax.model_directory import load_description, load_model
+from tinysft_jax.model_directory import load_description, load_model, read_model
 
 COMMAND = Path(__file__).parents[1] / "convert_torch_weights.py"
 
@@ -133,3 +135,72 @@ def test_bad_flags_are_one_line(convert, tmp_path):
     assert_one_line(convert(input="a.pt"), 2, "--output")
     assert_one_line(convert(input="a.pt", output=tmp_path / "m", n_heads="x"), 2, "--n_heads")
     assert_one_line(convert(input=tmp_path, output=tmp_path / "m"), 2, "directory")
+
+
+@pytest.mark.parametrize("name", ["pretrained_small", "sft_small"])
+def test_every_path_and_back(convert, fixtures, tmp_path, name):
+    """.pt to Hugging Face to a model directory to .pt: each step checked by the command, nothing lost on the way."""
+    source = fixtures / f"{name}.pt"
+    steps = [("huggingface", "folder"), ("model", "model"), ("torch", "back.pt"), ("model", "model again")]
+    for to, output in steps:
+        code, _, err = convert(input=source, output=tmp_path / output, to=to, check=True)
+        assert (code, err) == (0, "")
+        source = tmp_path / output
+    before, after = (torch.load(path, weights_only=True) for path in (fixtures / f"{name}.pt", tmp_path / "back.pt"))
+    assert before.get("model_type") == after.get("model_type") and before["config"] == after["config"]
+    for key, tensor in before["model_state_dict"].items():
+        assert torch.equal(tensor, after["model_state_dict"][key])
+    golden = np.load(fixtures / f"{name}.golden.npz")
+    logits = load_model(source, dtype=jnp.float32)(jnp.asarray(golden["input_ids"]))
+    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=2e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(output for _, output in steps)
+
+
+def test_both_sides_are_checked(convert, fixtures, tmp_path):
+    """The file that is read, and the one that is written."""
+    _, out, _ = convert(input=fixtures / "sft_small.pt", output=tmp_path / "f", to="huggingface", check=True)
+    assert out.count("check       128 positions") == 2
+    assert (tmp_path / "f" / "README.md").read_text().count("# f\n") == 1
+
+
+@pytest.mark.parametrize("template, noted", [("control", True), (None, True), ("text", False)])
+def test_note_about_the_markers_of_the_pytorch_project(convert, tmp_path, template, noted):
+    model = make_model_directory(tmp_path / "model", template)
+    code, out, _ = convert(input=model, output=tmp_path / "a.pt", to="torch")
+    assert code == 0 and ("--template text" in out) == noted
+    assert "--template" not in convert(input=model, output=tmp_path / "b", to="huggingface")[1]
+
+
+def test_model_directory_is_copied(convert, tmp_path):
+    model = make_model_directory(tmp_path / "model", "control")
+    assert convert(input=model, output=tmp_path / "copy", check=True)[0] == 0
+    (one, params), (other, other_params) = read_model(model), read_model(tmp_path / "copy")
+    assert one == other
+    jax.tree.map(np.testing.assert_array_equal, params, other_params)
+
+
+def test_export_that_fails_its_check_leaves_nothing(convert, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "TOLERANCE", 0.0)
+    source = save(TorchTwin().checkpoint(), tmp_path / "a.pt")
+    for to, output in (("huggingface", "b"), ("torch", "b.pt")):
+        result = convert(input=source, output=tmp_path / output, to=to, check=True)
+        assert_one_line(result, 3, f"does not compute what {tmp_path / output} does")
+        assert list(tmp_path.iterdir()) == [source]
+
+
+def test_flags_of_exports_are_checked(convert, tmp_path):
+    source = save(TorchTwin().checkpoint(), tmp_path / "a.pt")
+    assert_one_line(convert(input=source, output=tmp_path / "b", to="torch"), 2, "ends in .pt")
+    assert_one_line(convert(input=source, output=tmp_path / "b", to="onnx"), 2, "--to")
+    assert_one_line(convert(input=source, output=source, to="torch"), 2, "exists", "--overwrite")
+    assert_one_line(convert(input=source, output=tmp_path / "b", report=tmp_path), 2, "--report")
+    assert_one_line(convert(input=source, output=tmp_path / "b", to="huggingface", report=tmp_path), 2, "report.md")
+    model = make_model_directory(tmp_path / "model", "control")
+    assert_one_line(convert(input=model, output=tmp_path / "b", n_heads=2), 2, "--n_heads is for .pt files")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "model"]
+
+
+def test_foreign_folder_is_refused_with_the_reason(convert, tmp_path):
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    assert_one_line(convert(input=tmp_path / "llama", output=tmp_path / "b"), 2, "'llama'", "stablelm")

@@ -99,3 +99,23 @@ def test_the_manifest_names_every_file(tmp_path):
     files.write_manifest(tmp_path)  # does not list itself
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["files"] == {"sub/a": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}}
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "a.bin"
+    with pytest.raises(ZeroDivisionError), files.new_file(path) as aside:
+        aside.write_bytes(b"half")
+        raise ZeroDivisionError
+    assert list(path.parent.iterdir()) == []
+    with files.new_file(path) as aside:
+        aside.write_bytes(b"one")
+        assert not path.exists()
+    with pytest.raises(UserError, match="--overwrite"), files.new_file(path):
+        pass
+    with files.new_file(path, overwrite=True) as aside:
+        aside.write_bytes(b"two")
+    assert [(p.name, p.read_bytes()) for p in path.parent.iterdir()] == [("a.bin", b"two")]
+    with pytest.raises(UserError, match="is not a file"), files.new_file(path.parent, overwrite=True):
+        pass
+    with pytest.raises(UserError, match="can't write"), files.new_file(path / "below"):
+        pass

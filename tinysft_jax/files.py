@@ -89,6 +89,41 @@ def _lock(directory: Path) -> int | None:
     return descriptor
 
 
+@contextlib.contextmanager
+def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields where to write a file that becomes `path` when the block ends, and vanishes if it fails.
+
+    Raises:
+      UserError: if `path` exists (without `overwrite`), is no file, or can't be written.
+    """
+    check_output_file(path, overwrite)
+    aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch()
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}") from None
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def check_output_file(path: Path, overwrite: bool) -> None:
+    """Refuses an output file that must not be replaced, before any work is done.
+
+    Raises:
+      UserError: if `path` exists, and `overwrite` is not set or it is no file.
+    """
+    if not (path.exists() or path.is_symlink()):
+        return
+    if not overwrite:
+        raise UserError(f"{path} exists; choose another --output or add --overwrite")
+    if path.is_symlink() or not path.is_file():
+        raise UserError(f"{path} is not a file; --overwrite replaces nothing else")
+
+
 def replace(new: Path, path: Path) -> None:
     """Renames the directory `new` to `path`; what was there is removed after that.
 

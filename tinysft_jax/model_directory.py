@@ -161,6 +161,11 @@ def model_directory(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"{path} does not exist; give a model directory, a work directory or a .pt file")
     if not (path / "model.json").exists() and (path / "config.json").exists():
+        if (path / "model.safetensors").exists():
+            raise UserError(
+                f"{path} is a Hugging Face folder; convert it first: "
+                f"convert_torch_weights.py --input {path} --output DIR"
+            )
         if not (path / "model").exists():
             raise UserError(f"{path} has no model yet: its run has not got far enough")
         return path / "model"

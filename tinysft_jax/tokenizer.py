@@ -192,11 +192,11 @@ def load_tokenizer(path: str | Path) -> ChatTokenizer:
         raise UserError(f"{path / name}: {error}") from None
 
 
-def read_ranks(path: Path = MERGES_FILE) -> dict[bytes, int]:
-    """Reads GPT-2's BPE: token -> rank, which is its id.
+def read_merges(path: Path = MERGES_FILE) -> tuple[list[str], list[tuple[str, str]]]:
+    """Reads GPT-2's BPE as it is published: spelled in an alphabet that stands for the 256 bytes.
 
-    The file lists merges, best first, over an alphabet that stands for the 256 bytes; ranks 0 to 255 are the bytes in
-    that alphabet's order, and the merges follow.
+    Returns:
+      The alphabet, whose order is that of ranks 0 to 255, and the merges, best first, which are the ranks from 256 on.
 
     Raises:
       UserError: if the file is missing or not GPT-2's.
@@ -207,14 +207,30 @@ def read_ranks(path: Path = MERGES_FILE) -> dict[bytes, int]:
         raise UserError(f"can't read {path}: {error.strerror}; install tinysft-jax again") from None
     if hashlib.sha256(content).hexdigest() != _MERGES_SHA256:
         raise UserError(f"{path} is damaged: its SHA-256 is not that of GPT-2's vocab.bpe; install tinysft-jax again")
-    # Bytes that print as themselves in Latin-1 come first; the others are spelled with characters from 256 on.
+    merges = [tuple(line.split(" ")) for line in content.decode("utf-8").splitlines()[1:]]
+    return list(_alphabet()), merges
+
+
+def read_ranks(path: Path = MERGES_FILE) -> dict[bytes, int]:
+    """Reads GPT-2's BPE: token -> rank, which is its id.
+
+    Raises:
+      UserError: if the file is missing or not GPT-2's.
+    """
+    alphabet, merges = read_merges(path)
+    spelled = _alphabet()
+    tokens = [*alphabet, *map("".join, merges)]
+    return {bytes(spelled[character] for character in token): rank for rank, token in enumerate(tokens)}
+
+
+def _alphabet() -> dict[str, int]:
+    """Character -> the byte that it stands for.
+
+    Bytes that print as themselves in Latin-1 come first; the others are spelled with characters from 256 on.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    spelled = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(printable + others)}
-    for line in content.decode("utf-8").splitlines()[1:]:
-        ranks[bytes(spelled[character] for character in line if character != " ")] = len(ranks)
-    return ranks
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 @functools.lru_cache

@@ -1,14 +1,17 @@
-"""Does a converted model compute what the PyTorch checkpoint says? A second forward pass, in NumPy and float64, tells.
+"""Does a converted model compute what the other side's file says? A second forward pass tells.
 
-It reads the PyTorch names itself and shares no code with the model: an error in either shows as a difference.
+For PyTorch checkpoints it is in NumPy and float64. It reads the PyTorch names itself and shares no code with the model:
+an error in either shows as a difference. For Hugging Face folders it is that of transformers.
 """
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import Complex, Float, Int32
 
+from tinysft_jax.errors import UserError
 from tinysft_jax.interop.torch_file import TorchFile
 from tinysft_jax.model import GPT
 
@@ -18,13 +21,13 @@ TOLERANCE = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """How far a model's float32 logits are from the checkpoint's float64 ones.
+    """How far a model's float32 logits are from those of the other side.
 
     Attributes:
       positions: how many positions were compared.
       largest_difference: over all logits.
       mean_difference: over all logits.
-      largest_logit: the largest absolute value of a logit of the checkpoint.
+      largest_logit: the largest absolute value of a logit of the other side.
       argmax_agreement: the fraction of positions whose most probable token is the same.
     """
 
@@ -47,18 +50,35 @@ class Parity:
 
 
 def measure_parity(model: GPT, file: TorchFile, rows: int = 2, length: int = 128, seed: int = 0) -> Parity:
-    """Compares a float32 model with the checkpoint it was converted from, on random tokens.
+    """Compares a float32 model with a checkpoint: the one that it was converted from, or was written as.
 
     Args:
-      model: the converted model.
+      model: of this package.
       file: the checkpoint.
       rows: of random tokens.
       length: of a row, unless the model's context is shorter.
       seed: of the tokens.
     """
+    tokens = _random_tokens(model, rows, length, seed)
+    return _compare(model, tokens, torch_logits(file, tokens, model.config.n_heads, model.config.rope_theta))
+
+
+def measure_huggingface_parity(model: GPT, directory: Path, rows: int = 2, length: int = 128, seed: int = 0) -> Parity:
+    """Compares a float32 model with what transformers computes from a Hugging Face folder; arguments as above.
+
+    Raises:
+      UserError: if transformers or torch is not installed.
+    """
+    tokens = _random_tokens(model, rows, length, seed)
+    return _compare(model, tokens, huggingface_logits(directory, tokens))
+
+
+def _random_tokens(model: GPT, rows: int, length: int, seed: int) -> Int32[np.ndarray, "B T"]:
     shape = (rows, min(length, model.config.max_seq_len))
-    tokens = np.random.default_rng(seed).integers(model.config.vocab_size, size=shape, dtype=np.int32)
-    expected = torch_logits(file, tokens, model.config.n_heads, model.config.rope_theta)
+    return np.random.default_rng(seed).integers(model.config.vocab_size, size=shape, dtype=np.int32)
+
+
+def _compare(model: GPT, tokens: Int32[np.ndarray, "B T"], expected: Float[np.ndarray, "B T vocab"]) -> Parity:
     with jax.default_matmul_precision("highest"):  # accelerators would multiply in less than float32
         logits = np.asarray(model(jax.numpy.asarray(tokens)))
     difference = np.abs(logits - expected)
@@ -69,6 +89,26 @@ def measure_parity(model: GPT, file: TorchFile, rows: int = 2, length: int = 128
         largest_logit=float(np.abs(expected).max()),
         argmax_agreement=float((logits.argmax(-1) == expected.argmax(-1)).mean()),
     )
+
+
+def huggingface_logits(directory: Path, tokens: Int32[np.ndarray, "B T"]) -> Float[np.ndarray, "B T vocab"]:
+    """The logits that transformers computes from a Hugging Face folder, in float32 on a CPU.
+
+    Raises:
+      UserError: if transformers or torch is not installed.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        raise UserError("--check of a Hugging Face folder needs transformers: pip install -e '.[hf,torch]'") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens).long()).logits.numpy()
 
 
 def torch_logits(

@@ -5,28 +5,24 @@ import itertools
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from jaxtyping import Complex
 
 from tinysft_jax.errors import UserError
+from tinysft_jax.interop.collect import check_names, collect_params
 from tinysft_jax.interop.torch_file import TorchFile, open_torch_file
 from tinysft_jax.interop.torch_names import EMBEDDING, HEAD, as_numpy, torch_names
 from tinysft_jax.model import GPTConfig
-from tinysft_jax.model_directory import (
-    ModelDescription,
-    Params,
-    model_parameter_shapes,
-    pad_vocabulary,
-    trim_vocabulary,
-)
+from tinysft_jax.model_directory import ModelDescription, Params
+from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer
 
 if TYPE_CHECKING:
     import torch
 
-GPT2_VOCAB_SIZE = 50257
+# Where this package's own files say what the PyTorch project's leave unsaid (`ModelDescription`'s keys).
+LANGUAGE = "tinysft_jax"
 
 
 def read_torch_checkpoint(path: str | Path, n_heads: int | None = None) -> tuple[ModelDescription, Params]:
@@ -44,16 +40,16 @@ def read_torch_checkpoint(path: str | Path, n_heads: int | None = None) -> tuple
     """
     file = open_torch_file(path)
     try:
-        _check_names(file)
+        check_names(file.parameters, torch_names(_n_layers(file)), optional=HEAD)
         config, assumed = _infer_config(file, n_heads)
+        description = _describe(file, config, assumed)
         params = _convert(file, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return _describe(file, config, assumed), params
+    return description, params
 
 
 def _describe(file: TorchFile, config: GPTConfig, assumed: dict[str, int | float]) -> ModelDescription:
-    """A file says nothing of its tokenizer: a vocabulary as large as GPT-2's is taken for it, another is unknown."""
     source = {"kind": "pytorch", "file": file.path.name}
     for key in ("step", "loss", "model_type"):
         value = file.content.get(key)
@@ -61,20 +57,19 @@ def _describe(file: TorchFile, config: GPTConfig, assumed: dict[str, int | float
             source[key] = value
     if assumed:
         source["assumed"] = assumed
-    template = "text" if file.content.get("model_type") == "sft" else None
-    tokenizer = {"kind": "gpt2", "bpe_ranks": GPT2_VOCAB_SIZE - 1} if config.vocab_size >= GPT2_VOCAB_SIZE else None
-    return ModelDescription(config, template, tokenizer, source)
+    language = usual_language(config, file.content.get("model_type") == "sft")
+    if isinstance(stated := file.content.get(LANGUAGE), dict):
+        language = ChatTokenizer.from_description(stated).description()
+    return ModelDescription(config, **language, source=source)
 
 
-def _check_names(file: TorchFile) -> None:
-    wanted = torch_names(_n_layers(file))
-    faults = {
-        "missing": [name for name in wanted if name not in file.parameters],
-        "unexpected": [name for name in file.parameters if name not in wanted and name != HEAD],
-    }
-    if any(faults.values()):
-        listed = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
-        raise UserError(f"its state is not this model's; {listed}")
+def usual_language(config: GPTConfig, is_chat: bool) -> dict[str, Any]:
+    """Chat template and tokenizer of the PyTorch project's own files, which name neither.
+
+    A vocabulary as large as GPT-2's is taken for it, another is unknown.
+    """
+    tokenizer = {"kind": "gpt2", "bpe_ranks": GPT2_RANKS} if config.vocab_size > GPT2_RANKS else None
+    return {"chat_template": "text" if is_chat else None, "tokenizer": tokenizer}
 
 
 def _n_layers(file: TorchFile) -> int:
@@ -174,22 +169,9 @@ def _rotary_table(n_positions: int, half: int, theta: float) -> Complex[np.ndarr
 
 
 def _convert(file: TorchFile, config: GPTConfig) -> Params:
-    """Copies tensor by tensor, so that no more than one lies in memory twice."""
-    shapes = trim_vocabulary(model_parameter_shapes(config), config)
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-    views = {name: place.view(params) for name, place in torch_names(config.n_layers).items()}
-    wrong = [
-        f"{name} has shape {list(file.parameters[name].shape)}, not {list(view.shape)}"
-        for name, view in views.items()
-        if tuple(file.parameters[name].shape) != view.shape
-    ]
-    if wrong:
-        raise UserError("; ".join(wrong))
-    for name, view in views.items():
-        view[...] = as_numpy(file.parameters[name])
-        if not (finite := np.isfinite(view)).all():
-            first = tuple(int(i) for i in np.argwhere(~finite)[0])
-            raise UserError(f"{name} has {(~finite).sum()} values that are not finite, the first at {list(first)}")
-    if HEAD in file.parameters and not np.array_equal(as_numpy(file.parameters[HEAD]), views[EMBEDDING]):
+    shapes = {name: tuple(tensor.shape) for name, tensor in file.parameters.items()}
+    params = collect_params(config, torch_names(config.n_layers), shapes, lambda name: as_numpy(file.parameters[name]))
+    table = params["tok_emb"]["embedding"][: config.vocab_size]
+    if HEAD in file.parameters and not np.array_equal(as_numpy(file.parameters[HEAD]), table):
         raise UserError(f"{HEAD} differs from {EMBEDDING}; in this model they are one parameter")
-    return pad_vocabulary(params, config)
+    return params

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from tinysft_jax.attention import ATTENTION_BACKENDS
 from tinysft_jax.errors import UserError
+from tinysft_jax.interop.export import parse_export
 from tinysft_jax.model import REMAT_POLICIES, default_dtype
 from tinysft_jax.training.optimizer import DECAYED
 from tinysft_jax.training.profile import parse_window
@@ -69,6 +70,7 @@ def check_config(config: ConfigDict, batch_shards: int) -> None:
     if config.train.num_epochs is not None and config.train.num_epochs < 1:
         raise UserError(f"train.num_epochs is {config.train.num_epochs}; it must be at least 1")
     parse_window(config.profile)
+    parse_export(config.export)
     rows, divisor = config.train.batch_size, config.train.grad_accumulation_steps * batch_shards
     if rows % divisor:
         raise UserError(

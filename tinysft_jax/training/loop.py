@@ -19,6 +19,7 @@ from tinysft_jax.data.dataset import PreparedData
 from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.pipeline import Batch, BatchSource, epoch_batches
 from tinysft_jax.errors import Interrupted, RunError, UserError, reason
+from tinysft_jax.interop.export import export_run
 from tinysft_jax.model import GPT
 from tinysft_jax.model_directory import ModelDescription, Params
 from tinysft_jax.sharding import batch_sharding, batch_shards, global_batch, make_mesh, process_part
@@ -301,6 +302,8 @@ class _Run:
         if processes.is_first():
             print_summary(read_metrics(self.workdir), self.best_step)
             self.progress.say(f"best model (step {self.best_step:,}): {self.workdir / 'model'}")
+            for path in export_run(self.workdir, self.config.export):
+                self.progress.say(f"exported: {path}")
 
 
 def total_steps(config: ConfigDict, packing: Packing) -> int:

@@ -1,0 +1,100 @@
+"""Exports straight from a run, and what they may replace."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from tinysft_jax.errors import UserError
+from tinysft_jax.interop.export import check_output, export_run, parse_export
+from tinysft_jax.interop.huggingface import read_huggingface
+from tinysft_jax.interop.torch_checkpoint import read_torch_checkpoint
+from tinysft_jax.model_directory import read_model
+from tinysft_jax.training import loop
+
+CONFIG = Path(__file__).parents[2] / "configs" / "sft.py"
+
+
+@pytest.fixture(scope="module")
+def finished(chat_data, tmp_path_factory) -> Path:
+    """The work directory of a run that exported."""
+    spec = importlib.util.spec_from_file_location("sft", CONFIG)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config, workdir = module.get_config(), tmp_path_factory.mktemp("run") / "work"
+    config.update({"export": "huggingface,torch", "data": {"path": str(chat_data), "seq_len": 64}})
+    config.model.update({"dim": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 64})
+    config.train.update({"max_steps": 2, "batch_size": 8, "eval_interval": 1})
+    loop.train(config, workdir)
+    return workdir
+
+
+def test_a_run_exports_its_best_model(finished):
+    description, params = read_model(finished)
+    for other, other_params in (
+        read_huggingface(finished / "huggingface"),
+        read_torch_checkpoint(finished / "model.pt"),
+    ):
+        assert (other.config, other.chat_template, other.tokenizer) == (
+            description.config,
+            description.chat_template,
+            description.tokenizer,
+        )
+        jax.tree.map(np.testing.assert_array_equal, other_params, params)
+    metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    content = torch.load(finished / "model.pt", weights_only=True)
+    best = min((m for m in metrics if m["step"] and "sft/val_loss" in m), key=lambda m: m["sft/val_loss"])
+    assert (content["step"], content["loss"]) == (best["step"], best["sft/val_loss"])
+    card = (finished / "huggingface" / "README.md").read_text()
+    assert card.count("# work\n") == 1 and "| train.batch_size | 8 |" in card and "conversations" in card
+    assert (finished / "huggingface" / "loss.png").read_bytes() == (finished / "loss.png").read_bytes()
+
+
+def test_exporting_again_replaces(finished):
+    (finished / "huggingface" / "config.json").unlink()
+    assert export_run(finished, "huggingface") == [finished / "huggingface"]
+    assert (finished / "huggingface" / "config.json").exists()
+    assert export_run(finished, "") == []
+    assert not list(finished.glob(".*"))
+
+
+def test_names_are_checked(monkeypatch):
+    assert parse_export("") == ()
+    assert parse_export(" torch, huggingface,torch") == ("torch", "huggingface")
+    with pytest.raises(UserError, match="'onnx'; it lists any of huggingface, torch"):
+        parse_export("onnx")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(UserError, match=r"needs safetensors: pip install -e '\.\[hf\]'"):
+        parse_export("torch,huggingface")
+
+
+def test_a_wrong_name_is_told_before_anything_is_read(tmp_path):
+    spec = importlib.util.spec_from_file_location("sft", CONFIG)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.update({"export": "gguf", "data": {"path": str(tmp_path / "none")}})
+    with pytest.raises(UserError, match="export is 'gguf'"):
+        loop.train(config, tmp_path / "work")
+
+
+def test_a_folder_is_not_taken_for_a_run(finished):
+    with pytest.raises(UserError, match=r"Hugging Face folder; convert it first: convert_torch_weights\.py"):
+        read_model(finished / "huggingface")
+
+
+def test_only_the_same_kind_is_replaced(finished, tmp_path):
+    """A work directory has a config.json as well: it is not taken for a Hugging Face folder."""
+    check_output("huggingface", finished / "huggingface", overwrite=True)
+    check_output("torch", finished / "model.pt", overwrite=True)
+    for kind, path in (("huggingface", finished), ("model", finished), ("torch", finished), ("huggingface", tmp_path)):
+        with pytest.raises(UserError, match="--overwrite replaces nothing else"):
+            check_output(kind, path, overwrite=True)
+    for kind, path in (("torch", tmp_path / "a"), ("huggingface", tmp_path / "a.pt"), ("model", tmp_path / "a.pt")):
+        with pytest.raises(UserError, match=r"--to torch writes a file that ends in \.pt"):
+            check_output(kind, path, overwrite=False)

@@ -1,0 +1,124 @@
+"""The model card says what is known, and nothing else."""
+
+import re
+
+import pytest
+from tiny_model import make_model_directory
+
+from tinysft_jax import files
+from tinysft_jax.errors import UserError
+from tinysft_jax.interop.model_card import write_card
+from tinysft_jax.interop.run_record import read_run
+from tinysft_jax.model_directory import load_description
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """What a run leaves, as far as the card is concerned."""
+    data, work = tmp_path / "data", tmp_path / "work"
+    data.mkdir()
+    splits = {"train": {"conversations": 1234, "tokens": 56789, "supervised_tokens": 9876, "longest": 99}}
+    source = {"files": {"a|b.txt": 5}, "limit": None}
+    files.write_json(
+        data / "data.json",
+        {"format_version": 1, "format": "chat-jsonl", "tasks": ["chat", "moral"], "source": source, "splits": splits},
+    )
+    make_model_directory(work / "models" / "20", "control")
+    files.link(work / "model", work / "models" / "20")
+    settings = {"data": {"path": str(data)}, "optimizer": {"learning_rate": 2e-5}, "wandb": {"project": "secret"}}
+    files.write_json(work / "config.json", {"format_version": 1, "config": settings, "packages": {"jax": "1.2.3"}})
+    (work / "metrics.jsonl").write_text(
+        '{"step": 10, "sft/val_loss": 3.5}\n{"step": 20, "sft/val_loss": 2.25, "sft/val_loss/moral": 1.5}\n'
+        '{"step": 30, "sft/val_loss": 3.75}\n{"st'
+    )
+    (work / "loss.png").write_bytes(b"\x89PNG of the loss")
+    return work
+
+
+def card(directory, *arguments, **options) -> str:
+    directory.mkdir()
+    write_card(directory, *arguments, **options)
+    return (directory / "README.md").read_text()
+
+
+def test_a_run_and_its_evaluation(workdir, tmp_path):
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "report.md").write_text("# Evaluation\n\n## moral\n\n| | model |\n|---|---:|\n| loss | 1.234 |\n")
+    (report / "report.png").write_bytes(b"\x89PNG of the report")
+    description = load_description(workdir / "model")
+    text = card(tmp_path / "folder", "stories", description, read_run(workdir), report)
+    assert text.startswith("---\nlibrary_name: transformers\n") and "\n# stories\n" in text
+    for part in (
+        "| train | 1,234 conversations, 56,789 tokens, 9,876 supervised tokens |",
+        "| tasks | chat, moral |",
+        "| source: files | a\\|b.txt 5 |",
+        "The model of step 20, the best by validation loss.",
+        "| val_loss | 2.2500 |",
+        "| val_loss/moral | 1.5000 |",
+        "| optimizer.learning_rate | 2e-05 |",
+        "jax 1.2.3",
+        "![loss](loss.png)",
+        "\n## Evaluation\n",
+        "\n### moral\n",
+        "| loss | 1.234 |",
+    ):
+        assert part in text
+    assert "| data.path | data |" in text and str(tmp_path) not in text
+    assert "secret" not in text and "3.5" not in text and "3.75" not in text and "limit" not in text
+    shown = re.findall(r"\]\((.*?)\)", text)
+    assert [(tmp_path / "folder" / name).read_bytes() for name in shown] == [
+        b"\x89PNG of the loss",
+        b"\x89PNG of the report",
+    ]
+
+
+def test_data_that_is_gone_is_no_obstacle(workdir, tmp_path):
+    (tmp_path / "data" / "data.json").unlink()
+    text = card(tmp_path / "folder", "stories", load_description(workdir / "model"), read_run(workdir))
+    assert "## Data" not in text and "## Training" in text
+
+
+def test_of_an_unknown_run_nothing_is_said(tmp_path):
+    text = card(tmp_path / "folder", "m", load_description(make_model_directory(tmp_path / "model", "control")))
+    assert "## Training" not in text and "## Data" not in text and "Evaluation" not in text
+    assert read_run(tmp_path / "model") is None
+
+
+@pytest.mark.parametrize(
+    "template, expected, absent",
+    [
+        ("control", ["Only `split_special_tokens=True`", "def encode_prompt", "apply_chat_template"], "{"),
+        ("text", ["refuse such content", "`split_special_tokens=True`", "apply_chat_template"], "def encode_prompt"),
+        (None, ["`split_special_tokens=True`", "completes plain text"], "apply_chat_template"),
+    ],
+)
+def test_the_warning_fits_the_template(tmp_path, template, expected, absent):
+    text = card(tmp_path / "folder", "m", load_description(make_model_directory(tmp_path / "model", template)))
+    for part in expected:
+        assert part in text
+    assert absent == "{" or absent not in text
+
+
+def test_safe_encoding_of_the_card_is_ours(tmp_path, chat_folder):
+    """The code that the card gives for content that is not trusted, run as it stands."""
+    from tiny_model import make_tokenizer
+    from transformers import AutoTokenizer
+
+    text = card(tmp_path / "folder", "m", load_description(chat_folder.parent / "model"))
+    code = re.search(r"```python\n(def encode_prompt.*?)```", text, re.DOTALL)[1]
+    names = {"tokenizer": AutoTokenizer.from_pretrained(chat_folder)}
+    exec(code, names)
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a<|assistant|>b<|endoftext|>"},
+        {"role": "assistant", "content": "<|user|>"},
+        {"role": "user", "content": "c"},
+    ]
+    assert names["encode_prompt"](messages) == make_tokenizer("control").encode_prompt(messages).tolist()
+
+
+def test_report_that_is_none_is_refused(tmp_path):
+    description = load_description(make_model_directory(tmp_path / "model", "text"))
+    with pytest.raises(UserError, match=r"report\.md.*is .* an evaluation"):
+        card(tmp_path / "folder", "m", description, report=tmp_path)

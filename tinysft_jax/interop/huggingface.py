@@ -1,0 +1,195 @@
+"""Writes and reads Hugging Face folders of a model: safetensors and JSON, no pickle."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tinysft_jax import files
+from tinysft_jax.errors import RunError, UserError, reason
+from tinysft_jax.interop import huggingface_tokenizer
+from tinysft_jax.interop.collect import check_names, collect_params
+from tinysft_jax.interop.huggingface_config import from_huggingface_config, to_huggingface_config
+from tinysft_jax.interop.huggingface_names import (
+    EMBEDDING,
+    HEAD,
+    halves_to_pairs,
+    huggingface_names,
+    is_rotated,
+    pairs_to_halves,
+)
+from tinysft_jax.interop.torch_checkpoint import LANGUAGE
+from tinysft_jax.model import GPTConfig
+from tinysft_jax.model_directory import ModelDescription, Params, trim_vocabulary
+from tinysft_jax.tokenizer import ChatTokenizer
+
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def write_huggingface(directory: Path, params: Params, description: ModelDescription) -> None:
+    """Fills an existing empty directory with a StableLM model and, where it is known, its tokenizer.
+
+    Args:
+      directory: to fill.
+      params: a GPT's parameters, the table with or without its padding rows, which are not written.
+      description: what the model is.
+
+    Raises:
+      UserError: if safetensors is not installed.
+      RunError: if the disk is full, say.
+    """
+    save_file = _safetensors().numpy.save_file
+    config, tokenizer = description.config, None
+    if description.tokenizer is not None:
+        tokenizer = ChatTokenizer.from_description(description.to_json())
+    try:
+        # The metadata is how transformers tells PyTorch's layout of kernels from others.
+        save_file(huggingface_tensors(params, config), directory / WEIGHTS, metadata={"format": "pt"})
+        (directory / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
+        eot_id = tokenizer and tokenizer.eot_id
+        content = to_huggingface_config(config, eot_id)
+        if tokenizer is None:  # then a template has no other place
+            content[LANGUAGE] = {"chat_template": description.chat_template}
+        files.write_json(directory / "config.json", content)
+        files.write_json(directory / "generation_config.json", _generation_config(eot_id))
+        if tokenizer:
+            files.write_json(directory / "tokenizer.json", huggingface_tokenizer.tokenizer_json(tokenizer))
+            settings = huggingface_tokenizer.tokenizer_config(tokenizer, config.max_seq_len)
+            files.write_json(directory / "tokenizer_config.json", settings)
+    except (OSError, _safetensors().SafetensorError) as error:
+        raise RunError(f"can't write {directory}: {reason(error)}") from None
+
+
+def huggingface_tensors(params: Params, config: GPTConfig) -> dict[str, np.ndarray]:
+    """The tensors of `model.safetensors`, contiguous float32; the head is tied, so the table stands there once."""
+    params = jax.tree.map(np.asarray, trim_vocabulary(params, config))
+    tensors = {}
+    for name, place in huggingface_names(config.n_layers).items():
+        tensor = place.view(params)
+        tensors[name] = np.ascontiguousarray(pairs_to_halves(tensor, config.n_heads) if is_rotated(name) else tensor)
+    return tensors
+
+
+def read_huggingface(path: Path) -> tuple[ModelDescription, Params]:
+    """Reads a Hugging Face folder as a model of this package.
+
+    Returns:
+      What the model is, and its parameters: nested dicts of float32 NumPy arrays, the table padded. The tokenizer is
+      known where `tokenizer.json` is one of this package's.
+
+    Raises:
+      UserError: if the folder can't be read, or is of another architecture; it says why.
+    """
+    try:
+        content = _read_json(path / "config.json")
+        config = from_huggingface_config(content)
+        params = _read_params(path, config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    tokenizer = None
+    if (path / "tokenizer.json").is_file():
+        tokenizer = huggingface_tokenizer.recognise(_read_json(path / "tokenizer.json"))
+    if tokenizer and tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
+    stated = content.get(LANGUAGE)
+    is_chat = isinstance(stated, dict) and stated.get("chat_template") == "text"
+    language = (
+        tokenizer.description() if tokenizer else {"chat_template": "text" if is_chat else None, "tokenizer": None}
+    )
+    return ModelDescription(
+        config, **language, source={"kind": "huggingface", "directory": path.resolve().name}
+    ), params
+
+
+def is_huggingface(path: Path) -> bool:
+    """Whether `path` is a directory with the `config.json` of a Hugging Face model, of whatever architecture."""
+    try:
+        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and bool({"model_type", "architectures"} & set(content))
+
+
+def _read_params(path: Path, config: GPTConfig) -> Params:
+    places = huggingface_names(config.n_layers)
+    with _open_weights(path) as files_by_name:
+        check_names(files_by_name, places, optional=HEAD)
+        slices = {name: file.get_slice(name) for name, file in files_by_name.items()}
+        for name, tensor in slices.items():
+            if tensor.get_dtype() not in _DTYPES:
+                raise UserError(f"{name} is of type {tensor.get_dtype()}, not a floating-point number")
+
+        def read(name: str) -> np.ndarray:
+            tensor = np.asarray(files_by_name[name].get_tensor(name), np.float32)
+            return halves_to_pairs(tensor, config.n_heads) if is_rotated(name) else tensor
+
+        params = collect_params(config, places, {name: tuple(s.get_shape()) for name, s in slices.items()}, read)
+        table = params["tok_emb"]["embedding"][: config.vocab_size]
+        if HEAD in files_by_name and not np.array_equal(read(HEAD), table):
+            raise UserError(f"{HEAD} differs from {EMBEDDING}: an untied head")
+    return params
+
+
+@contextmanager
+def _open_weights(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields tensor name → the open safetensors file that holds it."""
+    safetensors = _safetensors()
+    names = [WEIGHTS]
+    if not (path / WEIGHTS).is_file() and (path / WEIGHTS_INDEX).is_file():
+        weight_map = _read_json(path / WEIGHTS_INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(Path(str(n)).name == n for n in weight_map.values()):
+            raise UserError(f"{WEIGHTS_INDEX} has no weight_map of files beside it")
+        names = sorted(set(weight_map.values()))
+    elif not (path / WEIGHTS).is_file():
+        raise UserError(f"it has no {WEIGHTS}; pickled weights are not read: save the model again as safetensors")
+    with ExitStack() as stack:
+        try:
+            opened = [stack.enter_context(safetensors.safe_open(path / name, framework="np")) for name in names]
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"can't read {' or '.join(names)}: {reason(error)}; copy it again") from None
+        yield {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (it is no dict)
+
+
+def _umask() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
+def _generation_config(eot_id: int | None) -> dict[str, Any]:
+    """How to speak unless told otherwise: as `sample.py` does."""
+    return {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 50,
+        "max_new_tokens": 200,
+        "bos_token_id": eot_id,
+        "eos_token_id": eot_id,
+        "pad_token_id": eot_id,
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"can't read {path.name}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path.name} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path.name} is not a JSON object")
+    return content
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise UserError("Hugging Face folders need safetensors: pip install -e '.[hf]'") from None
+    return safetensors

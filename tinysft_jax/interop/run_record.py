@@ -1,0 +1,73 @@
+"""What a work directory tells of the run that made its best model."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from tinysft_jax import files
+from tinysft_jax.errors import UserError
+from tinysft_jax.training.metrics import read_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """A run, as far as its work directory tells.
+
+    Attributes:
+      settings: the configuration, by dotted key.
+      packages: name → version.
+      data: `data.json` of the prepared data set, or None if it is no longer where it was.
+      step: at which the best model was saved, or None.
+      losses: validation losses of that step, by metric name.
+      plot: the curves, or None.
+    """
+
+    settings: dict[str, Any]
+    packages: dict[str, str]
+    data: dict[str, Any] | None
+    step: int | None
+    losses: dict[str, float]
+    plot: Path | None
+
+
+def read_run(path: Path) -> RunRecord | None:
+    """The record of a work directory; None if `path` is no work directory.
+
+    Raises:
+      UserError: if its `config.json` is damaged or from a newer program.
+    """
+    if not (path / "config.json").is_file() or (path / "model.json").exists():
+        return None
+    content = files.read_json(path / "config.json", "a work directory", format_version=1)
+    settings = _flat(content.get("config", {}))
+    step = _best_step(path)
+    lines = [line for line in read_metrics(path) if line.get("step") == step]
+    return RunRecord(
+        settings=settings,
+        packages=content.get("packages", {}),
+        data=_data(settings.get("data.path")),
+        step=step,
+        losses={key: value for line in lines for key, value in line.items() if key.startswith("sft/val_loss")},
+        plot=path / "loss.png" if (path / "loss.png").is_file() else None,
+    )
+
+
+def _best_step(path: Path) -> int | None:
+    """`model` is a link to `models/<step>`."""
+    name = os.path.basename(os.readlink(path / "model")) if (path / "model").is_symlink() else ""
+    return int(name) if name.isdecimal() else None
+
+
+def _data(path: object) -> dict[str, Any] | None:
+    try:
+        return files.read_json(Path(str(path)) / "data.json", "a prepared data set", format_version=1)
+    except UserError:
+        return None
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -31,14 +31,15 @@ def _demo(config: ConfigDict) -> None:
     config.model.dim = 128
     config.model.n_layers = 4
     config.model.n_heads = 4
-    config.model.max_seq_len = 512
-    config.data.seq_len = 512
+    config.model.max_seq_len = 1024
+    config.data.seq_len = 1024
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 50
-    config.train.max_steps = 400
-    config.train.batch_size = 8
-    config.train.eval_interval = 200
-    config.train.save_interval = 200
+    config.train.max_steps = 250
+    config.train.batch_size = 4
+    config.train.eval_interval = 250
+    config.train.eval_batches = 16
+    config.train.save_interval = 250
 
 
 def _sft_config() -> ConfigDict:

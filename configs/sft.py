@@ -73,10 +73,9 @@ def get_config(preset: str = "") -> ConfigDict:
 
 def _demo(config: ConfigDict) -> None:
     """Minutes on two CPU cores, after `configs/pretrain.py:demo`."""
-    config.data.seq_len = 512
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 20
-    config.train.max_steps = 400
-    config.train.batch_size = 8
-    config.train.eval_interval = 100
-    config.train.save_interval = 200
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 50
+    config.train.max_steps = 900
+    config.train.eval_interval = 300
+    config.train.eval_batches = 4
+    config.train.save_interval = 300

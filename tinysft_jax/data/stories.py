@@ -1,7 +1,8 @@
 """The embedded corpus: any number of short stories in the form of TinyStories-Instruct, made without a download.
 
-Each story tells one of the plots of `story_parts` with characters, things and wordings of its own. So what a reader
-would answer (who is it about, how does it end, do they talk) is known.
+Each story tells one of the plots of `story_parts` with characters, things and wordings of its own, and is built around
+a noun, a verb and an adjective, as the stories of TinyStories are. So what a reader would answer (who is it about, how
+does it end, do they talk) is known.
 """
 
 import hashlib
@@ -20,13 +21,11 @@ T = TypeVar("T")
 FEATURES = ("Dialogue", "BadEnding", "Twist", "Foreshadowing", "MoralValue", "Conflict")
 
 # Probabilities: of what a story has, ...
-BAD_ENDING, SPEECH, MORAL, HINT, QUARREL, TRAIT, SECOND_ATTEMPT = 0.45, 0.52, 0.4, 0.35, 0.3, 0.85, 0.75
+BAD_ENDING, SPEECH, MORAL, HINT, QUARREL, SECOND_ATTEMPT = 0.45, 0.52, 0.4, 0.35, 0.3, 0.75
 # ... of "he" where the name could stand, of a line with speech in a story with speech, ...
 PRONOUN, SPOKEN_LINE = 0.35, 0.75
 # ... and of the fields of a record.
 HAS_FEATURES, HAS_WORDS, HAS_SUMMARY, HAS_RANDOM_SENTENCE = 0.92, 0.95, 0.96, 0.5
-
-WORD_PATTERNS = (*[("noun", "verb", "adjective")] * 5, ("noun", "noun", "verb"), ("noun", "noun", "adjective"))
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,17 @@ def _story(rng: random.Random, held_out: bool) -> EmbeddedStory:
             main = _main_character(rng)
         happy = not _chance(rng, BAD_ENDING)
         ending = _pick(rng, [ending for ending in plot.endings if ending.happy == happy])
-        narrator = _Narrator(rng, plot, main, ending)
+        words = _draw_words(rng)
+        while _is_held_out(plot.name, *words.values()) != held_out:
+            words = _draw_words(rng)
+        narrator = _Narrator(rng, plot, main, ending, words)
         story, summary, features = narrator.tell()
-        words = _words_to_use(rng, plot, main, story, held_out)
-        if words and narrator.main_stands_out(story):
+        if narrator.main_stands_out(story):
             break
     record = StoryRecord(
         # As in the real data, a story without any of the features has no such line.
         features=features if features and _chance(rng, HAS_FEATURES) else None,
-        words=words if _chance(rng, HAS_WORDS) else (),
+        words=tuple(sorted(words.values(), key=lambda _: rng.random())) if _chance(rng, HAS_WORDS) else (),
         summary=summary if _chance(rng, HAS_SUMMARY) else None,
         random_sentence=_random_sentence(rng, story) if _chance(rng, HAS_RANDOM_SENTENCE) else None,
         story=story,
@@ -109,7 +110,7 @@ def _main_character(rng: random.Random) -> Character:
 class _Narrator:
     """Tells one story: knows who and what is in it, and whether they talk."""
 
-    def __init__(self, rng: random.Random, plot: Plot, main: Character, ending: Ending):
+    def __init__(self, rng: random.Random, plot: Plot, main: Character, ending: Ending, words: dict[str, str]):
         self.rng, self.plot, self.main, self.ending = rng, plot, main, ending
         among_children = main in story_parts.CHILDREN
         others = story_parts.CHILDREN if among_children else story_parts.BEINGS
@@ -122,6 +123,8 @@ class _Narrator:
             "place": place,
             "at": f"{preposition} {place}",
             "moral": _pick(rng, ending.morals),
+            **words,
+            **story_parts.verb_forms(words["verb"]),
             **{name: _pick(rng, values) for name, values in plot.choices.items()},
         }
         self.they_talk = _chance(rng, SPEECH)
@@ -135,7 +138,8 @@ class _Narrator:
         openings = [line for line in story_parts.OPENINGS if not (self.plot.strangers and "{F" in line)]
         beginning = self._paragraph(
             self._choose(openings),
-            self._choose(story_parts.TRAITS, _chance(rng, TRAIT)),
+            self._choose(story_parts.HABITS),
+            self._choose(story_parts.SIGHTS),
             self._choose(steps["wish"]),
             self._choose(steps["hint"], hint),
         )
@@ -204,25 +208,10 @@ def _random_sentence(rng: random.Random, story: str) -> str:
     return _pick(rng, [sentence for sentence in sentences if sentence.count('"') % 2 == 0 and sentence.count(" ") > 2])
 
 
-def _words_to_use(
-    rng: random.Random, plot: Plot, main: Character, story: str, held_out: bool
-) -> tuple[str, ...] | None:
-    """Three words of the story on the right side of the split; None if there seem to be none."""
-    forms: dict[str, str] = {}
-    # A word stands here as often as in the story, so words that matter come up more often. Names are not asked for.
-    parts: dict[str, list[str]] = {"noun": [], "verb": [], "adjective": []}
-    for form in re.findall(r"\b[a-z]+\b", story.replace(main.name.removeprefix("the "), "")):
-        if form in story_parts.LEXICON:
-            part, word = story_parts.LEXICON[form]
-            parts[part].append(word)
-            forms[word] = form
-    for _ in range(50):
-        words = [_pick(rng, parts[part]) for part in _pick(rng, WORD_PATTERNS) if parts[part]]
-        if len(set(words)) == 3 and _is_held_out(plot.name, *sorted(words)) == held_out:
-            # Whoever asks for "jump" gets "jumped" at times.
-            asked = [word if _chance(rng, 0.6) else forms[word] for word in words]
-            return tuple(sorted(asked, key=lambda _: rng.random()))
-    return None
+def _draw_words(rng: random.Random) -> dict[str, str]:
+    """A verb, a noun and an adjective to build a story around."""
+    pools = {"verb": story_parts.VERBS, "noun": story_parts.NOUNS, "adjective": story_parts.ADJECTIVES}
+    return {part: _pick(rng, pool) for part, pool in pools.items()}
 
 
 def _is_held_out(*combination: str) -> bool:

@@ -166,56 +166,42 @@ PLACES = {
 }
 LOOKS = _options("red, blue, green, purple, pink, shiny, new, small, pretty, special, lovely, golden, round, bright")
 
-# --- Words that a story can be asked to use ---------------------------------------------------------------------------
+# --- Words that stories are built around ------------------------------------------------------------------------------
 
 NOUNS = _words("""
-    apple bag ball balloon banana barn barrel basket bean bed beetle bell bench berry bike bird birthday blanket
-    boat book bowl box branch bread brick bridge bucket bumblebee bush butterfly cake candy carrot cart castle cave
-    cherry chest chick clock cloth cloud coin cookie crowd crown crumb cup cupcake daisy dinner dirt doll donut door
-    dragon dragonfly drum dumpling egg fair feast feather field firefly flag floor flour flower forest fort friend
-    garden giant gift grape grass ground guest hat heart hill hole home house hut jar joke kite kitten knee ladder
-    ladybug lake lamp lantern leg lemon lizard log map marble meadow medal melon mess milk mirror mole monkey
-    monster moon mud muffin night nut palace pancake paper park party path pear pebble picnic pie pillow plane plate
-    plum pot prize pudding pumpkin puppet puzzle race rain ribbon river robin rock roof root rope rose rug salt sand
-    sandwich scarf scooter sea seed shadow shell shovel skateboard sky sled smoke song soup sparrow stick stone
-    storm string sugar sun sunflower surprise table tart teapot tear tomato tower train treasure tree trophy trunk
-    truth tummy umbrella valley vase village waffle wagon wall water whistle wind window
+    anchor apple arrow ball balloon banana barrel basket bell bench blanket boat book bottle bowl box branch brick broom
+    brush bucket button cake camera candle carrot cart castle chain chair chest clock cloth coat coin cookie couch crown
+    cup cushion desk dish doll door drum egg fan feather fence flag flower flute fork glove guitar hammer hat
+    helmet horn jar jewel kettle key kite ladder lamp lantern leaf lemon magnet map marble mask medal melon mirror mitten
+    mushroom needle nest net onion oven parcel peach pear pebble pen pencil piano picture pillow pipe plate potato puddle
+    pumpkin puzzle ribbon ring robot rocket rope rose rug saddle scarf shell shirt shoe shovel sled sock spoon statue stone
+    string suitcase sword table teapot telescope tent ticket tomato torch towel tower tractor trumpet trunk tunnel vase
+    violin wagon wheel window
 """)
+# Regular, and each makes sense without an object.
 VERBS = _words("""
-    answer argue bake blush build bump carry cheer clap clean climb count crash crawl cry dance decide dig draw
-    dream drip drop eat explore fix float fly follow giggle glue grow help hop hope hug hurry jump kick knock land
-    laugh lean listen love miss mix move nod open pack plant play point practice pull push reach read rest ride roll
-    rub scratch search share shout sigh sing skip sleep slip smile sneeze sob squeeze stay stir stop swallow talk
-    taste thank try visit wait walk wash watch wave whisper win wipe wish wobble work worry wrap yawn
+    bounce bow camp cheer chat clap climb cook count crawl dance daydream explore fish float garden giggle
+    hike hop hum hurry jog juggle jump kick knit laugh listen march nap paint pant peek play plan practice race relax
+    rest roll row sail scribble search shout sigh skate skip sketch smile snack sneeze snore splash stare stretch stroll
+    talk travel trot tumble twirl type wait walk wander wash watch wave whisper whistle wiggle wink wobble wonder
+    work yawn yell
 """)
 ADJECTIVES = _words("""
-    afraid alone angry asleep awake big black blue brave bright broken brown busy calm careful cheerful clever cold
-    curious dark deep dirty dry early empty fast fresh full funny gentle golden gray greedy green happy hard high
-    hot hungry kind late lazy lonely long loud lovely mean messy muddy new old pink playful polite poor pretty proud
-    purple quick quiet ready red round rude sad safe salty scared shiny shy sick silver slippery slow small soft
-    sore sorry special steep strange strong stubborn sunny sweet tall tight tiny tired torn warm wet white wide
-    windy wise wonderful wooden wrong yellow young
+    ancient big black blue bright broken brown bumpy cheap clean clumsy cold colorful cracked crooked curly damp dark
+    dirty dry dull dusty empty enormous fancy fine flat foreign fresh funny giant golden gray greasy green hard heavy
+    hollow huge large light long loose lovely messy muddy narrow neat new odd old orange pale perfect pink plain pointed
+    precious pretty purple rare red rough round rusty scary shabby sharp shiny silly silver simple slippery small
+    smooth soft spicy spotted square sticky stiff strange striped strong sweet tall tasty thick thin tiny ugly unusual
+    warm weak wet white wide wild wonderful wooden yellow
 """)
 
 
-def _lexicon() -> dict[str, tuple[str, str]]:
-    """For each form of these words the part of speech and the base form."""
-    forms = {}
-    for noun in NOUNS:
-        forms |= dict.fromkeys((noun, _with_s(noun)), ("noun", noun))
-    for verb in VERBS:
-        # drop, dropped; like, liked; cry, cried, crying
-        stem = verb + verb[-1] if re.fullmatch("[^aeiou]*[aeiou][^aeiouwxy]", verb) else verb.removesuffix("e")
-        past = re.sub("([^aeiou])y$", r"\1i", stem) + "ed"
-        forms |= dict.fromkeys((verb, _with_s(verb), past, stem + "ing"), ("verb", verb))
-    return forms | {adjective: ("adjective", adjective) for adjective in ADJECTIVES}
+def verb_forms(verb: str) -> dict[str, str]:
+    """The past of a regular verb, and the form in "ing"."""
+    # hop, hopped; bake, baked; hurry, hurried, hurrying
+    stem = verb + verb[-1] if re.fullmatch("[^aeiou]*[aeiou][^aeiouwxy]", verb) else verb.removesuffix("e")
+    return {"verbed": re.sub("([^aeiou])y$", r"\1i", stem) + "ed", "verbing": stem + "ing"}
 
-
-def _with_s(word: str) -> str:
-    return re.sub("([^aeiou])y$", r"\1ie", word) + ("es" if word.endswith(("s", "sh", "ch", "x")) else "s")
-
-
-LEXICON = _lexicon()
 
 # --- Lines that all plots share ---------------------------------------------------------------------------------------
 
@@ -238,11 +224,26 @@ OPENINGS = _lines("""
     {F.intro} was [sitting|waiting|resting] {at} when {M} came by.
     {F.intro} had a good friend, {M.intro}. One day {M} went to {place}.
 """)
-TRAITS = _lines("""
-    {M} was [curious|brave|shy|playful|clever|cheerful|gentle] and loved to [sing|dance|draw|climb|read|explore].
-    {M} loved to [sing|dance|draw|climb|count the clouds] and to [hop|jump|run|roll|skip] in the [grass|sun].
-    Everyone knew that {M} was [kind|funny|quick|polite] but sometimes a bit [lazy|stubborn|loud|messy|proud].
-    The air smelled of [flowers|fresh bread|rain|pine trees], and {M} felt [calm|cheerful|wide awake|full of hope].
+# The verb, the noun and the adjective that a story is built around.
+HABITS = _lines("""
+    {M} [loved|liked] to {verb}.
+    {M} was [curious|brave|shy|playful|clever|cheerful|gentle] and [loved|wanted] to {verb}.
+    Everyone knew that {M} [liked to {verb}|{verbed} too much], but nobody [minded|said a word].
+    {M} had {verbed} all [morning|day] and felt [calm|cheerful|wide awake|full of hope].
+    {M} {verbed} for a while and [looked around|felt good].
+    That day {M} was {verbing} [in the sun|as always|for a long time].
+    "I want to {verb}!" said {M}.
+    "Is there a better place to {verb}?" asked {M}.
+""")
+SIGHTS = _lines("""
+    There was a {adjective} {noun} too.
+    {M} saw a {adjective} {noun} and [stopped to look at it|wondered whose it was].
+    Next to {M} was a {noun}. It looked {adjective}.
+    Somebody had left a {noun} [there|behind]. It was [quite|very] {adjective}.
+    That night {M} had dreamed of a {adjective} {noun}.
+    {M} [thought of|remembered] the {noun} at home, which was so {adjective}.
+    "What a {adjective} {noun}!" said {M} and pointed at it.
+    "Is that {noun} always so {adjective}?" asked {M}.
 """)
 HAPPY_CLOSINGS = _lines("""
     {M} [smiled|laughed|giggled] and felt very happy.

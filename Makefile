@@ -2,31 +2,40 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO := runs/demo
-STORIES := 8000
 
-.PHONY: demo test lint clean
+# The demo's size, and the same at greater length: under an hour.
+DEMO := runs/demo
+STORIES := 12000
+PRETRAIN_STEPS := 250
+SFT_STEPS := 800
+CASES := 60
+
+.PHONY: demo demo-full test lint clean
 
 # Make again after an interruption, and it goes on where it was.
-# The embedded corpus, a small model pretrained on its stories, the same model taught to answer, and what it answers.
+# The embedded corpus, a small model pretrained on its stories, the same model taught to answer, and what each can do.
 demo: $(DEMO)/sft.done
-	$(BIN)/python -m tinysft_jax.evaluation.samples --checkpoint=$(DEMO)/sft --data=$(DEMO)/tasks
+	$(BIN)/python -m tinysft_jax.evaluation.run --checkpoint=$(DEMO)/sft --baseline=$(DEMO)/pretrain \
+		--data=$(DEMO)/tasks --output=$(DEMO)/evaluation --overwrite --cases=$(CASES) --show=8
+
+demo-full:
+	$(MAKE) demo DEMO=runs/demo-full STORIES=20000 PRETRAIN_STEPS=600 SFT_STEPS=5500 CASES=100
 
 $(DEMO)/sft.done: $(DEMO)/pretrain.done $(DEMO)/tasks/data.json
 	$(BIN)/python train.py --config=configs/sft.py:demo --workdir=$(DEMO)/sft \
-		--config.init_from=$(DEMO)/pretrain --config.data.path=$(DEMO)/tasks
+		--config.init_from=$(DEMO)/pretrain --config.data.path=$(DEMO)/tasks --config.train.max_steps=$(SFT_STEPS)
 	@touch $@
 
 $(DEMO)/pretrain.done: $(DEMO)/stories/data.json
 	$(BIN)/python train.py --config=configs/pretrain.py:demo --workdir=$(DEMO)/pretrain \
-		--config.data.path=$(DEMO)/stories
+		--config.data.path=$(DEMO)/stories --config.train.max_steps=$(PRETRAIN_STEPS)
 	@touch $@
 
 $(DEMO)/stories/data.json: | $(VENV)/demo.stamp
-	$(BIN)/python -m tinysft_jax.data.prepare --embedded=$(STORIES) --output=$(DEMO)/stories --bpe_ranks=4096 --format=text
+	$(BIN)/python -m tinysft_jax.data.prepare --embedded=$(STORIES) --output=$(DEMO)/stories --bpe_ranks=8192 --format=text
 
 $(DEMO)/tasks/data.json: | $(VENV)/demo.stamp
-	$(BIN)/python -m tinysft_jax.data.prepare --embedded=$(STORIES) --output=$(DEMO)/tasks --bpe_ranks=4096
+	$(BIN)/python -m tinysft_jax.data.prepare --embedded=$(STORIES) --output=$(DEMO)/tasks --bpe_ranks=8192
 
 test: $(VENV)/dev.stamp lint
 	@start=$$(date +%s); $(BIN)/python -m pytest; code=$$?; echo "tests: $$(( $$(date +%s) - start )) s"; exit $$code
@@ -40,7 +49,7 @@ clean:
 
 # What running needs, and what developing needs on top of it: exact versions, so that all run the same.
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
-	@$(call install,.)
+	@$(call install,.[eval])
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt
 	@$(call install,.[dev$(comma)eval$(comma)hf$(comma)torch])

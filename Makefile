@@ -3,11 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# The demo's size, and the same at greater length: under an hour.
+# Minutes; `make demo-full` is the same at greater length, under an hour.
 DEMO := runs/demo
 STORIES := 12000
-PRETRAIN_STEPS := 250
-SFT_STEPS := 800
 CASES := 60
 
 .PHONY: demo demo-full test lint clean
@@ -19,16 +17,17 @@ demo: $(DEMO)/sft.done
 		--data=$(DEMO)/tasks --output=$(DEMO)/evaluation --overwrite --cases=$(CASES) --show=8
 
 demo-full:
-	$(MAKE) demo DEMO=runs/demo-full STORIES=20000 PRETRAIN_STEPS=600 SFT_STEPS=5500 CASES=100
+	$(MAKE) demo DEMO=runs/demo-full STORIES=20000 CASES=100 \
+		PRETRAIN_FLAGS=--config.train.max_steps=600 SFT_FLAGS=--config.train.max_steps=5500
 
 $(DEMO)/sft.done: $(DEMO)/pretrain.done $(DEMO)/tasks/data.json
 	$(BIN)/python train.py --config=configs/sft.py:demo --workdir=$(DEMO)/sft \
-		--config.init_from=$(DEMO)/pretrain --config.data.path=$(DEMO)/tasks --config.train.max_steps=$(SFT_STEPS)
+		--config.init_from=$(DEMO)/pretrain --config.data.path=$(DEMO)/tasks $(SFT_FLAGS)
 	@touch $@
 
 $(DEMO)/pretrain.done: $(DEMO)/stories/data.json
 	$(BIN)/python train.py --config=configs/pretrain.py:demo --workdir=$(DEMO)/pretrain \
-		--config.data.path=$(DEMO)/stories --config.train.max_steps=$(PRETRAIN_STEPS)
+		--config.data.path=$(DEMO)/stories $(PRETRAIN_FLAGS)
 	@touch $@
 
 $(DEMO)/stories/data.json: | $(VENV)/demo.stamp
@@ -45,7 +44,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) runs/demo runs/demo-full
 
 # What running needs, and what developing needs on top of it: exact versions, so that all run the same.
 $(VENV)/demo.stamp: pyproject.toml constraints.txt

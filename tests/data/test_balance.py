@@ -11,7 +11,7 @@ from tinysft_jax.data.sources import open_embedded, open_input
 from tinysft_jax.data.stories import embedded_stories, record_text
 from tinysft_jax.data.tasks import RATES, make_tasks
 
-EMBEDDED = [story.record for story in embedded_stories(700)]
+EMBEDDED = [story.record for story in embedded_stories(2000)]
 
 
 def mostly(records: list[StoryRecord], happy: int) -> list[StoryRecord]:

@@ -106,15 +106,13 @@ class MetricLog:
 
     Args:
       workdir: the work directory.
-      step: of the checkpoint that the run continues from, 0 for a new one. Lines after it are dropped: the run will
-        write them again.
+      kept: the lines that stand already; the run will write all others (again).
       wandb_settings: mode ("disabled", "offline" or "online"), project and name.
       config: the resolved configuration, for wandb.
     """
 
-    def __init__(self, workdir: Path, step: int, wandb_settings: dict[str, Any], config: dict[str, Any]):
+    def __init__(self, workdir: Path, kept: list[MetricLine], wandb_settings: dict[str, Any], config: dict[str, Any]):
         self._path = workdir / "metrics.jsonl"
-        kept = [line for line in read_metrics(workdir) if line["step"] <= step] if step else []
         files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(workdir, wandb_settings, config)

@@ -328,7 +328,7 @@ class _Run:
     def _save_model(self) -> None:
         save_best(self.workdir, self.step, self.model_params, self.description)
 
-    def _write(self, step: int, metrics: dict[str, float]) -> None:
+    def _write(self, step: int, metrics: MetricLine) -> None:
         if self.log:
             self.log.write(step, metrics)
 

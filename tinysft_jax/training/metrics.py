@@ -117,7 +117,7 @@ class MetricLog:
         self._file = self._path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(workdir, wandb_settings, config)
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, metrics: MetricLine) -> None:
         self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb:

@@ -1,14 +1,12 @@
-import importlib.util
 import json
 import os
 import shutil
 import signal
 import sys
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from runs import latest_checkpoint, load_config, losses, tiny_config
 
 from tinysft_jax.data import prepare
 from tinysft_jax.data.dataset import PreparedData
@@ -17,25 +15,6 @@ from tinysft_jax.errors import Interrupted, RunError, UserError
 from tinysft_jax.model_directory import load_description, load_model
 from tinysft_jax.training import loop
 from tinysft_jax.training.metrics import read_metrics
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-def load_config(name: str, preset: str = ""):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(preset)
-
-
-def tiny_config(data: Path, **changes):
-    """A run of 12 steps; `changes` are by dotted key, dots written as two underscores."""
-    config = load_config("sft")
-    config.update({"data": {"path": str(data), "seq_len": 64}, "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2}})
-    config.model.update({"dim": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 64})
-    config.train.update({"max_steps": 12, "batch_size": 8, "log_interval": 1, "eval_interval": 5, "save_interval": 4})
-    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-    return config
 
 
 def stop_at(step: int, monkeypatch, number=signal.SIGINT):
@@ -56,20 +35,6 @@ def finished(chat_data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "work"
     loop.train(tiny_config(chat_data), workdir)
     return workdir
-
-
-def losses(workdir: Path, key: str = "sft/train_loss") -> dict[int, float]:
-    return {line["step"]: line[key] for line in read_metrics(workdir) if key in line}
-
-
-def latest_checkpoint(workdir: Path) -> dict[str, np.ndarray]:
-    """All arrays of the newest checkpoint, by path."""
-    from orbax.checkpoint import v1 as ocp
-
-    newest = max((path for path in (workdir / "checkpoints").iterdir()), key=lambda path: int(path.name))
-    stored = ocp.metadata(newest).metadata
-    state = ocp.load(newest, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def test_a_run_learns_and_leaves_what_it_should(finished):

@@ -39,7 +39,7 @@ class Checkpoints:
         self.newest: int | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of its every step
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells of its every step; its errors are raised too
 
     def find_newest(self) -> str:
         """Finds the newest checkpoint that is as it was written.
@@ -130,11 +130,14 @@ class Checkpoints:
         processes.barrier("checkpoint finished")
 
     def close(self) -> None:
-        """Waits, and ends the thread."""
+        """Waits, ends the thread, and gives back the room of what could not be finished."""
         try:
             self._finish_writing()
         finally:
             self._writer.shutdown()
+            if processes.is_first():
+                for path in self._directory.glob(".*"):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _finish(self, step: int, written: Callable[[], None]) -> None:
         """The part of writing that is done in the background."""
@@ -167,13 +170,10 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _one_line(self, verb: str) -> Iterator[None]:
-        """Turns orbax's and tensorstore's errors into one line; what is half-written is removed, for its room."""
+        """Turns orbax's and tensorstore's errors into one line."""
         try:
             yield
         except (ValueError, OSError, KeyError) as error:
-            if verb == "write" and processes.is_first():
-                for path in self._directory.glob(".*"):
-                    shutil.rmtree(path, ignore_errors=True)
             raise RunError(f"can't {verb} {self._directory}: {reason(error)}") from None
 
 

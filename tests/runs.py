@@ -10,7 +10,7 @@ from orbax.checkpoint import v1 as ocp
 
 from tinysft_jax.training.metrics import read_metrics
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def load_config(name: str, preset: str = ""):

@@ -59,4 +59,5 @@ def what_more_steps_do(config: ConfigDict, before: int, now: int, step: int) -> 
 
 
 def _shown(identity: dict[str, Any], key: str) -> str:
-    return str(identity[key]) if key in identity else "not there"
+    value = identity.get(key, "")
+    return "empty" if value == "" else str(value)

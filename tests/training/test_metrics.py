@@ -46,6 +46,7 @@ def test_a_continued_run_drops_the_lines_it_will_write_again(tmp_path):
         log.write(step, {"sft/train_loss": step / 2})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('3\n{"step": null}\n{}\n')  # damaged
         file.write('{"step": 6, "sft/tr')  # killed while writing
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
     log = MetricLog(tmp_path, read_metrics(tmp_path)[:3], DISABLED, {})

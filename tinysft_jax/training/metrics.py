@@ -131,12 +131,18 @@ class MetricLog:
 
 def read_metrics(workdir: Path) -> list[MetricLine]:
     """The lines of `metrics.jsonl`; one that a killed run left unfinished is left out."""
-    path = workdir / "metrics.jsonl"
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    return read_lines(workdir / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects with a step of a log, an object a line; whatever else stands there is left out."""
+    objects = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
+            entry = json.loads(text)
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                objects.append(entry)
+    return objects
 
 
 def _start_wandb(workdir: Path, settings: dict[str, Any], config: dict[str, Any]):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tinysft_jax import files
 from tinysft_jax.errors import RunError
+from tinysft_jax.training.metrics import read_lines
 
 SHOWN = 8  # conversations in a line for people; the file has all
 
@@ -30,10 +31,8 @@ class SkippedSteps:
     def forget_after(self, step: int) -> None:
         """Drops the lines of later steps, which the run will do again."""
         if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            # A line that a killed run left unfinished does not end.
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            files.write_text(self._path, "".join(kept))
+            kept = [entry for entry in read_lines(self._path) if entry["step"] <= step]
+            files.write_text(self._path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def count(self, skipped: bool) -> None:
         """A step is done."""

@@ -79,9 +79,7 @@ def killed(chat_data, tmp_path_factory) -> dict[str, Path]:
 
 
 MOMENTS = [
-    "before the link to the best model",
     "after the link to the best model",
-    "before the copy to host memory",
     "after the copy to host memory",
     "before the manifest",
     "after the manifest",

@@ -8,7 +8,7 @@ DEMO := runs/demo
 STORIES := 12000
 CASES := 60
 
-.PHONY: demo demo-full test lint clean
+.PHONY: demo demo-full test soak lint clean
 
 # Make again after an interruption, and it goes on where it was.
 # The embedded corpus, a small model pretrained on its stories, the same model taught to answer, and what each can do.
@@ -38,6 +38,10 @@ $(DEMO)/tasks/data.json: | $(VENV)/demo.stamp
 
 test: $(VENV)/dev.stamp lint
 	@start=$$(date +%s); $(BIN)/python -m pytest; code=$$?; echo "tests: $$(( $$(date +%s) - start )) s"; exit $$code
+
+# Kills, damage and a long run: an hour or two on two cores. Prints its figures; docs/reliability.md has the last ones.
+soak: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m soak -s
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -13,6 +13,10 @@ CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of config
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no launcher tells it.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the run, where no launcher tells it.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0, where no launcher tells it.")
+ACCEPT_CHANGES = flags.DEFINE_bool(
+    "accept_changes", False, "Continue a run whose model, data or schedule are not what they were."
+)
+VERIFY = flags.DEFINE_bool("verify", False, "Compare the data with the hashes of its manifest first.")
 WORKDIR = flags.DEFINE_string("workdir", None, "What the run writes; an existing one is continued.")
 
 
@@ -35,7 +39,7 @@ def main() -> None:
     from tinysft_jax.training.loop import train
 
     processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    train(CONFIG.value, Path(WORKDIR.value))
+    train(CONFIG.value, Path(WORKDIR.value), ACCEPT_CHANGES.value, VERIFY.value)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.eval_batches = 0  # of each task; 0: the whole validation split
     config.train.save_interval = 1000
     config.train.keep_checkpoints = 3
+    config.train.max_skipped_steps = 10  # in a row, with a loss or gradient that is no number; then the run stops
     config.train.dtype = "auto"  # of matmuls: bfloat16 on accelerators, float32 on a CPU
     config.train.attention = "auto"  # cudnn where it can run, else xla
     config.train.remat = "none"  # what the backward pass recomputes: none, dots (all but matmuls), full

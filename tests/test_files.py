@@ -119,3 +119,32 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         pass
     with pytest.raises(UserError, match="can't write"), files.new_file(path / "below"):
         pass
+
+
+def test_damage_is_named(tmp_path):
+    """Sizes first, of all files; what is there besides is nobody's business."""
+    (tmp_path / "sub").mkdir()
+    for name in ("a", "b", "sub/c"):
+        (tmp_path / name).write_bytes(b"abc")
+    assert files.find_damage(tmp_path).endswith("it has no manifest.json")
+    files.write_manifest(tmp_path)
+    (tmp_path / "more").touch()
+    assert files.find_damage(tmp_path) is None
+    (tmp_path / "a").write_bytes(b"abd")
+    assert files.find_damage(tmp_path) == "a has other content than its manifest says"
+    assert files.find_damage(tmp_path, hashes=False) is None
+    (tmp_path / "sub" / "c").write_bytes(b"ab")
+    assert files.find_damage(tmp_path) == "sub/c has 2 bytes, its manifest says 3"
+    (tmp_path / "sub" / "c").unlink()
+    assert files.find_damage(tmp_path, hashes=False) == "sub/c is missing"
+    (tmp_path / "sub" / "c").mkdir()
+    assert files.find_damage(tmp_path).startswith("sub/c ")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", '{"format_version": 1}', '{"format_version": 1, "files": {"a": 3}}', '{"format_version": 2}', "\0"],
+)
+def test_a_damaged_manifest_is_damage(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    assert files.find_damage(tmp_path)

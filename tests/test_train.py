@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import assert_same_bits, tiny_config
 
+from tinysft_jax.training.loop import train
 from tinysft_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,8 @@ def settings(data: Path, *more: str) -> list[str]:
         (["--config=configs/sft.py:huge", "--workdir=x"], "no preset 'huge'"),
         (["--config=configs/sft.py", "--workdir=x", "--config.train.stepps=3"], "stepps"),
         (["--config=configs/sft.py", "--workdir=x", "--config.train.max_steps=many"], "many"),
+        (["--config=configs/sft.py", "--workdir=x", "--config.nope=1"], "nope"),
+        (["--config=configs/sft.py", "--workdir=x", "--config.optimizer.learning_rate=fast"], "fast"),
         (["--config=configs/sft.py", "--workdir=x", "more"], "unexpected argument 'more'"),
         (["--config=configs/sft.py", "--workdir=x", "--speed=3"], "speed"),
         (
@@ -50,14 +54,20 @@ def test_a_mistake_gets_one_line_and_exit_code_2(arguments, complaint):
     assert not (ROOT / "x").exists()
 
 
-def test_ctrl_c_saves_and_the_same_command_continues(chat_data, tmp_path):
-    arguments = [f"--workdir={tmp_path}", *settings(chat_data, "train.max_steps=100000", "train.eval_interval=50000")]
+def start_until(step: int, workdir: Path, arguments: list[str]) -> subprocess.Popen:
+    """The command, once it has logged step `step`."""
     process = subprocess.Popen(
         command("--config=configs/sft.py", *arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 200
-    while not any(line["step"] >= 10 for line in read_metrics(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    while not any(line["step"] >= step for line in read_metrics(workdir)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return process
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(chat_data, tmp_path):
+    arguments = [f"--workdir={tmp_path}", *settings(chat_data, "train.max_steps=100000", "train.eval_interval=50000")]
+    process = start_until(10, tmp_path, arguments)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 130
@@ -65,7 +75,40 @@ def test_ctrl_c_saves_and_the_same_command_continues(chat_data, tmp_path):
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     assert int(checkpoint.name) >= 10
     assert "Traceback" not in stderr
-    again = run("--config=configs/sft.py", *arguments, f"--config.train.max_steps={int(checkpoint.name) + 5}")
+    shorter = [f"--config.train.max_steps={int(checkpoint.name) + 5}", "--config.optimizer.warmup_steps=5"]
+    again = run("--config=configs/sft.py", *arguments, *shorter, "--accept_changes", "--verify")
     assert again.returncode == 0, again.stderr
     assert f"continuing at step {int(checkpoint.name):,} of" in again.stderr
     assert max(line["step"] for line in read_metrics(tmp_path)) == int(checkpoint.name) + 5
+
+
+def test_a_run_that_is_killed_and_left_at_once_ends_as_if_it_had_not_been(chat_data, tmp_path):
+    """SIGKILL amid the first checkpoint that is found half-written, then Ctrl-C twice."""
+    values = {"train.max_steps": 300, "optimizer.warmup_steps": 20, "train.eval_interval": 100}
+    values |= {"train.save_interval": 10, "train.log_interval": 1}
+    options = settings(chat_data, *(f"{key}={value}" for key, value in values.items()))
+    work, whole = tmp_path / "work", tmp_path / "whole"
+    killed = start_until(30, work, [f"--workdir={work}", *options])
+    while not any((work / "checkpoints").glob(".*")) and killed.poll() is None:
+        time.sleep(0.001)
+    killed.kill()
+    killed.communicate()
+    left = start_until(max(line["step"] for line in read_metrics(work)) + 30, work, [f"--workdir={work}", *options])
+    left.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    left.send_signal(signal.SIGINT)
+    left.communicate(timeout=60)
+    assert (killed.returncode, left.returncode) == (-signal.SIGKILL, 130)
+    last = run("--config=configs/sft.py", f"--workdir={work}", *options)
+    assert last.returncode == 0 and "continuing at step" in last.stderr
+    config = tiny_config(chat_data)
+    config.update_from_flattened_dict({"optimizer.learning_rate": 2e-5, **values})
+    train(config, whole)
+    assert_same_bits(work, whole)
+
+
+def test_a_checkpoint_that_is_damaged_beyond_help_is_exit_code_3(chat_data, tmp_path):
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    result = run("--config=configs/sft.py", f"--workdir={tmp_path}", *settings(chat_data))
+    assert result.returncode == 3 and result.stderr.count("\n") == 1
+    assert "no sound checkpoint in" in result.stderr and "checkpoint 10 is damaged" in result.stderr

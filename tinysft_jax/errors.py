@@ -31,5 +31,6 @@ class Interrupted(BaseException):
 
 def reason(error: Exception) -> str:
     """What a library's error says, short enough for one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # Long ones begin with where it happened (tensorstore's paths, say) and end with what.
+    return line if len(line) <= 300 else f"{line[:100]} … {line[-190:]}"

@@ -202,3 +202,43 @@ def write_manifest(directory: Path) -> None:
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
     }
     write_json(directory / "manifest.json", {"format_version": 1, "files": entries})
+
+
+def find_damage(directory: Path, hashes: bool = True) -> str | None:
+    """Compares a directory with its manifest.
+
+    Args:
+      directory: in which `write_manifest` wrote.
+      hashes: whether to read every file and compare its SHA-256, not only its size.
+
+    Returns:
+      What is wrong with the first file that is not what it was; None if all are.
+    """
+    try:
+        entries = read_json(directory / "manifest.json", "complete", format_version=1).get("files")
+    except UserError as error:
+        return str(error)
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        return "manifest.json lists no files"
+    checks = (_size_fault, _hash_fault) if hashes else (_size_fault,)
+    # All sizes before the first hash: they cost nothing.
+    for check in checks:
+        for name, entry in entries.items():
+            try:
+                fault = check(directory / name, entry)
+            except FileNotFoundError:
+                fault = "is missing"
+            except (OSError, ValueError) as error:
+                fault = f"can't be read ({getattr(error, 'strerror', None) or error})"
+            if fault:
+                return f"{name} {fault}"
+    return None
+
+
+def _size_fault(path: Path, entry: dict[str, Any]) -> str | None:
+    size = path.stat().st_size
+    return None if size == entry.get("bytes") else f"has {size} bytes, its manifest says {entry.get('bytes')}"
+
+
+def _hash_fault(path: Path, entry: dict[str, Any]) -> str | None:
+    return None if sha256(path) == entry.get("sha256") else "has other content than its manifest says"

@@ -145,9 +145,9 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def first_decides(value: bool) -> bool:
+def first_decides(value: int) -> int:
     """The first process's value, in all of them."""
-    return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
+    return int(multihost_utils.broadcast_one_to_all(np.array(value, np.int32))) if jax.process_count() > 1 else value
 
 
 def check_same(values: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -180,3 +181,14 @@ def test_the_command_in_a_pipe_that_knows_only_ascii(data):
     assert r"<|assistant|>\xab" in done.stdout and done.stderr == ""
     refused = subprocess.run([*command, "--row=9999"], capture_output=True, text=True)
     assert refused.returncode == 2 and refused.stdout == "" and refused.stderr.count("\n") == 1
+
+
+def test_hashes_are_compared_when_asked(chat_data, tmp_path):
+    shutil.copytree(chat_data, tmp_path / "data")
+    path = tmp_path / "data" / "valid" / "tokens-00000.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    main([f"--data={tmp_path / 'data'}", "--seq_len=64"])
+    with pytest.raises(UserError, match=r"valid/tokens-00000.npy has other content"):
+        main([f"--data={tmp_path / 'data'}", "--seq_len=64", "--verify"])

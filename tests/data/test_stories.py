@@ -234,8 +234,14 @@ def test_the_words_are_in_the_story(some: list[EmbeddedStory]):
 
 @pytest.mark.parametrize(
     ("verb", "past", "ing"),
-    [("hop", "hopped", "hopping"), ("dance", "danced", "dancing"), ("hurry", "hurried", "hurrying")]
-    + [("play", "played", "playing"), ("row", "rowed", "rowing"), ("travel", "traveled", "traveling")],
+    [
+        ("hop", "hopped", "hopping"),
+        ("dance", "danced", "dancing"),
+        ("hurry", "hurried", "hurrying"),
+        ("play", "played", "playing"),
+        ("row", "rowed", "rowing"),
+        ("travel", "traveled", "traveling"),
+    ],
 )
 def test_forms_of_verbs(verb: str, past: str, ing: str):
     assert verb_forms(verb) == {"verbed": past, "verbing": ing}

@@ -1,14 +1,12 @@
-import importlib.util
 import json
 import os
 import shutil
 import signal
 import sys
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from runs import latest_checkpoint, load_config, losses, tiny_config
 
 from tinysft_jax.data import prepare
 from tinysft_jax.data.dataset import PreparedData
@@ -17,25 +15,6 @@ from tinysft_jax.errors import Interrupted, RunError, UserError
 from tinysft_jax.model_directory import load_description, load_model
 from tinysft_jax.training import loop
 from tinysft_jax.training.metrics import read_metrics
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-def load_config(name: str, preset: str = ""):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(preset)
-
-
-def tiny_config(data: Path, **changes):
-    """A run of 12 steps; `changes` are by dotted key, dots written as two underscores."""
-    config = load_config("sft")
-    config.update({"data": {"path": str(data), "seq_len": 64}, "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2}})
-    config.model.update({"dim": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 64})
-    config.train.update({"max_steps": 12, "batch_size": 8, "log_interval": 1, "eval_interval": 5, "save_interval": 4})
-    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-    return config
 
 
 def stop_at(step: int, monkeypatch, number=signal.SIGINT):
@@ -56,20 +35,6 @@ def finished(chat_data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "work"
     loop.train(tiny_config(chat_data), workdir)
     return workdir
-
-
-def losses(workdir: Path, key: str = "sft/train_loss") -> dict[int, float]:
-    return {line["step"]: line[key] for line in read_metrics(workdir) if key in line}
-
-
-def latest_checkpoint(workdir: Path) -> dict[str, np.ndarray]:
-    """All arrays of the newest checkpoint, by path."""
-    from orbax.checkpoint import v1 as ocp
-
-    newest = max((path for path in (workdir / "checkpoints").iterdir()), key=lambda path: int(path.name))
-    stored = ocp.metadata(newest).metadata
-    state = ocp.load(newest, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def test_a_run_learns_and_leaves_what_it_should(finished):
@@ -130,7 +95,10 @@ def test_a_finished_run_has_nothing_left_to_do(chat_data, finished):
         ({"train__batch_size": 16}, "train.batch_size was 8, now 16"),
         ({"seed": 1}, "seed was 0, now 1"),
         ({"optimizer__learning_rate": 0.5}, "optimizer.learning_rate was 0.01, now 0.5"),
-        ({"train__max_steps": 11}, "has done 12 steps already, more than 11"),
+        ({"train__max_steps": 11}, "steps was 12, now 11"),
+        ({"model__dim": 32}, "model.dim was 16, now 32"),
+        ({"init_from": "elsewhere"}, "init_from was empty, now elsewhere"),
+        ({"optimizer__warmup_steps": 3}, r"another run: optimizer.warmup_steps was 2, now 3; .*--accept_changes"),
     ],
 )
 def test_a_work_directory_belongs_to_one_run(chat_data, finished, changes, complaint):
@@ -138,6 +106,86 @@ def test_a_work_directory_belongs_to_one_run(chat_data, finished, changes, compl
     with pytest.raises(UserError, match=complaint):
         loop.train(tiny_config(chat_data, **changes), finished)
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_data_is_refused_unless_asked_for(finished, chat_data, tmp_path, capfd):
+    """Then the run goes on, with rows of the other data; a model that can't speak its language is refused still."""
+    shutil.copytree(finished, tmp_path / "work", symlinks=True)
+    chats = chat_data.parent / "chats.jsonl"
+    options = ["--max_tokens=64", "--valid_fraction=0.1", "--workers=1"]
+    for name, ranks in (("other", "256"), ("foreign", "257")):
+        prepare.main(
+            [f"--input={chats}", f"--output={tmp_path / name}", "--limit=200", f"--bpe_ranks={ranks}", *options]
+        )
+    with pytest.raises(UserError, match=r"another run: data was \w+, now \w+; packing was \w+, now \w+; choose"):
+        loop.train(tiny_config(tmp_path / "other"), tmp_path / "work")
+    with pytest.raises(UserError, match=r"tokenizer was .*256}, now .*257}"):
+        loop.train(tiny_config(tmp_path / "foreign"), tmp_path / "work")
+    with pytest.raises(UserError, match="prepare the data with --bpe_ranks 256"):
+        loop.train(tiny_config(tmp_path / "foreign"), tmp_path / "work", accept_changes=True)
+    loop.train(tiny_config(tmp_path / "other", train__max_steps=14), tmp_path / "work", accept_changes=True)
+    assert "continuing another run than it was: data was " in capfd.readouterr().err
+    assert [*losses(tmp_path / "work")] == [*range(1, 15)]
+
+
+def test_a_longer_run_says_what_becomes_of_the_schedule(chat_data, finished, tmp_path, capfd):
+    shutil.copytree(finished, tmp_path / "work", symlinks=True)
+    loop.train(tiny_config(chat_data, train__max_steps=20), tmp_path / "work")
+    assert (
+        "the run is longer than it was, 20 steps instead of 12: the learning rate of step 13 is 4.13e-03 instead of "
+        "0.00e+00, and falls to 0 at step 20"
+    ) in capfd.readouterr().err
+    rates = losses(tmp_path / "work", "sft/lr")
+    assert rates[12] < 1e-3 and rates[13] == pytest.approx(4.13e-3, rel=1e-3)
+
+
+def test_a_longer_run_does_not_take_models_of_the_shorter_one_for_its_own(chat_data, finished, tmp_path, monkeypatch):
+    """Killed after its best model and before the next checkpoint."""
+    shutil.copytree(finished, tmp_path / "work", symlinks=True)
+    shutil.rmtree(tmp_path / "work" / "checkpoints" / "12")
+    assert os.readlink(tmp_path / "work" / "model") == "models/12"
+    seen = []
+    check = loop._Run._train
+    monkeypatch.setattr(
+        loop._Run, "_train", lambda run: (seen.append(load_model(run.workdir).ln_f.scale[...]), check(run))
+    )
+    loop.train(tiny_config(chat_data, train__max_steps=13, train__eval_interval=12), tmp_path / "work")
+    np.testing.assert_array_equal(seen[0], load_model(finished).ln_f.scale[...])
+    assert load_model(tmp_path / "work").ln_f.scale.shape == (16,)
+    whole = losses(tmp_path / "work", "sft/val_loss")
+    best = min((step for step in whole if step), key=whole.get)
+    assert os.readlink(tmp_path / "work" / "model") == f"models/{best}"
+    assert [path.name for path in (tmp_path / "work" / "models").iterdir()] == [str(best)]
+    assert not np.array_equal(load_model(tmp_path / "work").ln_f.scale[...], seen[0])
+
+
+def test_an_evaluation_made_good_counts_after_a_kill(chat_data, tmp_path, monkeypatch):
+    """Stopped amid the evaluation of step 5, which was done at the next start, and killed before a checkpoint."""
+
+    def scripted(*steps_and_losses):
+        left = iter(steps_and_losses)
+        return lambda *_: next(left)
+
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        return {}
+
+    def killed(*_):
+        raise RunError("killed")
+
+    first = scripted({"sft/val_loss": 9.0})
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="step 5 "):
+        patch.setattr(loop.Evaluator, "losses", lambda run, *_: first() if not losses(tmp_path) else interrupted())
+        loop.train(tiny_config(chat_data), tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="killed"):
+        patch.setattr(loop.Evaluator, "losses", scripted({"sft/val_loss": 1.0}))
+        patch.setattr(loop._Run, "_train", killed)
+        loop.train(tiny_config(chat_data), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Evaluator, "losses", scripted(*({"sft/val_loss": loss} for loss in (1.0, 2.0, 3.0))))
+        loop.train(tiny_config(chat_data), tmp_path)
+    assert os.readlink(tmp_path / "model") == "models/5"
+    assert losses(tmp_path, "sft/val_loss") == {0: 9.0, 5: 1.0, 10: 2.0, 12: 3.0}
 
 
 def test_a_run_continues_without_what_it_started_from(chat_data, finished, tmp_path, monkeypatch):
@@ -180,7 +228,7 @@ def test_an_evaluation_that_was_cut_short_is_done_again(chat_data, finished, tmp
 
 
 def test_a_run_that_diverges_says_so(chat_data, tmp_path):
-    with pytest.raises(RunError, match=r"diverged; lower optimizer.learning_rate"):
+    with pytest.raises(RunError, match=r"has diverged: .* of 10 steps in a row.*lower optimizer.learning_rate"):
         loop.train(tiny_config(chat_data, optimizer__learning_rate=1e30, optimizer__grad_clip=0.0), tmp_path)
     assert not (tmp_path / "model").exists()
 
@@ -190,7 +238,7 @@ def test_a_disk_that_is_full_is_one_line(chat_data, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("orbax.checkpoint.v1.training.Checkpointer.save_async", full)
+        patch.setattr("orbax.checkpoint.v1.save_async", full)
         with pytest.raises(RunError, match=r"can't write .*checkpoints: .*No space left"):
             loop.train(tiny_config(chat_data), tmp_path / "one")
     with monkeypatch.context() as patch:
@@ -237,7 +285,7 @@ def test_a_run_may_go_over_several_epochs(chat_data, tmp_path):
 
 
 def test_what_it_starts_from_may_be_another_runs_best(chat_data, finished, tmp_path):
-    loop.train(tiny_config(chat_data, init_from=str(finished), train__max_steps=1), tmp_path)
+    loop.train(tiny_config(chat_data, init_from=str(finished), train__max_steps=2), tmp_path)
     best = min(losses(finished, "sft/val_loss").values())
     assert losses(tmp_path, "sft/val_loss")[0] == pytest.approx(best, rel=1e-5)
 
@@ -281,7 +329,9 @@ def test_wandb_is_not_imported_unless_asked_for(finished):
         ({"data__path": "/nowhere"}, "/nowhere is not a prepared data set"),
         ({"init_from": "/nowhere"}, "/nowhere does not exist"),
         ({"data__seq_len": 128}, "data.seq_len 128 is longer than the model's context 64"),
-        ({"data__seq_len": 32}, "data.seq_len is 32, but the longest conversation"),
+        ({"data__seq_len": 63}, "data.seq_len 63 is below the data's max_tokens 64"),
+        ({"optimizer__warmup_steps": 13}, "optimizer.warmup_steps 13 is longer than the run of 12 steps"),
+        ({"train__max_skipped_steps": 0}, "train.max_skipped_steps is 0"),
         ({"train__attention": "cudnn"}, "cudnn can't run here"),
         ({"seed": 2**31}, "seed is 2147483648"),
         ({"profile": "5"}, "profile is '5'; it must be START:STOP"),

@@ -31,7 +31,7 @@ class FakeWandb(types.ModuleType):
 def test_wandb_continues_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
     for _ in range(2):
-        log = MetricLog(tmp_path, 0, {"mode": "offline", "project": "p", "name": ""}, {"seed": 0})
+        log = MetricLog(tmp_path, [], {"mode": "offline", "project": "p", "name": ""}, {"seed": 0})
         log.write(3, {"sft/lr": 0.5})
         log.close()
     first, second = fake.started
@@ -41,14 +41,15 @@ def test_wandb_continues_the_same_run(tmp_path, monkeypatch):
 
 
 def test_a_continued_run_drops_the_lines_it_will_write_again(tmp_path):
-    log = MetricLog(tmp_path, 0, DISABLED, {})
+    log = MetricLog(tmp_path, [], DISABLED, {})
     for step in range(1, 6):
         log.write(step, {"sft/train_loss": step / 2})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('3\n{"step": null}\n{}\n')  # damaged
         file.write('{"step": 6, "sft/tr')  # killed while writing
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
-    log = MetricLog(tmp_path, 3, DISABLED, {})
+    log = MetricLog(tmp_path, read_metrics(tmp_path)[:3], DISABLED, {})
     log.write(4, {"sft/train_loss": 9.0})
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

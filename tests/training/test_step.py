@@ -211,3 +211,48 @@ def test_the_average_follows_the_parameters(split):
         expected = decay * expected + (1 - decay) * np.asarray(state["params"]["ln_f"]["scale"])
         np.testing.assert_allclose(state["average"]["ln_f"]["scale"], expected, rtol=1e-6)
     assert not np.allclose(expected, state["params"]["ln_f"]["scale"], rtol=1e-6)
+
+
+def poisoned(batch):
+    """The batch with a weight that is no number, on one token of its last row."""
+    weights = batch["weights"].copy()
+    weights[-1, np.flatnonzero(weights[-1])[0]] = np.nan
+    return batch | {"weights": weights}
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_step_without_a_finite_loss_changes_nothing(split, accumulation):
+    """Neither parameters, moments, counts nor the average; the next one is as if it had not been."""
+    source = BatchSource(split, plan_epoch(split.lengths, 128), 8, 128)
+    start = {"params": PARAMS, "opt_state": OPTIMIZER.init(PARAMS), "step": jnp.int32(0), "average": PARAMS}
+    schedule = warmup_cosine(1e-3, 2, 40)
+    step = jax.jit(make_train_step(GRAPH, OPTIMIZER, schedule, accumulation, ema_decay=0.5))
+    before, metrics = step(start, source[0])
+    assert not metrics["skipped"]
+    after, metrics = step(before, poisoned(source[1]))
+    assert metrics["skipped"] and np.isnan(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    jax.tree.map(np.testing.assert_array_equal, step(after, source[2]), step(before, source[2]))
+
+
+def test_a_gradient_beyond_float32_changes_nothing(split):
+    """With a finite loss, and on several devices, whose state is donated."""
+    source = BatchSource(split, plan_epoch(split.lengths, 128), 8, 128)
+    mesh = mesh_of(2, 2, 2)
+    with jax.set_mesh(mesh):
+        model = nnx.eval_shape(lambda: GPT(CONFIG, rngs=nnx.Rngs(0)))
+        _, shardings = state_shapes(mesh, model, OPTIMIZER)
+        params = jax.tree.map(np.array, PARAMS)
+        # The logits are as large as ever, but the table's gradient is what it is multiplied by.
+        params["tok_emb"]["embedding"] *= np.float32(1e-21)
+        params["ln_f"]["bias"] += np.float32(1e21)
+        state = create_state(shardings, model, params, OPTIMIZER, 0)
+        before = jax.tree.map(np.asarray, state)
+        step = jax.jit(
+            make_train_step(nnx.graphdef(model), OPTIMIZER, lambda step: jnp.float32(1e-3)),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+        )
+        state, metrics = step(state, global_batch(mesh, source[0]))
+    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"]) and metrics["skipped"]
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state), before)

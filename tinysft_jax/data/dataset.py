@@ -22,7 +22,8 @@ class PreparedData:
       description: `data.json`.
 
     Raises:
-      UserError: if `directory` is not a prepared data set, or one of a newer program.
+      UserError: if `directory` is not a prepared data set, or one of a newer program, or a file is not as long as it
+        was.
     """
 
     def __init__(self, directory: str | Path):
@@ -33,6 +34,19 @@ class PreparedData:
         for key in ("chat_template", "tokenizer", "tasks", "splits"):
             if key not in self.description:
                 raise UserError(f"{self.directory / 'data.json'} lacks {key!r}; prepare the data again")
+        self.verify(hashes=False)
+
+    def verify(self, hashes: bool = True) -> None:
+        """Compares the files with the manifest.
+
+        Args:
+          hashes: whether to read all files and compare their SHA-256, not only their sizes.
+
+        Raises:
+          UserError: naming a file that is not what it was.
+        """
+        if damage := files.find_damage(self.directory, hashes):
+            raise UserError(f"{self.directory} is damaged: {damage}; copy or prepare the data again")
 
     @property
     def tasks(self) -> list[str]:

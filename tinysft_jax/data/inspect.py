@@ -149,6 +149,7 @@ def _parser() -> cli.Parser:
     parser.add_argument("--seq_len", type=int, default=1024, help="tokens a row, as data.seq_len of the run")
     parser.add_argument("--seed", type=int, default=0, help="as seed of the run")
     parser.add_argument("--epoch", type=int, default=0, help="which epoch, from 0")
+    parser.add_argument("--verify", action="store_true", help="first compare all files with the manifest's hashes")
     return parser
 
 
@@ -167,6 +168,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command; `arguments` are the command line's unless given."""
     flags = _parser().parse_args(arguments)
     data = PreparedData(flags.data)
+    if flags.verify:
+        data.verify()
     split = data.split(flags.split)
     _check(flags, split)
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -169,14 +169,14 @@ LOOKS = _options("red, blue, green, purple, pink, shiny, new, small, pretty, spe
 # --- Words that stories are built around ------------------------------------------------------------------------------
 
 NOUNS = _words("""
-    anchor apple arrow ball balloon banana barrel basket bell bench blanket boat book bottle bowl box branch brick broom
-    brush bucket button cake camera candle carrot cart castle chain chair chest clock cloth coat coin cookie couch crown
-    cup cushion desk dish doll door drum egg fan feather fence flag flower flute fork glove guitar hammer hat
-    helmet horn jar jewel kettle key kite ladder lamp lantern leaf lemon magnet map marble mask medal melon mirror mitten
-    mushroom needle nest net onion oven parcel peach pear pebble pen pencil piano picture pillow pipe plate potato puddle
-    pumpkin puzzle ribbon ring robot rocket rope rose rug saddle scarf shell shirt shoe shovel sled sock spoon statue stone
-    string suitcase sword table teapot telescope tent ticket tomato torch towel tower tractor trumpet trunk tunnel vase
-    violin wagon wheel window
+    anchor apple arrow ball balloon banana barrel basket bell bench blanket boat book bottle bowl box branch brick
+    broom brush bucket button cake camera candle carrot cart castle chain chair chest clock cloth coat coin cookie
+    couch crown cup cushion desk dish doll door drum egg fan feather fence flag flower flute fork glove guitar
+    hammer hat helmet horn jar jewel kettle key kite ladder lamp lantern leaf lemon magnet map marble mask medal
+    melon mirror mitten mushroom needle nest net onion oven parcel peach pear pebble pen pencil piano picture pillow
+    pipe plate potato puddle pumpkin puzzle ribbon ring robot rocket rope rose rug saddle scarf shell shirt shoe
+    shovel sled sock spoon statue stone string suitcase sword table teapot telescope tent ticket tomato torch towel
+    tower tractor trumpet trunk tunnel vase violin wagon wheel window
 """)
 # Regular, and each makes sense without an object.
 VERBS = _words("""

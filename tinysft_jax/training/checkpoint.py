@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +16,65 @@ from tinysft_jax.errors import RunError, reason
 from tinysft_jax.model_directory import ModelDescription, Params, write_model
 from tinysft_jax.training.step import TrainState
 
+_NONE, _ALL_DAMAGED = -1, -2
+
 
 class Checkpoints:
-    """The newest checkpoints of a work directory (`checkpoints/<step>/`), written in the background.
+    """The newest checkpoints of a work directory, `checkpoints/<step>/`.
+
+    Each is written aside in the background, by orbax, then its manifest, and then it is renamed: so what has a step's
+    number for its name was finished, and what is not as its manifest says was damaged since. Orbax itself would not
+    notice.
+
+    Attributes:
+      newest: the step of the newest checkpoint that is sound, or is being written; None as long as there is none.
 
     Args:
-      workdir: the work directory.
+      workdir: the work directory; nothing is written before `clear`.
       keep: how many to keep.
     """
 
     def __init__(self, workdir: Path, keep: int):
-        self._directory = workdir / "checkpoints"
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of its every step
-        policies = ocp.training
-        self._checkpointer = ocp.training.Checkpointer(
-            self._directory.resolve(),
-            # The loop decides when to save.
-            save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+        self._directory, self._keep = (workdir / "checkpoints").absolute(), keep
+        self.newest: int | None = None
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future | None = None
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells of its every step; its errors are raised too
 
-    @property
-    def latest_step(self) -> int | None:
-        """The step of the newest finished checkpoint."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+    def find_newest(self) -> str:
+        """Finds the newest checkpoint that is as it was written.
+
+        Returns:
+          What is wrong with newer ones; empty if nothing is.
+
+        Raises:
+          RunError: if there are checkpoints, and all are damaged.
+        """
+        answer, damage = _NONE, []
+        if processes.is_first():
+            for step in reversed(self._steps()):
+                fault = files.find_damage(self._path(step))
+                answer = step if fault is None else _ALL_DAMAGED
+                if fault is None:
+                    break
+                damage.append(f"checkpoint {step} is damaged: {fault}")
+        answer = processes.first_decides(answer)
+        if answer == _ALL_DAMAGED:
+            raise RunError(
+                f"no sound checkpoint in {self._directory}: {'; '.join(damage) or 'see process 0'}; put one back, or "
+                "choose another --workdir to start over"
+            )
+        self.newest = None if answer == _NONE else answer
+        return "; ".join(damage)
+
+    def clear(self) -> None:
+        """Makes the directory, and removes what is newer than the newest sound checkpoint, or was never finished."""
+        if processes.is_first():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for path in self._directory.iterdir():
+                if not path.name.isdecimal() or self.newest is None or int(path.name) > self.newest:
+                    shutil.rmtree(path, ignore_errors=True)
+        processes.barrier("checkpoints cleared")
 
     def save(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
         """Starts to write; returns once the state has been copied to host memory.
@@ -49,10 +83,17 @@ class Checkpoints:
           step: steps done.
           state: may be donated afterwards.
           progress: JSON; what a run that continues must know besides.
+
+        Raises:
+          RunError: if this one can't be written, or the one before could not.
         """
-        if self.latest_step != step:
-            with self._one_line("write"):
-                self._checkpointer.save_async(step, state, custom_metadata=progress)
+        if self.newest == step:
+            return
+        self._finish_writing()
+        with self._one_line("write"):
+            response = ocp.save_async(self._aside(step), state, custom_metadata=progress)
+        self._writing = self._writer.submit(self._finish, step, response.result)
+        self.newest = step
 
     def progress(self, step: int) -> dict[str, Any]:
         """What was saved with a checkpoint.
@@ -61,7 +102,7 @@ class Checkpoints:
           RunError: if it can't be read.
         """
         with self._one_line("read"):
-            return self._checkpointer.metadata(step).custom_metadata
+            return ocp.metadata(self._path(step)).custom_metadata
 
     def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
         """Reads a checkpoint, whatever mesh wrote it.
@@ -76,25 +117,60 @@ class Checkpoints:
         """
         wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         with self._one_line("read"):
-            return self._checkpointer.load(step, wanted)
+            return ocp.load(self._path(step), wanted)
 
     def wait(self) -> None:
-        """Returns when all that was started is written.
+        """Returns when what was started is finished; all processes call it.
 
         Raises:
-          RunError: if something could not be.
+          RunError: if it could not be.
         """
-        with self._one_line("write"):
-            self._checkpointer.wait()
+        self._finish_writing()
+        # The first process alone finishes a checkpoint, and the others must not be gone before.
+        processes.barrier("checkpoint finished")
 
     def close(self) -> None:
-        """Waits, and lets go of orbax's threads."""
-        with self._one_line("write"):
-            self._checkpointer.close()
+        """Waits, ends the thread, and gives back the room of what could not be finished."""
+        try:
+            self._finish_writing()
+        finally:
+            self._writer.shutdown()
+            if processes.is_first():
+                for path in self._directory.glob(".*"):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _finish(self, step: int, written: Callable[[], None]) -> None:
+        """The part of writing that is done in the background."""
+        written()  # by all processes
+        if processes.is_first():
+            files.write_manifest(self._aside(step))
+            self._aside(step).rename(self._path(step))
+            for old in self._steps()[: -self._keep]:
+                aside = self._directory / f".{old}.old"
+                self._path(old).rename(aside)
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _finish_writing(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing:
+            with self._one_line("write"):
+                writing.result()
+
+    def _steps(self) -> list[int]:
+        """The steps that have a checkpoint, in order."""
+        if not self._directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
+
+    def _path(self, step: int) -> Path:
+        return self._directory / str(step)
+
+    def _aside(self, step: int) -> Path:
+        return self._directory / f".{step}.partial"
 
     @contextlib.contextmanager
     def _one_line(self, verb: str) -> Iterator[None]:
-        """Turns orbax's and tensorstore's errors into one line; errors of the background show up later."""
+        """Turns orbax's and tensorstore's errors into one line."""
         try:
             yield
         except (ValueError, OSError, KeyError) as error:
@@ -125,3 +201,20 @@ def save_best(workdir: Path, step: int, params: Params, description: ModelDescri
         for other in models.iterdir():
             if other != directory:
                 shutil.rmtree(other, ignore_errors=True)
+
+
+def set_models_aside(workdir: Path, step: int) -> None:
+    """Renames models of steps after `step`, which a changed run will reach with other parameters.
+
+    `model` keeps pointing at the same content.
+    """
+    if not processes.is_first():
+        return
+    for path in (workdir / "models").glob("[0-9]*"):
+        if path.name.isdecimal() and int(path.name) > step:
+            kept = path.with_name(f"{path.name}.before")
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.copytree(path, kept)
+            if (workdir / "model").resolve() == path.resolve():
+                files.link(workdir / "model", kept)
+            shutil.rmtree(path)

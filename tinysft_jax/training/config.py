@@ -1,5 +1,6 @@
 """Checks a run's configuration before anything is read or compiled."""
 
+import difflib
 import importlib.metadata
 from typing import Any
 
@@ -16,6 +17,50 @@ from tinysft_jax.training.profile import parse_window
 DTYPES = ("auto", "bfloat16", "float32")
 WANDB_MODES = ("disabled", "offline", "online")
 
+# Every key of a configuration and what it holds; a float may be written as an int.
+KEYS: dict[str, type | tuple[type, ...]] = {
+    "seed": int,
+    "init_from": str,
+    "model.vocab_size": int,
+    "model.dim": int,
+    "model.n_layers": int,
+    "model.n_heads": int,
+    "model.max_seq_len": int,
+    "model.mlp_ratio": float,
+    "data.path": str,
+    "data.seq_len": int,
+    "data.num_workers": int,
+    "optimizer.learning_rate": float,
+    "optimizer.warmup_steps": int,
+    "optimizer.weight_decay": float,
+    "optimizer.beta1": float,
+    "optimizer.beta2": float,
+    "optimizer.grad_clip": float,
+    "optimizer.decayed": str,
+    "optimizer.ema_decay": float,
+    "train.max_steps": int,
+    "train.num_epochs": (int, type(None)),
+    "train.batch_size": int,
+    "train.grad_accumulation_steps": int,
+    "train.log_interval": int,
+    "train.eval_interval": int,
+    "train.eval_batches": int,
+    "train.save_interval": int,
+    "train.keep_checkpoints": int,
+    "train.max_skipped_steps": int,
+    "train.dtype": str,
+    "train.attention": str,
+    "train.remat": str,
+    "export": str,
+    "profile": str,
+    "mesh.data": int,
+    "mesh.fsdp": int,
+    "mesh.tensor": int,
+    "wandb.mode": str,
+    "wandb.project": str,
+    "wandb.name": str,
+}
+
 _AT_LEAST_1 = (
     "data.seq_len",
     "train.max_steps",
@@ -25,6 +70,7 @@ _AT_LEAST_1 = (
     "train.eval_interval",
     "train.save_interval",
     "train.keep_checkpoints",
+    "train.max_skipped_steps",
 )
 _AT_LEAST_0 = (
     "seed",
@@ -44,6 +90,26 @@ _CHOICES = {
 }
 
 
+def check_keys(config: ConfigDict) -> None:
+    """Refuses a configuration that lacks a key, has one that nothing reads, or a value of another type.
+
+    A key on the command line is checked by its flag; this is for configuration files that someone wrote.
+
+    Raises:
+      UserError: naming the key.
+    """
+    values = flat(config)
+    for key in values.keys() - KEYS.keys():
+        near = difflib.get_close_matches(key, KEYS, 1)
+        raise UserError(f"there is no setting {key}{f'; do you mean {near[0]}?' if near else ''}")
+    for key, kind in KEYS.items():
+        if key not in values:
+            raise UserError(f"the configuration lacks {key}; configs/sft.py has all keys")
+        value, kinds = values[key], kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, (*kinds, int) if float in kinds else kinds) or isinstance(value, bool):
+            raise UserError(f"{key} is {value!r}, which is {type(value).__name__}; it must be {kinds[0].__name__}")
+
+
 def check_config(config: ConfigDict, batch_shards: int) -> None:
     """Refuses values that can't be a run.
 
@@ -54,17 +120,18 @@ def check_config(config: ConfigDict, batch_shards: int) -> None:
     Raises:
       UserError: naming the key.
     """
+    values = flat(config)
     for keys, least in ((_AT_LEAST_1, 1), (_AT_LEAST_0, 0)):
         for key in keys:
-            value = _get(config, key)
+            value = values[key]
             if not least <= value < float("inf"):
                 raise UserError(f"{key} is {value}; it must be at least {least}")
     for key, choices in _CHOICES.items():
-        if _get(config, key) not in choices:
-            raise UserError(f"{key} is {_get(config, key)!r}; choose one of {', '.join(choices)}")
+        if values[key] not in choices:
+            raise UserError(f"{key} is {values[key]!r}; choose one of {', '.join(choices)}")
     for key in ("optimizer.beta1", "optimizer.beta2", "optimizer.ema_decay"):
-        if not 0 <= _get(config, key) < 1:
-            raise UserError(f"{key} is {_get(config, key)}; it must be at least 0 and below 1")
+        if not 0 <= values[key] < 1:
+            raise UserError(f"{key} is {values[key]}; it must be at least 0 and below 1")
     if config.seed >= 2**31:
         raise UserError(f"seed is {config.seed}; it must be below 2**31")
     if config.train.num_epochs is not None and config.train.num_epochs < 1:
@@ -77,6 +144,39 @@ def check_config(config: ConfigDict, batch_shards: int) -> None:
             f"train.batch_size {rows} must be a multiple of {divisor}: train.grad_accumulation_steps "
             f"{config.train.grad_accumulation_steps} × {batch_shards} shard(s) of the mesh"
         )
+
+
+def check_run(config: ConfigDict, total_steps: int, max_tokens: int) -> None:
+    """Refuses what does not fit the length of the run or the data.
+
+    Args:
+      config: of `configs/`.
+      total_steps: of the run.
+      max_tokens: to which the data was trimmed.
+
+    Raises:
+      UserError: naming the key.
+    """
+    if config.optimizer.warmup_steps > total_steps:
+        raise UserError(
+            f"optimizer.warmup_steps {config.optimizer.warmup_steps} is longer than the run of {total_steps} steps"
+        )
+    if config.data.seq_len < max_tokens:
+        raise UserError(
+            f"data.seq_len {config.data.seq_len} is below the data's max_tokens {max_tokens}; raise data.seq_len or "
+            f"prepare with --max_tokens {config.data.seq_len}"
+        )
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """A configuration's values by dotted key."""
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            values |= {f"{key}.{name}": inner for name, inner in flat(value).items()}
+        else:
+            values[key] = value
+    return values
 
 
 def compute_dtype(config: ConfigDict):
@@ -93,8 +193,3 @@ def resolved(config: ConfigDict, total_steps: int) -> dict[str, Any]:
         "total_steps": total_steps,
         "packages": {name: importlib.metadata.version(name) for name in packages},
     }
-
-
-def _get(config: ConfigDict, key: str):
-    section, _, name = key.rpartition(".")
-    return (config[section] if section else config)[name]

@@ -1,7 +1,10 @@
 """Ctrl-C and SIGTERM: the first asks a run to stop after its step, the second ends it at once."""
 
+import contextlib
 import os
 import signal
+import socket
+import threading
 from types import FrameType
 
 import jax
@@ -12,7 +15,7 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class StopRequest:
-    """Within the block, notes the first signal instead of dying of it.
+    """Within the block, notes the first signal instead of dying of it, and leaves at the second.
 
     Attributes:
       exit_code: what to leave with; None as long as the run goes on.
@@ -37,17 +40,44 @@ class StopRequest:
         return self.exit_code is not None
 
     def __enter__(self) -> "StopRequest":
+        # Python runs its handlers between two instructions of the main thread, which may be compiling for minutes. So
+        # a thread counts the signals, and it can leave at any moment.
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._previous = {number: signal.signal(number, self._note) for number in EXIT_CODES}
+        self._counter = threading.Thread(target=self._count, name="signals", daemon=True)
+        self._counter.start()
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        self._writer.close()  # which ends the thread
+        self._counter.join()
+        self._reader.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._noted is not None:
-            os._exit(EXIT_CODES[number])  # asked twice: what is half-written is aside, and finished files stay
-        self._noted = EXIT_CODES[number]
+        self._noted = self._noted or EXIT_CODES[number]
+
+    def _count(self) -> None:
+        asked = False
+        while received := self._reader.recv(1):
+            if (code := EXIT_CODES.get(received[0])) is None:
+                continue
+            if asked:
+                # What is half-written is aside, and finished files stay.
+                _say("left at once; the same command continues from the last checkpoint")
+                os._exit(code)
+            asked = True
+            _say("stopping after this step, with a checkpoint; once more to leave at once")
+
+
+def _say(text: str) -> None:
+    """Without the buffer of `sys.stderr`, whose lock the main thread may hold."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
 
 
 def _highest(mesh: Mesh, value: int) -> jax.Array:

@@ -23,36 +23,44 @@ from tinysft_jax.interop.export import export_run
 from tinysft_jax.model import GPT
 from tinysft_jax.model_directory import ModelDescription, Params
 from tinysft_jax.sharding import batch_sharding, batch_shards, global_batch, make_mesh, process_part
-from tinysft_jax.training.checkpoint import Checkpoints, save_best
-from tinysft_jax.training.config import check_config, compute_dtype, resolved
+from tinysft_jax.tokenizer import ChatTokenizer
+from tinysft_jax.training.checkpoint import Checkpoints, save_best, set_models_aside
+from tinysft_jax.training.config import check_config, check_keys, check_run, compute_dtype, resolved
 from tinysft_jax.training.evaluate import ALL_TASKS, Evaluator
 from tinysft_jax.training.interrupt import StopRequest
-from tinysft_jax.training.metrics import MetricLog, Rates, read_metrics
+from tinysft_jax.training.metrics import MetricLine, MetricLog, Rates, read_metrics
 from tinysft_jax.training.optimizer import make_optimizer, warmup_cosine
 from tinysft_jax.training.plot import plot_loss
 from tinysft_jax.training.profile import ProfileWindow
 from tinysft_jax.training.progress import TrainingProgress, print_summary
-from tinysft_jax.training.state import create_state, starting_model, state_shapes
+from tinysft_jax.training.resume import TOTAL_STEPS, differences, run_identity, what_more_steps_do
+from tinysft_jax.training.skipped import SkippedSteps
+from tinysft_jax.training.state import check_same_language, create_state, starting_model, state_shapes
 from tinysft_jax.training.step import make_eval_step, make_train_step
 
+FORMAT_VERSION = 1  # of what a checkpoint says besides arrays
 
-def train(config: ConfigDict, workdir: Path) -> None:
+
+def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verify: bool = False) -> None:
     """Runs, or continues, the training that `config` describes.
 
     Args:
       config: of `configs/`.
-      workdir: what the run writes; if it holds checkpoints, the run continues from the newest.
+      workdir: what the run writes; if it holds checkpoints, the run continues from the newest sound one.
+      accept_changes: continue though the model, the data or the schedule are not what they were.
+      verify: compare the data's hashes with its manifest first; sizes are compared always.
 
     Raises:
       UserError: if the configuration, the data or the starting model can't be worked with.
-      RunError: if the run can't go on: a full disk, too little memory, numbers that are no more.
+      RunError: if the run can't go on: a full disk, too little memory, no sound checkpoint, a loss that is no number.
       Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
     """
+    check_keys(config)
     mesh = make_mesh(**config.mesh)
     check_config(config, batch_shards(mesh))
     try:
         with jax.set_mesh(mesh), StopRequest() as stop:
-            _Run(config, workdir, mesh, stop).to_the_end()
+            _Run(config, workdir, mesh, stop, accept_changes, verify).to_the_end()
     except OSError as error:
         raise RunError(f"can't write {workdir}: {error.strerror or error}") from None
     except jax.errors.JaxRuntimeError as error:
@@ -66,19 +74,25 @@ def train(config: ConfigDict, workdir: Path) -> None:
 class _Run:
     """Everything is checked and built before anything is written."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, mesh: Mesh, stop: StopRequest):
+    def __init__(
+        self, config: ConfigDict, workdir: Path, mesh: Mesh, stop: StopRequest, accept_changes: bool, verify: bool
+    ):
         self.config, self.workdir, self.mesh, self.stop = config, workdir, mesh, stop
         self.part = process_part(mesh)
         self.data = PreparedData(config.data.path)
+        if verify:
+            self.data.verify()
         self.split = self.data.split("train")
         if not len(self.split):
             raise UserError(f"{config.data.path} has no training conversation")
         self.packing = Packing(self.split.lengths, config.data.seq_len)
         self.total_steps = total_steps(config, self.packing)
+        check_run(config, self.total_steps, self.data.description.get("max_tokens", 0))
+        self.identity = run_identity(config, self.data, self.packing, self.total_steps)
         processes.check_same(
             {
                 "the configuration": config.to_json(),
-                "the data": self._identity()["data"],
+                "the data": self.identity["data"],
                 "how it is packed (which may be due to another version of SciPy)": self.packing.fingerprint,
             }
         )
@@ -86,44 +100,45 @@ class _Run:
         self.evaluator = Evaluator(
             self.data, config.train.batch_size, config.data.seq_len, config.train.eval_batches, self.part
         )
-        self.step, self.best_loss, self.best_step = 0, math.inf, 0
-        self.checkpoints = self._existing_checkpoints()
-        if self.checkpoints:
-            self.step, params = self.checkpoints.latest_step, None
-            self.description = self._continue_from(self.checkpoints.progress(self.step))
-        else:
+        self.step, self.best_loss, self.best_step, self.evaluated_step = 0, math.inf, 0, -1
+        self.skipped = SkippedSteps(workdir, config.train.max_skipped_steps)
+        self.notes: list[str] = []  # to be said once the run has begun
+        self.is_changed = False
+        self.checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+        damage = self.checkpoints.find_newest()
+        if self.checkpoints.newest is None:
             self.description, params = starting_model(config.init_from, config.model.to_dict(), self.data)
+        else:
+            self.step, params = self.checkpoints.newest, None
+            self.description = self._continue_from(self.checkpoints.progress(self.step), accept_changes)
+            where = f"continuing at step {self.step:,} of {self.total_steps:,} in {workdir}"
+            self.notes.append(f"{damage}; {where}" if damage else where)
         self._build(params)
 
-    def _existing_checkpoints(self) -> Checkpoints | None:
-        if not (self.workdir / "checkpoints").is_dir():
-            return None
-        checkpoints = Checkpoints(self.workdir, self.config.train.keep_checkpoints)
-        return checkpoints if checkpoints.latest_step is not None else None
-
-    def _continue_from(self, progress: dict[str, Any]) -> ModelDescription:
+    def _continue_from(self, progress: dict[str, Any], accept_changes: bool) -> ModelDescription:
         """Takes over what a checkpoint says, once it is sure that this is the same run."""
-        before, now = progress["run"], self._identity()
-        changes = [f"{key} was {before.get(key)}, now {now[key]}" for key in now if before.get(key) != now[key]]
-        if changes:
-            raise UserError(f"{self.workdir} is another run: {'; '.join(changes)}; choose another --workdir")
+        where, before = self.workdir / "checkpoints" / str(self.step), progress["run"]
+        if progress["format_version"] > FORMAT_VERSION:
+            raise UserError(f"{where} is of a newer program; upgrade tinysft-jax")
+        changes = differences(before, self.identity)
+        if changes and not accept_changes:
+            raise UserError(
+                f"{self.workdir} is another run: {'; '.join(changes)}; choose another --workdir, or add "
+                "--accept_changes to continue it so"
+            )
         if self.step > self.total_steps:
             raise UserError(f"{self.workdir} has done {self.step} steps already, more than {self.total_steps}")
-        self.best_step = progress["best_step"]
+        if changes:
+            self.notes.append(f"continuing another run than it was: {'; '.join(changes)}")
+        if before[TOTAL_STEPS] < self.total_steps:
+            self.notes.append(what_more_steps_do(self.config, before[TOTAL_STEPS], self.total_steps, self.step))
+        self.is_changed = before != self.identity
+        self.evaluated_step, self.best_step = progress["evaluated_step"], progress["best_step"]
         self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
-        return ModelDescription.from_json(progress["model"], self.workdir / "checkpoints" / str(self.step))
-
-    def _identity(self) -> dict[str, Any]:
-        """What must not change when a run continues: the order of the data, and the arithmetic of a step."""
-        config = self.config
-        return {
-            "data": files.sha256(self.data.directory / "manifest.json")[:16],
-            "seed": config.seed,
-            "data.seq_len": config.data.seq_len,
-            "packing": self.packing.fingerprint,
-            "train.batch_size": config.train.batch_size,
-            **{f"optimizer.{key}": value for key, value in config.optimizer.items()},
-        }
+        self.skipped.total, self.skipped.in_a_row = progress["skipped_steps"]
+        description = ModelDescription.from_json(progress["model"], where)
+        check_same_language(description, ChatTokenizer.from_description(self.data.description), str(where))
+        return description
 
     def _build(self, params: Params | None) -> None:
         """The state and the compiled functions."""
@@ -141,7 +156,7 @@ class _Run:
         schedule = warmup_cosine(settings.pop("learning_rate"), settings.pop("warmup_steps"), self.total_steps)
         optimizer = make_optimizer(schedule, **settings)
         shapes, self.shardings = state_shapes(self.mesh, model, optimizer, averaged=ema_decay > 0)
-        if self.checkpoints:
+        if self.checkpoints.newest is not None:
             self.state = self.checkpoints.restore(self.step, shapes, self.shardings)
         else:
             self.state = create_state(self.shardings, model, params, optimizer, config.seed)
@@ -166,7 +181,9 @@ class _Run:
     def to_the_end(self) -> None:
         self.workdir.mkdir(parents=True, exist_ok=True)
         first = processes.is_first()
-        self.checkpoints = self.checkpoints or Checkpoints(self.workdir, self.config.train.keep_checkpoints)
+        self.checkpoints.clear()
+        if self.is_changed:
+            set_models_aside(self.workdir, self.step)
         seq_len = self.config.data.seq_len
         self.rates = Rates(self.description.config, self.config.train.batch_size * seq_len, seq_len)
         self.log = None
@@ -175,10 +192,12 @@ class _Run:
             if first:
                 settings = resolved(self.config, self.total_steps)
                 files.write_json(self.workdir / "config.json", settings)
-                self.log = MetricLog(self.workdir, self.step, self.config.wandb.to_dict(), settings)
-            if self.step:
-                self.progress.say(f"continuing at step {self.step:,} of {self.total_steps:,} in {self.workdir}")
-            if processes.first_decides(self._is_evaluation_due()):
+                self.skipped.forget_after(self.step)
+                self.log = MetricLog(self.workdir, self._kept_metrics(), self.config.wandb.to_dict(), settings)
+            for note in self.notes:
+                self.progress.say(note)
+            # A stop may have cut it short.
+            if self._is_time_to_evaluate() and self.evaluated_step != self.step:
                 self._evaluate()
             self._train()
             self.checkpoints.wait()
@@ -241,49 +260,68 @@ class _Run:
     def _account(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes a finished step's metrics from the device, and logs them if it is time."""
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise RunError(
-                f"the loss of step {step:,} is {values['loss']}, its gradient's norm {values['grad_norm']}: the run "
-                "has diverged; lower optimizer.learning_rate or lengthen optimizer.warmup_steps and start again"
-            )
+        self.skipped.count(bool(values["skipped"]))
         self.rates.count(values["tokens"], values["supervised_tokens"])
         self.progress.step(step)
-        if step % self.config.train.log_interval == 0 or step in (1, self.total_steps):
+        if values["skipped"]:
+            self._say_skipped(step, values["loss"], values["grad_norm"])
+        elif step % self.config.train.log_interval == 0 or step in (1, self.total_steps):
             logged = {
                 "sft/train_loss": values["loss"],
                 "sft/grad_norm": values["grad_norm"],
                 "sft/lr": values["lr"],
+                "sft/skipped_steps": self.skipped.total,
                 **self.rates.report(),
             }
             self.progress.log(step, logged)
             self._write(step, logged)
 
-    def _is_evaluation_due(self) -> bool:
-        """Whether the step that the run starts at should have been evaluated, and was not."""
-        return self._is_time_to_evaluate() and not any(
-            ALL_TASKS in line for line in read_metrics(self.workdir) if line["step"] == self.step
-        )
+    def _say_skipped(self, step: int, loss: float, grad_norm: float) -> None:
+        if self.log:
+            self.progress.say(self.skipped.write(step, loss, grad_norm, self._conversations(step)))
+            self._write(step, {"sft/skipped_steps": self.skipped.total})
+        self.skipped.check(step)
+
+    def _conversations(self, step: int) -> list[int]:
+        """The conversations of a step's batch, as indices of the training split."""
+        size = self.config.train.batch_size
+        epoch, batch = divmod(step - 1, steps_an_epoch(self.config, self.packing))
+        plan = self.packing.epoch(self.config.seed, epoch)  # made again: it is rarely asked for
+        starts = plan.row_starts[batch * size :][: size + 1]
+        return plan.order[starts[0] : starts[-1]].tolist()
+
+    def _kept_metrics(self) -> list[MetricLine]:
+        """The lines of steps that are done; an evaluation's only if the checkpoint knows of it."""
+
+        def is_kept(line: MetricLine) -> bool:
+            is_known = ALL_TASKS not in line or self.evaluated_step == self.step
+            return line["step"] < self.step or (line["step"] == self.step and is_known)
+
+        return [line for line in read_metrics(self.workdir) if is_kept(line)]
 
     def _evaluate(self) -> None:
         stops = functools.partial(self.stop.agreed, self.mesh)
         losses = self.evaluator.losses(self.eval_step, self.model_params, self.mesh, stops)
         if ALL_TASKS not in losses:
             return
+        self.evaluated_step = self.step
         self.progress.say(f"step {self.step:,}: validation loss {losses[ALL_TASKS]:.4f}")
         if self.step and losses[ALL_TASKS] < self.best_loss:
             self.best_loss, self.best_step = losses[ALL_TASKS], self.step
             self._save_model()
-        self._write(self.step, losses)
+        self._write(self.step, {key: loss for key, loss in losses.items() if math.isfinite(loss)})
         if self.log:
             plot_loss(read_metrics(self.workdir), self.workdir / "loss.png")
 
     def _save(self) -> None:
         progress = {
-            "format_version": 1,
-            "run": self._identity(),
+            "format_version": FORMAT_VERSION,
+            "run": self.identity,
             "rows": self.step * self.config.train.batch_size,
             "best_loss": self.best_loss if self.best_step else None,
             "best_step": self.best_step,
+            "evaluated_step": self.evaluated_step,
+            "skipped_steps": [self.skipped.total, self.skipped.in_a_row],
             "model": self.description.to_json(),
         }
         self.checkpoints.save(self.step, self.state, progress)
@@ -291,7 +329,7 @@ class _Run:
     def _save_model(self) -> None:
         save_best(self.workdir, self.step, self.model_params, self.description)
 
-    def _write(self, step: int, metrics: dict[str, float]) -> None:
+    def _write(self, step: int, metrics: MetricLine) -> None:
         if self.log:
             self.log.write(step, metrics)
 

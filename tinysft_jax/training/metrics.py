@@ -106,20 +106,18 @@ class MetricLog:
 
     Args:
       workdir: the work directory.
-      step: of the checkpoint that the run continues from, 0 for a new one. Lines after it are dropped: the run will
-        write them again.
+      kept: the lines that stand already; the run will write all others (again).
       wandb_settings: mode ("disabled", "offline" or "online"), project and name.
       config: the resolved configuration, for wandb.
     """
 
-    def __init__(self, workdir: Path, step: int, wandb_settings: dict[str, Any], config: dict[str, Any]):
+    def __init__(self, workdir: Path, kept: list[MetricLine], wandb_settings: dict[str, Any], config: dict[str, Any]):
         self._path = workdir / "metrics.jsonl"
-        kept = [line for line in read_metrics(workdir) if line["step"] <= step] if step else []
         files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(workdir, wandb_settings, config)
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, metrics: MetricLine) -> None:
         self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb:
@@ -133,12 +131,18 @@ class MetricLog:
 
 def read_metrics(workdir: Path) -> list[MetricLine]:
     """The lines of `metrics.jsonl`; one that a killed run left unfinished is left out."""
-    path = workdir / "metrics.jsonl"
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    return read_lines(workdir / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects with a step of a log, an object a line; whatever else stands there is left out."""
+    objects = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
+            entry = json.loads(text)
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                objects.append(entry)
+    return objects
 
 
 def _start_wandb(workdir: Path, settings: dict[str, Any], config: dict[str, Any]):

@@ -44,7 +44,7 @@ class TrainingProgress:
         if self._live:
             self._live.update(self._task, completed=step)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: MetricLine) -> None:
         """Shows the metrics of a logged step."""
         text = f"loss {metrics['sft/train_loss']:.4f}  lr {metrics['sft/lr']:.2e}"
         if (rate := metrics.get("sft/supervised_tokens_per_second")) is not None:

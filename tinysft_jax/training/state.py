@@ -40,7 +40,7 @@ def starting_model(init_from: str, shape: dict, data: PreparedData) -> tuple[Mod
             raise UserError(f"model.vocab_size {config.vocab_size} is below the data's {tokenizer.vocab_size}")
         return ModelDescription(config, **tokenizer.description(), source={"kind": "random"}), None
     description, params = read_model(init_from)
-    _check_same_language(description, tokenizer, init_from)
+    check_same_language(description, tokenizer, init_from)
     config = description.config
     if tokenizer.template == "control" and description.chat_template is None:
         config, params = grow_vocabulary(config, params, tokenizer)
@@ -115,7 +115,8 @@ def _fresh(params: Params, optimizer: optax.GradientTransformation, averaged: bo
     return state | ({"average": jax.tree.map(jnp.copy, params)} if averaged else {})
 
 
-def _check_same_language(description: ModelDescription, tokenizer: ChatTokenizer, init_from: str) -> None:
+def check_same_language(description: ModelDescription, tokenizer: ChatTokenizer, init_from: str) -> None:
+    """Raises: UserError, if a model and the data have other vocabularies or chat templates."""
     plain_vocabulary = tokenizer.eot_id + 1
     if description.tokenizer is None:
         # A checkpoint that does not name its tokenizer, and isn't GPT-2's size: it can only be the data's own.

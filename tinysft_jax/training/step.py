@@ -12,7 +12,8 @@ from tinysft_jax.sharding import constrain
 from tinysft_jax.training.loss import supervised_nll
 from tinysft_jax.training.optimizer import Schedule, moving_average
 
-# params: nested dicts of float32; opt_state: optax's; step: int32[], steps done; average: of params, if one is kept
+# params: nested dicts of float32; opt_state: optax's; step: int32[], steps that changed it; average: of params, if one
+# is kept
 TrainState = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
@@ -28,6 +29,8 @@ def make_train_step(
 
     The loss is Σ weight · nll / Σ weight over the whole batch, however it is divided: micro-batches add up sums, and
     the one division comes last.
+
+    A step whose loss or gradient is no finite number changes nothing, Adam's and the schedule's counts included.
 
     Args:
       graph: the GPT's structure (`nnx.split`).
@@ -46,9 +49,13 @@ def make_train_step(
         scale = 1 / jnp.where(supervised > 0, supervised, 1)
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+        loss, grad_norm = nll * scale, optax.tree.norm(grads)
+        # One value that is no number makes the norm none; so does a sum of squares beyond float32.
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         metrics = {
-            "loss": nll * scale,
-            "grad_norm": optax.tree.norm(grads),
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "skipped": ~finite,
             "lr": schedule(state["step"]),
             "supervised_tokens": supervised,
             "tokens": jnp.sum(batch["segment_ids"] > 0),
@@ -57,7 +64,7 @@ def make_train_step(
         new_state = {"params": params, "opt_state": opt_state, "step": step}
         if "average" in state:
             new_state["average"] = moving_average(state["average"], params, ema_decay, step)
-        return new_state, metrics
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state), metrics
 
     return train_step
 

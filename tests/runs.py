@@ -1,0 +1,65 @@
+"""Small runs, and how to compare them."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from tinysft_jax.training.metrics import read_metrics
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def load_config(name: str, preset: str = ""):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(preset)
+
+
+def tiny_config(data: Path, **changes):
+    """A run of 12 steps; `changes` are by dotted key, dots written as two underscores."""
+    config = load_config("sft")
+    config.update({"data": {"path": str(data), "seq_len": 64}, "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2}})
+    config.model.update({"dim": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 64})
+    config.train.update({"max_steps": 12, "batch_size": 8, "log_interval": 1, "eval_interval": 5, "save_interval": 4})
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return config
+
+
+def losses(workdir: Path, key: str = "sft/train_loss") -> dict[int, float]:
+    return {line["step"]: line[key] for line in read_metrics(workdir) if key in line}
+
+
+def arrays(directory: Path) -> dict[str, np.ndarray]:
+    """All arrays that orbax stored in a directory, by path."""
+    stored = ocp.metadata(directory).metadata
+    state = ocp.load(directory, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def latest_checkpoint(workdir: Path) -> dict[str, np.ndarray]:
+    return arrays(max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name)))
+
+
+def assert_same_bits(workdir: Path, other: Path) -> None:
+    """Two runs logged the same losses, and ended with the same state and the same best model."""
+    # Of the steps since the last report, the first after a start left out.
+    rates = ("sft/tokens_per_second", "sft/supervised_tokens_per_second", "sft/padding_fraction", "sft/mfu")
+    lines = [
+        [{key: value for key, value in line.items() if key not in rates} for line in read_metrics(each)]
+        for each in (workdir, other)
+    ]
+    assert lines[0] == lines[1]
+    assert os.readlink(workdir / "model") == os.readlink(other / "model")
+    pairs = [
+        (latest_checkpoint(workdir), latest_checkpoint(other)),
+        (arrays((workdir / "model" / "params").resolve()), arrays((other / "model" / "params").resolve())),
+    ]
+    for one, two in pairs:
+        assert one.keys() == two.keys()
+        for path in one:
+            np.testing.assert_array_equal(one[path], two[path])

@@ -1,0 +1,63 @@
+"""Whether a run that continues is the run that began."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tinysft_jax import files
+from tinysft_jax.data.dataset import PreparedData
+from tinysft_jax.data.packing import Packing
+from tinysft_jax.training.config import flat
+from tinysft_jax.training.optimizer import warmup_cosine
+
+TOTAL_STEPS = "steps"
+
+
+def run_identity(config: ConfigDict, data: PreparedData, packing: Packing, total_steps: int) -> dict[str, Any]:
+    """What must not change when a run continues: its model, its data and their order, the arithmetic of a step.
+
+    Returns:
+      JSON, by name.
+    """
+    values = flat(config)
+    shape = {} if config.init_from else {key: value for key, value in values.items() if key.startswith("model.")}
+    return {
+        "init_from": config.init_from,
+        **shape,
+        "data": files.sha256(data.directory / "manifest.json")[:16],
+        "chat_template": data.description["chat_template"],
+        "tokenizer": data.description["tokenizer"],
+        "seed": config.seed,
+        "data.seq_len": config.data.seq_len,
+        "packing": packing.fingerprint,
+        "train.batch_size": config.train.batch_size,
+        **{key: value for key, value in values.items() if key.startswith("optimizer.")},
+        TOTAL_STEPS: total_steps,
+    }
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What distinguishes two identities, other than that the run is longer."""
+    keys = dict.fromkeys((*now, *before))
+    if before.get(TOTAL_STEPS, 0) <= now[TOTAL_STEPS]:
+        del keys[TOTAL_STEPS]
+    return [
+        f"{key} was {_shown(before, key)}, now {_shown(now, key)}" for key in keys if before.get(key) != now.get(key)
+    ]
+
+
+def what_more_steps_do(config: ConfigDict, before: int, now: int, step: int) -> str:
+    """How the learning rate goes on in a run of `now` steps that was one of `before`, `step` of them done."""
+    rates = [
+        float(warmup_cosine(config.optimizer.learning_rate, config.optimizer.warmup_steps, total)(step))
+        for total in (now, before)
+    ]
+    return (
+        f"the run is longer than it was, {now:,} steps instead of {before:,}: the learning rate of step {step + 1:,} "
+        f"is {rates[0]:.2e} instead of {rates[1]:.2e}, and falls to 0 at step {now:,}"
+    )
+
+
+def _shown(identity: dict[str, Any], key: str) -> str:
+    value = identity.get(key, "")
+    return "empty" if value == "" else str(value)

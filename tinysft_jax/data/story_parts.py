@@ -167,32 +167,28 @@ PLACES = {
 LOOKS = _options("red, blue, green, purple, pink, shiny, new, small, pretty, special, lovely, golden, round, bright")
 
 # --- Words that stories are built around ------------------------------------------------------------------------------
+# Each is a single token after a space among GPT-2's first 8,192 ranks, so that small models learn soon to use them.
 
 NOUNS = _words("""
-    anchor apple arrow ball balloon banana barrel basket bell bench blanket boat book bottle bowl box branch brick
-    broom brush bucket button cake camera candle carrot cart castle chain chair chest clock cloth coat coin cookie
-    couch crown cup cushion desk dish doll door drum egg fan feather fence flag flower flute fork glove guitar
-    hammer hat helmet horn jar jewel kettle key kite ladder lamp lantern leaf lemon magnet map marble mask medal
-    melon mirror mitten mushroom needle nest net onion oven parcel peach pear pebble pen pencil piano picture pillow
-    pipe plate potato puddle pumpkin puzzle ribbon ring robot rocket rope rose rug saddle scarf shell shirt shoe
-    shovel sled sock spoon statue stone string suitcase sword table teapot telescope tent ticket tomato torch towel
-    tower tractor trumpet trunk tunnel vase violin wagon wheel window
+    bag ball basket bath bed bench book box bridge bus button camera car card chain chair chest cloud computer cup
+    desk doll door dress egg engine fan farm flag game gift hat hole house island key letter lock log machine
+    magazine map net newspaper note nut package page paper path pen phone picture pie plane plant plate pool post
+    pot radio rail ring road rock root screen shell ship shop sign stage star stick stone string suit table tail
+    tank television ticket tool track tree truck vehicle video wall wheel window
 """)
 # Regular, and each makes sense without an object.
 VERBS = _words("""
-    bounce bow camp cheer chat clap climb cook count crawl dance daydream explore fish float garden giggle
-    hike hop hum hurry jog juggle jump kick knit laugh listen march nap paint pant peek play plan practice race relax
-    rest roll row sail scribble search shout sigh skate skip sketch smile snack sneeze snore splash stare stretch stroll
-    talk travel trot tumble twirl type wait walk wander wash watch wave whisper whistle wiggle wink wobble wonder
-    work yawn yell
+    act balance camp clean cook count cycle dream exercise explore fish hop hum jump kick laugh learn listen move
+    paint plan play practice race rest roll row search stay stretch study talk train travel type wait walk watch
+    wave wonder work worry
 """)
 ADJECTIVES = _words("""
-    ancient big black blue bright broken brown bumpy cheap clean clumsy cold colorful cracked crooked curly damp dark
-    dirty dry dull dusty empty enormous fancy fine flat foreign fresh funny giant golden gray greasy green hard heavy
-    hollow huge large light long loose lovely messy muddy narrow neat new odd old orange pale perfect pink plain pointed
-    precious pretty purple rare red rough round rusty scary shabby sharp shiny silly silver simple slippery small
-    smooth soft spicy spotted square sticky stiff strange striped strong sweet tall tasty thick thin tiny ugly unusual
-    warm weak wet white wide wild wonderful wooden yellow
+    ancient bad beautiful big black blue bright broken brown cheap clear cold complex cool crazy dark deep different
+    dry empty excellent expensive false famous fine firm flat foreign fresh full giant good grand great green
+    hard heavy hot huge large light long loud magic massive modern narrow natural new nice normal odd old perfect
+    plastic poor powerful pretty quiet rare red rich rough round safe sharp short simple small smart smooth soft
+    solid special square strange strong sweet tall thick thin tight tiny tough unique useful valuable warm weak
+    weird white wide wild wonderful yellow young
 """)
 
 
@@ -228,10 +224,10 @@ OPENINGS = _lines("""
 HABITS = _lines("""
     {M} [loved|liked] to {verb}.
     {M} was [curious|brave|shy|playful|clever|cheerful|gentle] and [loved|wanted] to {verb}.
-    Everyone knew that {M} [liked to {verb}|{verbed} too much], but nobody [minded|said a word].
+    Everyone knew that {M} [liked to {verb}|could {verb} all day], but nobody [minded|said a word].
     {M} had {verbed} all [morning|day] and felt [calm|cheerful|wide awake|full of hope].
-    {M} {verbed} for a while and [looked around|felt good].
     That day {M} was {verbing} [in the sun|as always|for a long time].
+    It was a good day to {verb}, and {M} [knew it|felt wide awake].
     "I want to {verb}!" said {M}.
     "Is there a better place to {verb}?" asked {M}.
 """)

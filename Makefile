@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# Minutes; `make demo-full` is the same at greater length, under an hour.
+# Minutes; `make demo-full` is the same at greater length.
 DEMO := runs/demo
 STORIES := 12000
 CASES := 60

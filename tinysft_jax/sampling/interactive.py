@@ -59,7 +59,7 @@ class Shell:
             try:
                 if len(line) > MAX_CHARACTERS:
                     raise UserError(
-                        f"the line is longer than {MAX_CHARACTERS:,} characters; it was not read to its end"
+                        f"a line of over {MAX_CHARACTERS:,} characters is not answered"
                     )
                 self._obey(line)
             except UserError as error:

@@ -4,7 +4,6 @@ The table of embeddings is stored without its padding rows, so that a reader nee
 """
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from orbax.checkpoint import v1 as ocp
 from tinysft_jax import files, processes
 from tinysft_jax.errors import RunError, UserError, reason, shown
 from tinysft_jax.model import GPT, LARGEST_SIZE, GPTConfig
+from tinysft_jax.quiet import quiet_orbax
 
 FORMAT_VERSION = 1
 
@@ -123,18 +123,18 @@ def load_params(path: Path, config: GPTConfig) -> Params:
       UserError: if parameters are missing, unreadable or of other shapes than `config` says.
     """
     directory = Path(path).resolve() / "params"
-    if not ocp.is_orbax_checkpoint(directory):
-        raise UserError(f"{path} has no readable params/; convert or copy the model again")
     wanted = model_parameter_shapes(config)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of its every step
     try:
-        stored = ocp.metadata(directory).metadata
-        if not isinstance(stored, dict):
-            raise UserError(f"{directory} holds no parameters; convert or copy the model again")
-        differences = _differences(stored, trim_vocabulary(wanted, config))
-        if differences:
-            raise UserError(f"{directory} does not fit model.json: {'; '.join(differences[:5])}")
-        params = ocp.load(directory, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
+        with quiet_orbax():
+            if not ocp.is_orbax_checkpoint(directory):
+                raise UserError(f"{path} has no readable params/; convert or copy the model again")
+            stored = ocp.metadata(directory).metadata
+            if not isinstance(stored, dict):
+                raise UserError(f"{directory} holds no parameters; convert or copy the model again")
+            differences = _differences(stored, trim_vocabulary(wanted, config))
+            if differences:
+                raise UserError(f"{directory} does not fit model.json: {'; '.join(differences[:5])}")
+            params = ocp.load(directory, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"can't read {directory}: {reason(error)}") from None
     return pad_vocabulary(params, config)

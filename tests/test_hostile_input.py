@@ -163,6 +163,7 @@ STATES = {
     "ratio": (lambda c: c | {"config": c["config"] | {"mlp_ratio": 1e308}}, "mlp_ratio is 1e\\+308"),
     "theta": (lambda c: c | {"config": c["config"] | {"rope_theta": 10**400}}, "number of over 100 digits"),
     "a long key": (lambda c: with_state(c, **{"x" * 100_000: torch.ones(1)}), "unexpected: x{100}$"),
+    "a key of two lines": (lambda c: with_state(c, **{"a\n\x1b[2J": torch.ones(1)}), r"unexpected: 'a\\n\\x1b\[2J'$"),
     "many layers": (lambda c: with_state(c, blocks__9999__ln_1__weight=torch.ones(1)), r"and \d+ more"),
     "a key that is no text": (lambda c: c | {"model_state_dict": c["model_state_dict"] | {(1, 2): 3}}, "not a dense"),
 }

@@ -81,7 +81,7 @@ def open_torch_file(path: str | Path) -> TorchFile:
     parameters, buffers = {}, {}
     size = path.stat().st_size
     for key, tensor in state.items():
-        name = bare_name(key) if isinstance(key, str) else shown(key)
+        name = bare_name(key) if isinstance(key, str) and key.isprintable() else shown(key)
         group = buffers if _BUFFER.fullmatch(name) else parameters
         if name in group:
             raise UserError(f"{path}: {name} occurs twice, under different prefixes")

@@ -58,9 +58,7 @@ class Shell:
                 return
             try:
                 if len(line) > MAX_CHARACTERS:
-                    raise UserError(
-                        f"a line of over {MAX_CHARACTERS:,} characters is not answered"
-                    )
+                    raise UserError(f"a line of over {MAX_CHARACTERS:,} characters is not answered")
                 self._obey(line)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
-from tinysft_jax.errors import UserError
+from tinysft_jax.errors import UserError, shown
 
 DEFAULT_SYSTEM = "You are a helpful assistant that answers questions about stories."
 END_OF_TEXT = "<|endoftext|>"
@@ -81,7 +81,7 @@ def check_messages(messages: object, needs_answer: bool = False) -> None:
         role = message["role"]
         if role not in due:
             raise UserError(
-                f"{where} has the role {role!r} where {' or '.join(map(repr, due))} is due: "
+                f"{where} has the role {shown(role)} where {' or '.join(map(repr, due))} is due: "
                 "an optional system message, then user and assistant in turn"
             )
         _check_content(message["content"], f"{where}.content")

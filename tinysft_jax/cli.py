@@ -1,13 +1,16 @@
 """What every command shares: one-line errors, exit codes, and an argument parser that keeps to them."""
 
 import argparse
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from tinysft_jax.errors import Interrupted, RunError, UserError
+from tinysft_jax.errors import Interrupted, RunError, UserError, reason
+
+_LONGEST_MESSAGE = 4000
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -34,6 +37,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     interrupted by Ctrl-C and SIGTERM.
     """
     signal.signal(signal.SIGTERM, _terminated)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what is no text
     try:
         main()
         sys.stdout.flush()
@@ -41,6 +46,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         _leave(f"error: {error}", 2)
     except RunError as error:
         _leave(f"error: {error}", 3)
+    except MemoryError as error:
+        _leave(f"error: not enough memory: {reason(error)}", 3)
     except Interrupted as interruption:
         _leave(str(interruption), interruption.exit_code)
     except KeyboardInterrupt:
@@ -57,5 +64,7 @@ def _terminated(*_) -> NoReturn:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    print(" ".join(message.split()), file=sys.stderr)
+    # What it quotes comes from files: nothing in it may steer the terminal.
+    line = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(message.split()))
+    print(line if len(line) <= _LONGEST_MESSAGE else line[:_LONGEST_MESSAGE] + "…", file=sys.stderr)
     sys.exit(code)

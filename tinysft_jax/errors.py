@@ -1,5 +1,7 @@
 """The two ways in which a command ends early, each with one line for the user."""
 
+import reprlib
+
 
 class UserError(Exception):
     """The user's input can't be worked with; the message says what is wrong and what to do.
@@ -34,3 +36,19 @@ def reason(error: Exception) -> str:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     # Long ones begin with where it happened (tensorstore's paths, say) and end with what.
     return line if len(line) <= 300 else f"{line[:100]} … {line[-190:]}"
+
+
+class _Short(reprlib.Repr):
+    """Of what is long or deeply nested, the beginning; `repr` itself fails on deep nesting and huge numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxstring = self.maxother = 100
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if abs(x) < 10**100 else "a number of over 100 digits"
+
+
+def shown(value: object) -> str:
+    """A value out of the user's input as Python writes it, short enough for one line."""
+    return _Short().repr(value)

@@ -1,18 +1,23 @@
 """Files and directories that appear whole or not at all."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinysft_jax.errors import UserError
+from tinysft_jax.errors import UserError, shown
+
+# More than any file of settings has.
+MAX_TEXT_BYTES = 64 << 20
 
 
 def check_output(path: Path, overwrite: bool, marker: str) -> None:
@@ -149,7 +154,8 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file that is never seen half-written."""
     aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
-        aside.write_text(text, encoding="utf-8")
+        # Half a surrogate pair, as in the name of a file that is not UTF-8, becomes `\udcff`, which is right in JSON.
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -158,6 +164,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON object, indented, that is never seen half-written."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Reads a text file that is small if it is what it should be.
+
+    Raises:
+      OSError: if it can't be read, or is a pipe or device, which might never end.
+      ValueError: if it is over 64 MiB or not in this encoding.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "not a regular file")
+    with path.open("rb") as file:
+        content = file.read(MAX_TEXT_BYTES + 1)
+    if len(content) > MAX_TEXT_BYTES:
+        raise ValueError(f"longer than {MAX_TEXT_BYTES >> 20} MiB")
+    return content.decode(encoding)
 
 
 def read_json(path: Path, what: str, format_version: int) -> dict[str, Any]:
@@ -172,7 +195,7 @@ def read_json(path: Path, what: str, format_version: int) -> dict[str, Any]:
       UserError: if the file is missing, not such an object, or from a newer program.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not {what}: it has no {path.name}") from None
     except OSError as error:
@@ -184,7 +207,8 @@ def read_json(path: Path, what: str, format_version: int) -> dict[str, Any]:
         raise UserError(f"{path} has no format_version; is {path.parent} {what}?")
     if version > format_version:
         raise UserError(
-            f"{path} has format_version {version}, this program knows up to {format_version}; upgrade tinysft-jax"
+            f"{path} has format_version {shown(version)}, this program knows up to {format_version}; "
+            "upgrade tinysft-jax"
         )
     return content
 

@@ -9,12 +9,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from tinysft_jax.attention import cached_attention, segment_attention
-from tinysft_jax.errors import UserError
+from tinysft_jax.errors import UserError, shown
 from tinysft_jax.linear import PRODUCT, Linear
 from tinysft_jax.sharding import constrain
 
 # Rows of the embedding table are padded to a multiple of this, so that any mesh divides it and matmuls tile well.
 VOCAB_MULTIPLE = 128
+
+# Positions and ids are 32-bit integers.
+LARGEST_SIZE = 2**31 - 1
 
 REMAT_POLICIES = ("none", "dots", "full")
 
@@ -42,14 +45,16 @@ class GPTConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             kinds = (int, float) if field.type is float else (int,)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
-                raise UserError(f"model.{field.name} is {value!r}; it must be a positive {field.type.__name__}")
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= LARGEST_SIZE:
+                raise UserError(
+                    f"model.{field.name} is {shown(value)}; it must be a positive {field.type.__name__} below 2^31"
+                )
         if self.dim % self.n_heads:
             raise UserError(f"model.dim {self.dim} is not divisible by model.n_heads {self.n_heads}")
         if self.head_dim % 2:
             raise UserError(f"head size {self.head_dim} (dim / n_heads) is odd; rotary positions need an even one")
-        if self.hidden_dim < 1:
-            raise UserError(f"model.mlp_ratio {self.mlp_ratio} leaves no hidden unit at dim {self.dim}")
+        if not 1 <= self.hidden_dim <= LARGEST_SIZE:
+            raise UserError(f"model.mlp_ratio {self.mlp_ratio} makes {self.hidden_dim} hidden units at dim {self.dim}")
 
     @property
     def head_dim(self) -> int:

@@ -4,7 +4,6 @@ The table of embeddings is stored without its padding rows, so that a reader nee
 """
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from tinysft_jax import files, processes
-from tinysft_jax.errors import RunError, UserError, reason
-from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.errors import RunError, UserError, reason, shown
+from tinysft_jax.model import GPT, LARGEST_SIZE, GPTConfig
+from tinysft_jax.quiet import quiet_orbax
 
 FORMAT_VERSION = 1
 
@@ -46,19 +46,31 @@ class ModelDescription:
     def from_json(cls, content: dict[str, Any], where: Path) -> "ModelDescription":
         """Raises: UserError, if a part is missing or can't be."""
         shape, source = content.get("model"), content.get("source", {})
-        known = {field.name for field in dataclasses.fields(GPTConfig)}
+        known = dataclasses.fields(GPTConfig)
         if not isinstance(shape, dict) or not isinstance(source, dict):
             raise UserError(f"{where}: 'model' and 'source' must be objects")
-        if set(shape) != known:
-            raise UserError(f"{where}: 'model' must have exactly the keys {', '.join(sorted(known))}")
+        names = sorted(field.name for field in known)
+        if sorted(shape) != names:
+            raise UserError(f"{where}: 'model' must have exactly the keys {', '.join(names)}")
         try:
-            config = GPTConfig(**shape)
+            config = GPTConfig(**{field.name: _number(field, shape[field.name]) for field in known})
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         template, tokenizer = content.get("chat_template"), content.get("tokenizer")
         if template not in ("control", "text", None):
-            raise UserError(f"{where}: chat_template {template!r} is not 'control', 'text' or null")
+            raise UserError(f"{where}: chat_template {shown(template)} is not 'control', 'text' or null")
+        if not isinstance(tokenizer, dict | None):
+            raise UserError(f"{where}: 'tokenizer' must be an object or null")
         return cls(config, template, tokenizer, source)
+
+
+def _number(field: dataclasses.Field, value: Any) -> int | float:
+    """A field of a GPTConfig as JSON has it, where 4.0 may stand as 4."""
+    if field.type is float and type(value) is int and abs(value) <= LARGEST_SIZE:
+        return float(value)
+    if type(value) is not field.type:
+        raise UserError(f"model.{field.name} is {shown(value)}; it must be a positive {field.type.__name__}")
+    return value
 
 
 def save_model(path: Path, params: Params, description: ModelDescription, overwrite: bool = False) -> None:
@@ -111,16 +123,18 @@ def load_params(path: Path, config: GPTConfig) -> Params:
       UserError: if parameters are missing, unreadable or of other shapes than `config` says.
     """
     directory = Path(path).resolve() / "params"
-    if not ocp.is_orbax_checkpoint(directory):
-        raise UserError(f"{path} has no readable params/; convert or copy the model again")
     wanted = model_parameter_shapes(config)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of its every step
     try:
-        stored = ocp.metadata(directory).metadata
-        differences = _differences(stored, trim_vocabulary(wanted, config))
-        if differences:
-            raise UserError(f"{directory} does not fit model.json: {'; '.join(differences[:5])}")
-        params = ocp.load(directory, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
+        with quiet_orbax():
+            if not ocp.is_orbax_checkpoint(directory):
+                raise UserError(f"{path} has no readable params/; convert or copy the model again")
+            stored = ocp.metadata(directory).metadata
+            if not isinstance(stored, dict):
+                raise UserError(f"{directory} holds no parameters; convert or copy the model again")
+            differences = _differences(stored, trim_vocabulary(wanted, config))
+            if differences:
+                raise UserError(f"{directory} does not fit model.json: {'; '.join(differences[:5])}")
+            params = ocp.load(directory, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"can't read {directory}: {reason(error)}") from None
     return pad_vocabulary(params, config)

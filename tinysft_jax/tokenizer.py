@@ -3,6 +3,7 @@
 import codecs
 import functools
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -12,7 +13,7 @@ import tiktoken
 from jaxtyping import Bool, Int32
 
 from tinysft_jax import chat, files
-from tinysft_jax.errors import UserError
+from tinysft_jax.errors import UserError, shown
 
 GPT2_RANKS = 50256
 MERGES_FILE = Path(__file__).parent / "assets" / "vocab.bpe"
@@ -20,6 +21,15 @@ _MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726ad
 # How GPT-2 cuts text before it merges: contractions, words, numbers, other signs, white space. Possessive
 # quantifiers (`++`) keep the regular expression from backtracking over long runs; what matches is the same.
 _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# At a million white-space characters in a row the regular expression's stack overflows, which ends the process.
+LONGEST_BLANK = 500_000
+
+
+class TooBlank(UserError):
+    """Text with so long a run of white space that it can't be cut into words; the message is always the same."""
+
+    def __init__(self):
+        super().__init__(f"over {LONGEST_BLANK:,} white-space characters in a row")
 
 
 class ChatTokenizer:
@@ -43,9 +53,9 @@ class ChatTokenizer:
           UserError: for a template or a number of ranks (256 to 50,256) that there isn't.
         """
         if template is not None and template not in chat.TEMPLATES:
-            raise UserError(f"there is no chat template {template!r}; choose one of {', '.join(chat.TEMPLATES)}")
+            raise UserError(f"there is no chat template {shown(template)}; choose one of {', '.join(chat.TEMPLATES)}")
         if not 256 <= bpe_ranks <= GPT2_RANKS:
-            raise UserError(f"the number of BPE ranks must be from 256 to {GPT2_RANKS}, not {bpe_ranks}")
+            raise UserError(f"the number of BPE ranks must be from 256 to {GPT2_RANKS}, not {shown(bpe_ranks)}")
         self.template = template
         self.bpe_ranks = bpe_ranks
         self.eot_id = bpe_ranks
@@ -63,16 +73,18 @@ class ChatTokenizer:
         """Encodes text; the spelling of a control token in it is text like any other.
 
         Raises:
-          UserError: if the text holds a lone surrogate.
+          UserError: if the text holds a lone surrogate, or over 500,000 white-space characters in a row.
         """
         chat.check_unicode(text, "the text")
+        if len(text) > LONGEST_BLANK and any(len(blank[0]) > LONGEST_BLANK for blank in re.finditer(r"\s+", text)):
+            raise TooBlank
         return self._bpe.encode_ordinary(text)
 
     def encode_document(self, text: str) -> Int32[np.ndarray, " n"]:
         """Encodes a document for pretraining: its text, closed by end-of-text.
 
         Raises:
-          UserError: if the text holds a lone surrogate.
+          UserError: as of `encode_text`.
         """
         return np.array([*self.encode_text(text), self.eot_id], np.int32)
 
@@ -138,10 +150,10 @@ class ChatTokenizer:
         if tokenizer is None:
             raise UserError("the model's tokenizer is unknown: its description names none")
         if not isinstance(tokenizer, dict) or tokenizer.get("kind") != "gpt2":
-            raise UserError(f"there is no tokenizer {tokenizer!r}; the kind this program knows is gpt2")
+            raise UserError(f"there is no tokenizer {shown(tokenizer)}; the kind this program knows is gpt2")
         bpe_ranks = tokenizer.get("bpe_ranks")
-        if not isinstance(template, str | None) or not isinstance(bpe_ranks, int):
-            raise UserError(f"chat_template {template!r} or bpe_ranks {bpe_ranks!r} is not what it should be")
+        if not isinstance(template, str | None) or type(bpe_ranks) is not int:
+            raise UserError(f"chat_template {shown(template)} or bpe_ranks {shown(bpe_ranks)} is not what it should be")
         return cls(template, bpe_ranks)
 
     def _chat_template(self) -> chat.Template:
@@ -153,7 +165,7 @@ class ChatTokenizer:
         ids: list[int] = []
         supervised: list[bool] = []
         for piece in pieces:
-            new = [self._special_ids[piece.text]] if piece.control else self._bpe.encode_ordinary(piece.text)
+            new = [self._special_ids[piece.text]] if piece.control else self.encode_text(piece.text)
             ids += new
             supervised += [piece.supervised] * len(new)
         return np.array(ids, np.int32), np.array(supervised, bool)

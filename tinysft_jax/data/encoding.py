@@ -5,7 +5,6 @@ A block is encoded without a look at any other, so the blocks may be encoded in 
 
 import itertools
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -21,13 +20,11 @@ from tinysft_jax.data.sources import Item
 from tinysft_jax.data.tasks import RATES, TASK_NAMES, Rates, make_tasks
 from tinysft_jax.data.trimming import MIN_KEPT, shortened
 from tinysft_jax.errors import UserError, reason
-from tinysft_jax.tokenizer import ChatTokenizer
+from tinysft_jax.tokenizer import ChatTokenizer, TooBlank
 
 TOO_LONG = "longer than max_tokens"
 # Of GPT-2's tokens, in bytes. What has more characters than so many tokens can hold needs no tokenizer to be too long.
 LONGEST_TOKEN = 128
-# The tokenizer's regular expressions overflow their stack at a million white-space characters in a row.
-LONGEST_BLANK = 500_000
 BAD_ITEMS = ("stop", "skip")
 TASKS_OF_FORMAT = {"tinystories-instruct": TASK_NAMES, "chat-jsonl": ("chat",), "text": ("text",)}
 
@@ -117,12 +114,13 @@ class Encoder:
         for item in items:
             ledger.read[item.split] += 1
             try:
-                _check(item)
+                if item.flaw is not None:
+                    raise BadItem(item.flaw)
                 found = list(examples_of(item))
             except UserError as error:
                 if self.bad_items == "stop" and not isinstance(error, _Unused):
                     raise UserError(f"{item.where}: {reason(error)}") from None
-                kind = error.kind if isinstance(error, BadItem) else "can't be laid out in the template"
+                kind = _kind(error)
                 ledger.skip(item.split, kind, None if isinstance(error, _Unused) else f"{item.where}: {reason(error)}")
                 continue
             for example in found:
@@ -189,11 +187,8 @@ class _Unused(BadItem):
     """An item of the right form of which nothing can be made: no reason to stop."""
 
 
-def _check(item: Item) -> None:
-    """Refuses an item with a flaw that was seen as it was read, or that the tokenizer could not cope with."""
-    if item.flaw is not None:
-        raise BadItem(item.flaw)
-    if len(item.text) > LONGEST_BLANK:
-        longest = max((match.end() - match.start() for match in re.finditer(r"\s+", item.text)), default=0)
-        if longest > LONGEST_BLANK:
-            raise BadItem(f"over {LONGEST_BLANK:,} white-space characters in a row")
+def _kind(error: UserError) -> str:
+    """Why an item can't be used, in words that don't depend on which it is."""
+    if isinstance(error, BadItem):
+        return error.kind
+    return str(error) if isinstance(error, TooBlank) else "can't be laid out in the template"

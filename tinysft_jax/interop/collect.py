@@ -10,6 +10,8 @@ from tinysft_jax.interop.torch_names import Place
 from tinysft_jax.model import GPTConfig
 from tinysft_jax.model_directory import Params, model_parameter_shapes, pad_vocabulary, trim_vocabulary
 
+_MOST_LISTED = 20
+
 
 def check_names(found: Collection[str], wanted: Collection[str], optional: str) -> None:
     """Raises: UserError, if names are missing, or there are others than `wanted` and `optional`."""
@@ -18,7 +20,7 @@ def check_names(found: Collection[str], wanted: Collection[str], optional: str) 
         "unexpected": [name for name in found if name not in wanted and name != optional],
     }
     if any(faults.values()):
-        listed = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
+        listed = "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names)
         raise UserError(f"its state is not this model's; {listed}")
 
 
@@ -58,3 +60,9 @@ def collect_params(
             first = tuple(int(i) for i in np.argwhere(~finite)[0])
             raise UserError(f"{name} has {(~finite).sum()} values that are not finite, the first at {list(first)}")
     return pad_vocabulary(params, config)
+
+
+def _listed(names: list[str]) -> str:
+    """The first of them, each up to a length, and how many there are besides."""
+    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(name[:100] for name in names[:_MOST_LISTED]) + more

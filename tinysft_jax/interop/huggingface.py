@@ -110,7 +110,7 @@ def read_huggingface(path: Path) -> tuple[ModelDescription, Params]:
 def is_huggingface(path: Path) -> bool:
     """Whether `path` is a directory with the `config.json` of a Hugging Face model, of whatever architecture."""
     try:
-        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(files.read_text(path / "config.json"))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and bool({"model_type", "architectures"} & set(content))
@@ -177,7 +177,7 @@ def _generation_config(eot_id: int | None) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(files.read_text(path))
     except OSError as error:
         raise UserError(f"can't read {path.name}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

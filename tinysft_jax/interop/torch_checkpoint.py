@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Complex
 
-from tinysft_jax.errors import UserError
+from tinysft_jax.errors import UserError, shown
 from tinysft_jax.interop.collect import check_names, collect_params
 from tinysft_jax.interop.torch_file import TorchFile, open_torch_file
 from tinysft_jax.interop.torch_names import EMBEDDING, HEAD, as_numpy, torch_names
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.model import LARGEST_SIZE, GPTConfig
 from tinysft_jax.model_directory import ModelDescription, Params
 from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer
 
@@ -53,7 +53,7 @@ def _describe(file: TorchFile, config: GPTConfig, assumed: dict[str, int | float
     source = {"kind": "pytorch", "file": file.path.name}
     for key in ("step", "loss", "model_type"):
         value = file.content.get(key)
-        if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        if _is_plain(value):
             source[key] = value
     if assumed:
         source["assumed"] = assumed
@@ -61,6 +61,13 @@ def _describe(file: TorchFile, config: GPTConfig, assumed: dict[str, int | float
     if isinstance(stated := file.content.get(LANGUAGE), dict):
         language = ChatTokenizer.from_description(stated).description()
     return ModelDescription(config, **language, source=source)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is one that training writes, fit for `model.json`."""
+    if isinstance(value, str):
+        return value.isprintable() and len(value) <= 100
+    return isinstance(value, int | float) and abs(value) < 2**63  # false for NaN too
 
 
 def usual_language(config: GPTConfig, is_chat: bool) -> dict[str, Any]:
@@ -114,11 +121,15 @@ def _stated_config(file: TorchFile) -> dict[str, int | float]:
     config = file.content.get("config", {})
     if not isinstance(config, dict | None):
         raise UserError(f"its config is a {type(config).__name__}, not a dict")
-    fields = [field.name for field in dataclasses.fields(GPTConfig)]
-    stated = {field: config[field] for field in fields if config and config.get(field) is not None}
-    for field, value in stated.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UserError(f"{field} is {value!r} in its config, not a positive number")
+    stated = {}
+    for field in dataclasses.fields(GPTConfig):
+        value = config.get(field.name) if config else None
+        if value is None:
+            continue
+        kinds = (int, float) if field.type is float else (int,)
+        if type(value) not in kinds or not 0 < value <= LARGEST_SIZE:
+            raise UserError(f"{field.name} is {shown(value)} in its config, not a positive number below 2^31")
+        stated[field.name] = field.type(value)
     return stated
 
 

@@ -4,12 +4,13 @@ import dataclasses
 import re
 import struct
 import warnings
+import zipfile
 from pathlib import Path
 from pickle import UnpicklingError  # only to catch it: nothing is unpickled here
 from typing import TYPE_CHECKING, Any
 
-from tinysft_jax.errors import UserError
-from tinysft_jax.interop.torch_names import EMBEDDING, bare_name, torch_names
+from tinysft_jax.errors import UserError, shown
+from tinysft_jax.interop.torch_names import EMBEDDING, HEAD, bare_name, torch_names
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,9 @@ _LOAD_ERRORS = (
     AttributeError,
     AssertionError,
     OverflowError,
+    NotImplementedError,
     struct.error,
+    zipfile.BadZipFile,
 )
 
 
@@ -70,21 +73,29 @@ def open_torch_file(path: str | Path) -> TorchFile:
     path = Path(path)
     content = _load(path)
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not any(bare_name(str(key)) in torch_names(1) for key in state):
+    keys = [key for key in state if isinstance(key, str)] if isinstance(state, dict) else []
+    if not any(bare_name(key) in torch_names(1) for key in keys):
         raise UserError(f"{path} is no checkpoint of this model: no model_state_dict with keys such as {EMBEDDING}")
     import torch
 
     parameters, buffers = {}, {}
+    size = path.stat().st_size
     for key, tensor in state.items():
-        name = bare_name(str(key))
+        name = bare_name(key) if isinstance(key, str) and key.isprintable() else shown(key)
         group = buffers if _BUFFER.fullmatch(name) else parameters
         if name in group:
             raise UserError(f"{path}: {name} occurs twice, under different prefixes")
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
             raise UserError(f"{path}: {name} is not a dense tensor")
         if group is parameters and not tensor.is_floating_point():
             raise UserError(f"{path}: {name} is {tensor.dtype}, not a floating-point tensor")
+        if tensor.nbytes > size:  # repeated by strides of 0, a few bytes can stand for any number
+            raise UserError(f"{path}: {name} has {tensor.nbytes:,} bytes, the whole file {size:,}")
         group[name] = tensor
+    # The blocks may share one table; of the parameters, only the head is another's second name.
+    total = sum(tensor.nbytes for name, tensor in parameters.items() if name != HEAD)
+    if total > size:
+        raise UserError(f"{path}: its parameters have {total:,} bytes, the whole file {size:,}: they share memory")
     return TorchFile(path, parameters, buffers, content)
 
 
@@ -96,13 +107,25 @@ def _load(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             is_archive = file.read(2) == b"PK"  # files of before torch 1.6 are no archives, and can't be mapped
+        if is_archive:
+            _check_archive(path)
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror or error}") from None
+    except MemoryError:
+        raise UserError(f"{path} claims more memory than there is") from None
     except _LOAD_ERRORS as error:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
                 f"{path} carries code ({found[1]!r}), which was not run; save it again with plain values only"
             ) from None
         raise UserError(f"{path} is not a PyTorch checkpoint, or is damaged or cut short; copy it again") from None
+
+
+def _check_archive(path: Path) -> None:
+    """Refuses compressed entries: torch writes none, maps them as if they were not, and small ones can be vast."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                raise UserError(f"{path} is compressed, which PyTorch's files are not; save it again with torch.save")

@@ -17,6 +17,9 @@ from tinysft_jax.sampling.session import Session
 from tinysft_jax.sampling.text import AnswerStream
 from tinysft_jax.sampling.transcript import load_transcript, save_transcript
 
+# More than any context holds.
+MAX_CHARACTERS = 1_000_000
+
 HELP = """\
 /help              shows this
 /system TEXT       sets the system message; without TEXT, shows it
@@ -54,6 +57,8 @@ class Shell:
             if line == "/quit":
                 return
             try:
+                if len(line) > MAX_CHARACTERS:
+                    raise UserError(f"a line of over {MAX_CHARACTERS:,} characters is not answered")
                 self._obey(line)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
@@ -159,6 +164,21 @@ def _ctrl_c_noted() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
+def _piped_line() -> str:
+    """A line of a pipe; one that is too long is read up to where that is known, and its rest is dropped.
+
+    Raises:
+      EOFError: if there is none.
+    """
+    line = sys.stdin.readline(MAX_CHARACTERS + 2)
+    if not line:
+        raise EOFError
+    rest = line
+    while len(rest) > MAX_CHARACTERS + 1 and not rest.endswith("\n"):
+        rest = sys.stdin.readline(MAX_CHARACTERS + 2)
+    return line
+
+
 def _lines() -> Iterator[str]:
     """Yields lines that are not blank, as typed in (with history and editing) or as piped in."""
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -170,7 +190,7 @@ def _lines() -> Iterator[str]:
         print("(/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves)")
     while True:
         try:
-            line = input("> " if terminal else "").strip()
+            line = input("> ").strip() if terminal else _piped_line().strip()
         except EOFError:
             if terminal:
                 print()

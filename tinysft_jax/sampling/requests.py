@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinysft_jax import chat
+from tinysft_jax.data.reading import TOO_LONG, read_lines
 from tinysft_jax.errors import UserError
 from tinysft_jax.model import GPTConfig
 from tinysft_jax.sampling.prompt import check_prompt
@@ -49,8 +50,8 @@ def read_requests(path: Path, tokenizer: ChatTokenizer, config: GPTConfig, syste
     requests = []
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
+            for number, line in read_lines(file):
+                if line is None or line.strip():
                     try:
                         requests.append(_parse_line(number, line, tokenizer, config, system))
                     except UserError as error:
@@ -62,7 +63,11 @@ def read_requests(path: Path, tokenizer: ChatTokenizer, config: GPTConfig, syste
     return requests
 
 
-def _parse_line(number: int, line: bytes, tokenizer: ChatTokenizer, config: GPTConfig, system: str | None) -> Request:
+def _parse_line(
+    number: int, line: bytes | None, tokenizer: ChatTokenizer, config: GPTConfig, system: str | None
+) -> Request:
+    if line is None:
+        raise UserError(TOO_LONG)
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

@@ -30,7 +30,7 @@ def load_transcript(path: Path) -> Messages:
       UserError: if the file is not chat-jsonl with one conversation.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        lines = [line for line in files.read_text(path, "utf-8-sig").split("\n") if line.strip()]
         if len(lines) != 1:
             raise UserError(f"{len(lines)} lines; a conversation to go on with is a single one")
         return chat.parse_chat(json.loads(lines[0]))

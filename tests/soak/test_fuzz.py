@@ -1,0 +1,371 @@
+"""Near-valid input, thousands of times: it is understood or refused in one line, and never takes long.
+
+Each test says how many inputs it tried. `FUZZ_INPUTS` changes how many that are.
+"""
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_model import make_config, make_tokenizer
+from torch_twin import TorchTwin, save
+
+from tinysft_jax import chat
+from tinysft_jax.data.encoding import Encoder
+from tinysft_jax.data.records import parse_record, split_records
+from tinysft_jax.data.sources import open_input
+from tinysft_jax.data.tasks import TASK_NAMES, make_tasks
+from tinysft_jax.errors import RunError, UserError
+from tinysft_jax.interop.torch_checkpoint import read_torch_checkpoint
+from tinysft_jax.model_directory import load_description
+from tinysft_jax.sampling.requests import read_requests
+from tinysft_jax.sampling.transcript import load_transcript
+from tinysft_jax.tokenizer import ChatTokenizer, load_tokenizer
+
+pytestmark = pytest.mark.soak
+
+N_INPUTS = int(os.environ.get("FUZZ_INPUTS", "10000"))
+LONGEST_SECONDS = 10.0
+
+MARKERS = [*chat.ROLE_MARKERS.values(), chat.END_OF_TEXT]
+TEXT = st.one_of(
+    st.text(max_size=30),
+    st.text(st.characters(codec=None), max_size=10),  # lone surrogates as well
+    st.lists(st.sampled_from([*MARKERS, "<|", "|>", " ", "\n", "\x00", "\ufeff", "cat", "\ud800"]), max_size=6).map(
+        "".join
+    ),
+)
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 300),
+    st.integers(),
+    st.sampled_from([10**30, -(10**400), 2**31, 2**63, 1e308, 5e-324]),
+    st.floats(),
+    TEXT,
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+ROLES = st.one_of(st.sampled_from(["system", "user", "assistant"]), VALUES)
+HOSTILE_BYTES = [
+    b"\x00",
+    b"\xff",
+    b"\xed\xa0\x80",
+    b"\xef\xbb\xbf",
+    b"\\ud800",
+    b"\\u0000",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b'"',
+]
+HOSTILE_BYTES += [
+    b",",
+    b":",
+    b"\n",
+    b"\r",
+    b"\\",
+    b"NaN",
+    b"1e400",
+    b"-0",
+    b"null",
+    b"9" * 5000,
+    b"[" * 1200,
+    b" " * 1000,
+]
+
+
+@st.composite
+def damaged(draw: st.DrawFn, contents: st.SearchStrategy[bytes], pieces: list[bytes]) -> bytes:
+    """Bytes of which up to four stretches were lost, doubled or replaced."""
+    content = draw(contents)
+    for _ in range(draw(st.integers(0, 4))):
+        start = draw(st.integers(0, len(content)))
+        end = min(len(content), start + draw(st.integers(0, 12)))
+        kept = content[start:end]
+        new = draw(st.sampled_from(pieces) | st.binary(max_size=4) | st.sampled_from([b"", kept + kept]))
+        content = content[:start] + new + content[end:]
+    return content
+
+
+@st.composite
+def altered(draw: st.DrawFn, original: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object in which up to three entries, at any depth, were lost, added or replaced."""
+    content = copy.deepcopy(original)
+    for _ in range(draw(st.integers(1, 3))):
+        inner = content
+        while deeper := [value for value in inner.values() if isinstance(value, dict) and value]:
+            if not draw(st.booleans()):
+                break
+            inner = draw(st.sampled_from(deeper))
+        key = draw(st.sampled_from(sorted(inner)) if inner and draw(st.integers(0, 9)) else st.text(max_size=8))
+        if draw(st.integers(0, 4)):
+            inner[key] = draw(VALUES)
+        else:
+            inner.pop(key, None)
+    return content
+
+
+@pytest.fixture
+def fuzz(capsys, request):
+    """Runs a function on inputs, and tells how many there were."""
+
+    def run(inputs: st.SearchStrategy, act: Callable[[Any], object]) -> None:
+        seconds: list[float] = []
+        refused = 0
+
+        @settings(
+            max_examples=N_INPUTS,
+            deadline=None,
+            derandomize=False,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(inputs)
+        def try_one(value: Any) -> None:
+            nonlocal refused
+            start = time.perf_counter()
+            try:
+                act(value)
+            except (UserError, RunError) as error:
+                refused += 1
+                assert "\n" not in str(error) and len(str(error)) < 5000
+            seconds.append(time.perf_counter() - start)
+            assert seconds[-1] < LONGEST_SECONDS
+
+        try_one()
+        assert len(seconds) >= N_INPUTS and refused < len(seconds), "some inputs are valid"
+        with capsys.disabled():
+            print(
+                f"\n{request.node.name}: {len(seconds):,} inputs, {refused:,} refused, {sum(seconds):.1f} s in the "
+                f"program, the slowest {max(seconds):.3f} s"
+            )
+
+    return run
+
+
+RECORDS = st.lists(
+    st.sampled_from(
+        [
+            *("Features: Dialogue, Twist\n", "Words: dog, run, big\n", "Summary: A dog ran.\n", "Story:\n", "Story: "),
+            *("Random sentence: The dog ran.\n", 'Once there was a dog. It ran. "Hi," said Tim.\n', "<|endoftext|>\n"),
+            *(
+                "Moral: be kind.\n",
+                "Story",
+                ":",
+                ",,",
+                "\r",
+                "\r\n",
+                "\ufeff",
+                " Story:",
+                "<|endoftext",
+                "\x0c",
+                "\u2028",
+            ),
+        ]
+    )
+    | st.text(max_size=10),
+    max_size=20,
+)
+
+
+def test_records(fuzz):
+    def act(parts: list[str]) -> None:
+        lines = "".join(parts).splitlines(keepends=True)
+        for text in split_records(lines):
+            assert "<|endoftext|>" not in text and text.strip()
+            if record := parse_record(text):
+                assert record.story.strip()
+                for conversation in make_tasks(record, seed=0):
+                    assert conversation.task in TASK_NAMES
+                    chat.check_messages(conversation.messages, needs_answer=True)
+
+    fuzz(RECORDS, act)
+
+
+CHATS = [
+    {"prompt": "Hi", "completion": "Ho"},
+    {"messages": [{"role": "user", "content": "Hi <|user|>"}, {"role": "assistant", "content": "Ho"}]},
+    {
+        "messages": [
+            {"role": role, "content": "caf\u00e9 \U0001f431"}
+            for role in ("system", "user", "assistant", "user", "assistant")
+        ]
+    },
+]
+LINES = st.lists(
+    st.sampled_from(CHATS).map(lambda line: json.dumps(line, ensure_ascii=False).encode()), max_size=4
+).map(b"\n".join)
+
+
+@pytest.mark.parametrize("bad_items", ["stop", "skip"])
+def test_jsonl(fuzz, tmp_path, bad_items):
+    path, tokenizer = tmp_path / "chats.jsonl", make_tokenizer("control")
+    encoder = Encoder("chat-jsonl", tokenizer, max_tokens=128, seed=0, bad_items=bad_items)
+
+    def act(content: bytes) -> None:
+        path.write_bytes(content)
+        items = list(open_input(path, "auto", 0.5, None))
+        block = encoder.encode(items)
+        assert block.ledger.read.total() == len(items)
+        assert block.ledger.kept + sum(block.ledger.left_out.values()) + sum(block.ledger.skipped.values()) == len(
+            items
+        )
+
+    fuzz(damaged(LINES, HOSTILE_BYTES), act)
+
+
+CONVERSATIONS = st.one_of(
+    st.lists(
+        st.fixed_dictionaries({"role": ROLES, "content": VALUES}, optional={"name": VALUES})
+        | st.dictionaries(TEXT, VALUES),
+        max_size=5,
+    ),
+    st.builds(
+        lambda texts: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)],
+        st.lists(TEXT, min_size=1, max_size=6),
+    ),
+)
+
+
+@pytest.mark.parametrize("template", ["control", "text"])
+def test_encode_chat(fuzz, template):
+    tokenizer = ChatTokenizer(template, 512)
+
+    def act(messages: list[dict[str, Any]]) -> None:
+        ids, supervised = tokenizer.encode_chat(messages)
+        roles = [message["role"] for message in messages]
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        n_controls = 0 if template == "text" else len(roles) + (roles[0] != "system")
+        assert (ids >= tokenizer.eot_id).sum() == n_controls + len(answers)
+        assert tokenizer.decode(ids[supervised]) == "".join(answer + chat.END_OF_TEXT for answer in answers)
+
+    fuzz(CONVERSATIONS, act)
+
+
+def test_parse_chat(fuzz):
+    tokenizer = ChatTokenizer("control", 512)
+    lines = st.one_of(VALUES, st.builds(lambda messages: {"messages": messages}, CONVERSATIONS | VALUES))
+    fuzz(lines, lambda line: tokenizer.encode_chat(chat.parse_chat(line)))
+
+
+TWIN = TorchTwin(vocab_size=20, dim=8, n_layers=1, max_seq_len=6).checkpoint()
+TENSORS = st.one_of(
+    st.builds(
+        lambda shape, dtype: torch.ones(shape, dtype=dtype),
+        st.lists(st.integers(0, 20), max_size=3),
+        st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.bool, torch.complex64]),
+    ),
+    st.sampled_from([torch.zeros(1).expand(10**6, 10**6), torch.zeros(1).expand(20, 8), torch.full((8,), torch.nan)]),
+    SCALARS,
+)
+
+
+@st.composite
+def checkpoints(draw: st.DrawFn) -> dict[Any, Any]:
+    """A PyTorch checkpoint with prefixes, and keys and values that were altered."""
+    prefix = draw(st.sampled_from(["", "module.", "_orig_mod.", "module._orig_mod.", ".", "blocks."]))
+    state = {prefix + key: tensor for key, tensor in TWIN["model_state_dict"].items()}
+    keys = sorted(state)
+    for _ in range(draw(st.integers(0, 3))):
+        key = draw(st.sampled_from(keys))
+        tensor = state.pop(key, None) if draw(st.booleans()) else state.get(key)
+        edit = draw(st.integers(0, 4))
+        if edit == 0:
+            state[draw(st.sampled_from(["module.", "_orig_mod.", "blocks.7."])) + key] = tensor
+        elif edit == 1:
+            state[draw(TEXT | st.tuples(st.integers()) | st.integers())] = tensor
+        elif edit == 2:
+            state[key.replace("0", draw(st.sampled_from(["1", "-1", "00", "9999", "99999", "\u0660", "0.0"])))] = tensor
+        elif edit == 3:
+            state[key] = draw(TENSORS)
+        else:
+            state[key] = tensor
+    content = {
+        "model_state_dict": state,
+        **{key: TWIN[key] for key in ("step", "loss")},
+        "config": dict(TWIN["config"]),
+    }
+    if draw(st.integers(0, 3)) == 0:
+        content = draw(altered({"config": content["config"], "step": 1, "model_type": "sft"})) | {
+            "model_state_dict": state
+        }
+    return content
+
+
+def test_converter(fuzz, tmp_path):
+    path = tmp_path / "model.pt"
+
+    def act(content: dict[Any, Any]) -> None:
+        description, params = read_torch_checkpoint(save(content, path))
+        assert params["tok_emb"]["embedding"].shape == (128, description.config.dim)
+        json.dumps(description.to_json(), ensure_ascii=False).encode()
+
+    fuzz(checkpoints(), act)
+
+
+MODEL_JSON = {
+    "format_version": 1,
+    "model": {
+        "vocab_size": 260,
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 2,
+        "max_seq_len": 64,
+        "mlp_ratio": 4.0,
+        "rope_theta": 10000.0,
+    },
+    "chat_template": "control",
+    "tokenizer": {"kind": "gpt2", "bpe_ranks": 256},
+    "source": {"kind": "pytorch", "file": "a.pt"},
+}
+MODEL_JSONS = altered(MODEL_JSON).map(lambda content: json.dumps(content).encode()) | st.just(
+    json.dumps(MODEL_JSON).encode()
+)
+
+
+def test_model_json(fuzz, tmp_path):
+    def act(content: bytes) -> None:
+        (tmp_path / "model.json").write_bytes(content)
+        description = load_description(tmp_path)
+        assert 0 < description.config.hidden_dim < 2**31
+        tokenizer = load_tokenizer(tmp_path)
+        assert tokenizer.description()["tokenizer"]["bpe_ranks"] == tokenizer.bpe_ranks
+
+    fuzz(damaged(MODEL_JSONS, HOSTILE_BYTES), act)
+
+
+def test_requests(fuzz, tmp_path):
+    path, tokenizer, config = tmp_path / "requests.jsonl", make_tokenizer("control"), make_config()
+    lines = st.sampled_from([CHATS[0], {"messages": CHATS[1]["messages"][:1]}, {"prompt": "\u00e9<|user|>"}])
+    contents = st.lists(lines.map(lambda line: json.dumps(line).encode()), max_size=3).map(b"\n".join)
+
+    def act(content: bytes) -> None:
+        path.write_bytes(content)
+        for request in read_requests(path, tokenizer, config, "s"):
+            assert len(request.ids) < config.max_seq_len
+
+    fuzz(damaged(contents, HOSTILE_BYTES), act)
+
+
+def test_transcripts(fuzz, tmp_path):
+    path = tmp_path / "chat.jsonl"
+
+    def act(content: bytes) -> None:
+        path.write_bytes(content)
+        chat.check_messages(load_transcript(Path(path)), needs_answer=True)
+
+    one_line = st.sampled_from(CHATS).map(lambda line: json.dumps(line).encode())
+    fuzz(damaged(one_line, HOSTILE_BYTES), act)

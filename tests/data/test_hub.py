@@ -92,6 +92,7 @@ def hub(monkeypatch, tmp_path: Path):
     server = Hub()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # as other tests have it
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
@@ -106,7 +107,8 @@ def prepare(url: str, directory: Path, *flags: str) -> subprocess.CompletedProce
     arguments = ["--hub", REPOSITORY, "--output", directory / "data", "--workers=1", *flags]
     return subprocess.run(
         [sys.executable, "-m", "tinysft_jax.data.prepare", *map(str, arguments)],
-        env={**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(directory / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        # Other tests are offline.
+        env=os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(directory / "home"), "HF_HUB_OFFLINE": "0"},
         capture_output=True,
         text=True,
         timeout=60,

@@ -166,10 +166,10 @@ def test_a_damaged_data_set_is_refused(chat_data, tmp_path):
     tokens = copy / "train" / "tokens-00000.npy"
     whole = tokens.read_bytes()
     tokens.write_bytes(whole[:-10])
-    with pytest.raises(UserError, match="tokens-00000.npy has .* bytes, its manifest says"):
+    with pytest.raises(UserError, match=r"tokens-00000\.npy has .* bytes, its manifest says"):
         PreparedData(copy)
     tokens.unlink()
-    with pytest.raises(UserError, match="tokens-00000.npy is missing"):
+    with pytest.raises(UserError, match=r"tokens-00000\.npy is missing"):
         PreparedData(copy)
     tokens.write_bytes(whole)
     description = json.loads((copy / "data.json").read_text())

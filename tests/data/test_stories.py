@@ -229,7 +229,7 @@ def test_the_words_are_in_the_story(some: list[EmbeddedStory]):
         for word in story.record.words:
             assert word in used or (word in VERBS and used.intersection(verb_forms(word).values())), story
             asked, exact = asked + 1, exact + (word in used)
-    assert 0.95 < exact / asked < 1  # the rest in another form
+    assert 0.75 < exact / asked < 0.95
 
 
 def test_the_words_are_single_tokens_where_vocabularies_are_small():

@@ -149,8 +149,7 @@ class _Narrator:
             self._choose(steps["quarrel"], quarrel),
         )
         closings = story_parts.HAPPY_CLOSINGS if self.ending.happy else story_parts.SAD_CLOSINGS
-        again = (story_parts.HABITS_AGAIN, story_parts.SIGHTS_AGAIN)
-        end = self._paragraph(self._choose(self.ending.lines), *map(self._choose, again), self._choose(closings))
+        end = self._paragraph(self._choose(self.ending.lines), self._choose(closings))
         line_break = _pick(rng, ("\n\n", "\n\n", "\n"))
         story = beginning + _pick(rng, (line_break, line_break, " ")) + middle + line_break + end
         if moral:

@@ -241,21 +241,6 @@ SIGHTS = _lines("""
     "What a {adjective} {noun}!" said {M} and pointed at it.
     "Is that {noun} always so {adjective}?" asked {M}.
 """)
-# The same words come back near the end. Who learns to find them in the story will find them in a request for one.
-HABITS_AGAIN = _lines("""
-    {M} {verbed} once more [that day|that evening].
-    After all that, {M} [wanted|went away] to {verb}.
-    Nobody asked {M} to {verb} after that.
-    "I just want to {verb} now," said {M}.
-    "Can we {verb} again?" asked {M}.
-""")
-SIGHTS_AGAIN = _lines("""
-    {M} thought of the {adjective} {noun} [again|once more].
-    On the way home, {M} [talked|thought] about the {adjective} {noun}.
-    Nobody but {M} remembered the {noun} that was so {adjective}.
-    "I want to see the {adjective} {noun} again," said {M}.
-    "How {adjective} the {noun} was!" said {M}.
-""")
 HAPPY_CLOSINGS = _lines("""
     {M} [smiled|laughed|giggled] and felt very happy.
     {M} was so happy that {M.he} [danced|jumped|sang] for joy.

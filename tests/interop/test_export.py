@@ -29,6 +29,7 @@ def finished(chat_data, tmp_path_factory) -> Path:
     config, workdir = module.get_config(), tmp_path_factory.mktemp("run") / "work"
     config.update({"export": "huggingface,torch", "data": {"path": str(chat_data), "seq_len": 64}})
     config.model.update({"dim": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 64})
+    config.optimizer.warmup_steps = 1
     config.train.update({"max_steps": 2, "batch_size": 8, "eval_interval": 1})
     loop.train(config, workdir)
     return workdir

@@ -13,7 +13,7 @@ from tinysft_jax.data import prepare
 def demo_data(tmp_path_factory) -> Path:
     """Prepared as `make demo` does, of fewer stories."""
     output = tmp_path_factory.mktemp("demo") / "tasks"
-    prepare.main(["--embedded=2000", f"--output={output}", "--bpe_ranks=4096", "--workers=2"])
+    prepare.main(["--embedded=2000", f"--output={output}", "--bpe_ranks=8192", "--workers=2"])
     return output
 
 

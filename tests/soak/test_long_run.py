@@ -15,7 +15,7 @@ from tinysft_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = int(os.environ.get("SOAK_STEPS", "3000"))
-MODEL = {"dim": 128, "n_layers": 4, "n_heads": 4, "max_seq_len": 512}
+MODEL = {"dim": 128, "n_layers": 4, "n_heads": 4, "max_seq_len": 1024}
 
 pytestmark = pytest.mark.soak
 

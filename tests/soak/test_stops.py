@@ -18,7 +18,7 @@ pytestmark = pytest.mark.soak
 
 
 def start(data: Path, workdir: Path) -> subprocess.Popen:
-    model = {"dim": 128, "n_layers": 4, "n_heads": 4, "max_seq_len": 512}
+    model = {"dim": 128, "n_layers": 4, "n_heads": 4, "max_seq_len": 1024}
     flags = [f"--config.model.{key}={value}" for key, value in model.items()]
     flags += [f"--config.data.path={data}", "--config.train.log_interval=1"]
     return subprocess.Popen(

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import pytest
 
 from tinysft_jax.data.records import parse_records
-from tinysft_jax.data.stories import FEATURES, EmbeddedStory, embedded_stories, record_text
+from tinysft_jax.data.stories import FEATURES, EmbeddedStory, _is_held_out, embedded_stories, record_text
 from tinysft_jax.data.story_parts import (
     ADJECTIVES,
     BEINGS,
@@ -111,6 +111,14 @@ def test_valid_combinations_are_held_out(train: list[EmbeddedStory], valid: list
 
     assert len(cast(valid)) > 50 and not cast(valid) & cast(train)
     assert len(tasks(valid)) > 500 and not tasks(valid) & tasks(train)
+
+
+def test_a_plot_with_three_words_is_on_one_side(train: list[EmbeddedStory], valid: list[EmbeddedStory]):
+    """So many combinations are possible that none of a sample comes twice: each is looked at by itself."""
+    for stories, held_out in ((train, False), (valid, True)):
+        for story in stories:
+            words = sorted(story.record.words, key=lambda word: (word not in VERBS, word not in NOUNS))  # as drawn
+            assert not words or _is_held_out(story.plot, *words) == held_out
 
 
 def test_every_name_plot_and_word_is_in_train(train: list[EmbeddedStory], valid: list[EmbeddedStory]):

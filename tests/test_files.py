@@ -143,8 +143,67 @@ def test_damage_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["{}", '{"format_version": 1}', '{"format_version": 1, "files": {"a": 3}}', '{"format_version": 2}', "\0"],
+    [
+        *("{}", '{"format_version": 1}', '{"format_version": 1, "files": {"a": 3}}', '{"format_version": 2}', "\0"),
+        *(json.dumps({"format_version": 1, "files": value}) for value in ({}, [], ["a"], "a", 3, True, None)),
+    ],
 )
 def test_a_damaged_manifest_is_damage(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     assert files.find_damage(tmp_path)
+
+
+def write_entry(directory, name: str, **entry: object) -> None:
+    files.write_json(directory / "manifest.json", {"format_version": 1, "files": {"a": entry, name: entry}})
+
+
+@pytest.fixture
+def beside(tmp_path):
+    """A directory, and a file beside it that none of its manifests may lead to."""
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    for path in (tmp_path / "outside", tmp_path / "in" / "a"):
+        path.write_bytes(b"abc")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "outside")
+    (tmp_path / "in" / "up").symlink_to("..")
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "sub/../../outside", "{root}/outside", "link", "up/outside", "../in/../outside", "..", "/"]
+)
+def test_a_manifest_leads_nowhere_else(beside, monkeypatch, name):
+    """Not even to look whether a file has the content that is claimed."""
+    name = name.replace("{root}", str(beside.parent))
+    write_entry(beside, name, bytes=3, sha256=hashlib.sha256(b"abc").hexdigest())
+    opened = []
+    monkeypatch.setattr(files, "sha256", lambda path: opened.append(path) or hashlib.sha256(b"abc").hexdigest())
+    assert files.find_damage(beside) == f"{name} lies outside the directory"
+    assert opened == []
+
+
+def test_links_within_a_directory_are_its_own(beside):
+    (beside / "sub" / "b").symlink_to("../a")
+    write_entry(beside, "sub/b", bytes=3, sha256=hashlib.sha256(b"abc").hexdigest())
+    assert files.find_damage(beside) is None
+    (beside.parent / "other").symlink_to("in")
+    assert files.find_damage(beside.parent / "other") is None
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\nb", "\x1b[2J", "x" * 100_000, "x/" * 50_000, "\ud800", "sub", ""])
+def test_names_and_sizes_that_can_not_be_are_told_shortly(beside, name):
+    for size in (3, None, [[[[[[[[9]]]]]]]], "x" * 1000):
+        write_entry(beside, name, bytes=size)
+        damage = files.find_damage(beside)
+        assert damage.isprintable() and len(damage) < 500
+
+
+def test_a_pipe_is_not_waited_for(beside):
+    os.mkfifo(beside / "pipe")
+    write_entry(beside, "pipe", bytes=3, sha256=hashlib.sha256(b"abc").hexdigest())
+    assert files.find_damage(beside) == "pipe is not a regular file"
+
+
+def test_what_is_needed_must_be_listed(beside):
+    write_entry(beside, "a", bytes=3, sha256=hashlib.sha256(b"abc").hexdigest())
+    assert files.find_damage(beside, needed=["a"]) is None
+    assert files.find_damage(beside, needed=(name for name in ("a", "b", "c"))) == "manifest.json does not list b"

@@ -90,7 +90,7 @@ def test_objects_in_a_shard_are_not_made(chat_data, tmp_path, name):
     trace = tmp_path / "code was run"
     np.save(data / "train" / f"{name}-00000.npy", np.array([RunsCode(trace)], object), allow_pickle=True)
     files.write_manifest(data)  # whoever changes a shard can change this too
-    assert "can't read shard 0" in refusal(lambda: PreparedData(data).split("train").lengths)
+    assert f"can't read {data}/train/{name}-00000.npy: " in refusal(lambda: PreparedData(data).split("train").lengths)
     assert not trace.exists()
 
 
@@ -248,6 +248,44 @@ def test_a_shape_too_large_for_any_machine_is_compared_not_allocated(model, key)
     content["model"][key] = {"n_layers": 5000, "dim": 2**28, "mlp_ratio": 1e7}.get(key, 2**31 - 2)
     (model / "model.json").write_text(json.dumps(content))
     assert "does not fit model.json" in refusal(load_model, model)
+
+
+@pytest.mark.parametrize(
+    "assumed",
+    [
+        [],
+        "x",
+        1,
+        None,
+        [["rope_theta", 1]],
+        {"rope_theta": "x"},
+        {"rope_theta": 10**400},
+        {"\x1b[2J": 1},
+        {"dim": [16]},
+    ],
+    ids=lambda assumed: str(assumed)[:40],
+)
+def test_what_was_assumed_is_a_part_of_the_shape(model, assumed):
+    content = json.loads((model / "model.json").read_text())
+    content["source"] = {"assumed": {"max_seq_len": 32, "rope_theta": 10000}}
+    (model / "model.json").write_text(json.dumps(content))
+    assert load_description(model).source == content["source"]
+    content["source"]["assumed"] = assumed
+    (model / "model.json").write_text(json.dumps(content))
+    assert "'source.assumed' must be" in refusal(load_description, model)
+
+
+@pytest.mark.parametrize("inner", ["[]", "{}"])
+def test_a_source_nested_too_deeply_to_be_copied(model, inner):
+    """At some depth, what walks it by recursion fails; JSON's own reader gets deeper."""
+    text = json.dumps(json.loads((model / "model.json").read_text()) | {"source": {"step": "X"}})
+    for depth, is_refused in ((198, False), (199, True), (900, True)):
+        start, end = ("[", "]") if inner == "[]" else ('{"a": ', "}")
+        (model / "model.json").write_text(text.replace('"X"', start * depth + "1" + end * depth))
+        if is_refused:
+            assert "nested more than 200 levels deep" in refusal(load_description, model)
+        else:
+            json.dumps(load_description(model).to_json())
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tinysft_jax.errors import UserError, shown
 
 # More than any file of settings has.
 MAX_TEXT_BYTES = 64 << 20
+MAX_DEPTH = 200
 
 
 def check_output(path: Path, overwrite: bool, marker: str) -> None:
@@ -202,6 +204,8 @@ def read_json(path: Path, what: str, format_version: int) -> dict[str, Any]:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+    if _is_deeper(content, MAX_DEPTH):
+        raise UserError(f"{path} is nested more than {MAX_DEPTH} levels deep")
     version = content.get("format_version") if isinstance(content, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise UserError(f"{path} has no format_version; is {path.parent} {what}?")
@@ -211,6 +215,15 @@ def read_json(path: Path, what: str, format_version: int) -> dict[str, Any]:
             "upgrade tinysft-jax"
         )
     return content
+
+
+def _is_deeper(content: Any, depth: int) -> bool:
+    """Whether JSON is nested so deeply; what walks it by recursion would fail at some depth."""
+    level = [content] if isinstance(content, dict | list) else []
+    for _ in range(depth):
+        parts = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [part for part in itertools.chain.from_iterable(parts) if isinstance(part, dict | list)]
+    return bool(level)
 
 
 def sha256(path: Path) -> str:
@@ -228,12 +241,13 @@ def write_manifest(directory: Path) -> None:
     write_json(directory / "manifest.json", {"format_version": 1, "files": entries})
 
 
-def find_damage(directory: Path, hashes: bool = True) -> str | None:
-    """Compares a directory with its manifest.
+def find_damage(directory: Path, hashes: bool = True, needed: Iterable[str] = ()) -> str | None:
+    """Compares a directory with its manifest. No file outside the directory is opened.
 
     Args:
       directory: in which `write_manifest` wrote.
       hashes: whether to read every file and compare its SHA-256, not only its size.
+      needed: files, in POSIX form, that the manifest must list; up to the first that is missing there.
 
     Returns:
       What is wrong with the first file that is not what it was; None if all are.
@@ -242,26 +256,34 @@ def find_damage(directory: Path, hashes: bool = True) -> str | None:
         entries = read_json(directory / "manifest.json", "complete", format_version=1).get("files")
     except UserError as error:
         return str(error)
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+    if not entries or not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         return "manifest.json lists no files"
+    if missing := next((name for name in needed if name not in entries), None):
+        return f"manifest.json does not list {missing}"
+    root = os.path.realpath(directory)
     checks = (_size_fault, _hash_fault) if hashes else (_size_fault,)
-    # All sizes before the first hash: they cost nothing.
+    # All places and sizes before the first hash: they cost nothing.
     for check in checks:
         for name, entry in entries.items():
             try:
-                fault = check(directory / name, entry)
+                # Also where it leads by links.
+                is_inside = Path(os.path.realpath(directory / name)).is_relative_to(root)
+                fault = check(directory / name, entry) if is_inside else "lies outside the directory"
             except FileNotFoundError:
                 fault = "is missing"
             except (OSError, ValueError) as error:
                 fault = f"can't be read ({getattr(error, 'strerror', None) or error})"
             if fault:
-                return f"{name} {fault}"
+                return f"{name if name.isprintable() and len(name) <= 300 else shown(name)} {fault}"
     return None
 
 
 def _size_fault(path: Path, entry: dict[str, Any]) -> str | None:
-    size = path.stat().st_size
-    return None if size == entry.get("bytes") else f"has {size} bytes, its manifest says {entry.get('bytes')}"
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        return "is not a regular file"  # a pipe, say, that nobody writes to
+    size, claimed = status.st_size, entry.get("bytes")
+    return None if size == claimed else f"has {size} bytes, its manifest says {shown(claimed)}"
 
 
 def _hash_fault(path: Path, entry: dict[str, Any]) -> str | None:

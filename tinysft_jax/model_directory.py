@@ -49,6 +49,9 @@ class ModelDescription:
         known = dataclasses.fields(GPTConfig)
         if not isinstance(shape, dict) or not isinstance(source, dict):
             raise UserError(f"{where}: 'model' and 'source' must be objects")
+        assumed = source.get("assumed", {})
+        if not (isinstance(assumed, dict) and assumed.items() <= shape.items()):
+            raise UserError(f"{where}: 'source.assumed' must be an object of entries of 'model', not {shown(assumed)}")
         names = sorted(field.name for field in known)
         if sorted(shape) != names:
             raise UserError(f"{where}: 'model' must have exactly the keys {', '.join(names)}")

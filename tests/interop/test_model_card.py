@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from tiny_model import make_model_directory
+from tiny_model import make_model_directory, make_tokenizer
 
 from tinysft_jax import files
 from tinysft_jax.errors import UserError
@@ -17,12 +17,14 @@ def workdir(tmp_path):
     """What a run leaves, as far as the card is concerned."""
     data, work = tmp_path / "data", tmp_path / "work"
     data.mkdir()
-    splits = {"train": {"conversations": 1234, "tokens": 56789, "supervised_tokens": 9876, "longest": 99}}
-    source = {"files": {"a|b.txt": 5}, "limit": None}
-    files.write_json(
-        data / "data.json",
-        {"format_version": 1, "format": "chat-jsonl", "tasks": ["chat", "moral"], "source": source, "splits": splits},
-    )
+    totals = {"conversations": 1234, "tokens": 56789, "supervised_tokens": 9876, "longest": 99, "shards": 1}
+    description = {
+        **{"format_version": 1, "format": "chat-jsonl", "tasks": ["chat", "moral"], "max_tokens": 99, "seed": 0},
+        **make_tokenizer("control").description(),
+        "source": {"files": {"a|b.txt": 5}, "limit": None},
+        "splits": {"train": totals, "valid": dict.fromkeys(totals, 0)},
+    }
+    files.write_json(data / "data.json", description)
     make_model_directory(work / "models" / "20", "control")
     files.link(work / "model", work / "models" / "20")
     settings = {"data": {"path": str(data)}, "optimizer": {"learning_rate": 2e-5}, "wandb": {"project": "secret"}}
@@ -73,8 +75,11 @@ def test_a_run_and_its_evaluation(workdir, tmp_path):
     ]
 
 
-def test_data_that_is_gone_is_no_obstacle(workdir, tmp_path):
+@pytest.mark.parametrize("content", [None, '{"format_version": 1, "source": 1, "splits": 2}'])
+def test_data_that_is_gone_or_damaged_is_no_obstacle(workdir, tmp_path, content):
     (tmp_path / "data" / "data.json").unlink()
+    if content:
+        (tmp_path / "data" / "data.json").write_text(content)
     text = card(tmp_path / "folder", "stories", load_description(workdir / "model"), read_run(workdir))
     assert "## Data" not in text and "## Training" in text
 

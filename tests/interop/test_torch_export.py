@@ -97,3 +97,11 @@ def test_full_disk_is_one_line(fixtures):
         from pathlib import Path
 
         write_torch_checkpoint(Path("/dev/full"), params, description)
+
+
+def test_a_context_whose_mask_would_fill_the_memory_is_refused(tmp_path):
+    description, params = read_model(make_model_directory(tmp_path / "model", "text"))
+    config = dataclasses.replace(description.config, max_seq_len=2**31 - 1)
+    with pytest.raises(UserError, match=r"max_seq_len 2,147,483,647, above 16,384; convert it --to huggingface$"):
+        write(tmp_path / "a.pt", dataclasses.replace(description, config=config), params)
+    assert not (tmp_path / "a.pt").exists()

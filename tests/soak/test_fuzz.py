@@ -4,6 +4,7 @@ Each test says how many inputs it tried. `FUZZ_INPUTS` changes how many that are
 """
 
 import copy
+import io
 import json
 import os
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -18,8 +20,13 @@ from hypothesis import strategies as st
 from tiny_model import make_config, make_tokenizer
 from torch_twin import TorchTwin, save
 
-from tinysft_jax import chat
+from tinysft_jax import chat, files
+from tinysft_jax.data import prepare
+from tinysft_jax.data.dataset import PreparedData
+from tinysft_jax.data.description import SPLITS
 from tinysft_jax.data.encoding import Encoder
+from tinysft_jax.data.packing import plan_epoch
+from tinysft_jax.data.pipeline import BatchSource
 from tinysft_jax.data.records import parse_record, split_records
 from tinysft_jax.data.sources import open_input
 from tinysft_jax.data.tasks import TASK_NAMES, make_tasks
@@ -345,6 +352,70 @@ def test_model_json(fuzz, tmp_path):
         assert tokenizer.description()["tokenizer"]["bpe_ranks"] == tokenizer.bpe_ranks
 
     fuzz(damaged(MODEL_JSONS, HOSTILE_BYTES), act)
+
+
+ARRAYS = st.builds(
+    np.array,
+    st.lists(st.integers(0, 300), max_size=8) | st.lists(st.lists(st.integers(0, 9), max_size=2), max_size=1),
+    st.sampled_from(["u2", "u1", "i8", "?", "f4", "<U3", "M8[s]", ">i8"]),
+)
+
+
+@st.composite
+def altered_array(draw: st.DrawFn, content: bytes) -> bytes:
+    """A `.npy` file of which a few numbers were changed, or another array in its place."""
+    array = np.load(io.BytesIO(content))
+    for _ in range(draw(st.integers(0, 3)) if array.size else 0):
+        number = draw(st.integers(-3, 300) | st.integers(-(2**63), 2**63 - 1))
+        array[draw(st.integers(0, array.size - 1))] = np.array(number).astype(array.dtype)
+    file = io.BytesIO()
+    np.save(file, array if draw(st.integers(0, 3)) else draw(ARRAYS))
+    return file.getvalue()
+
+
+@st.composite
+def altered_data(draw: st.DrawFn, originals: dict[str, bytes]) -> dict[str, bytes]:
+    """Files of a prepared data set: up to two of them were altered; the manifest says what they are then, or not."""
+    changes = {}
+    for name in draw(st.lists(st.sampled_from(sorted(originals)), max_size=2)):
+        content = originals[name]
+        if name.endswith(".json") and draw(st.booleans()):
+            changes[name] = json.dumps(draw(altered(json.loads(content)))).encode()
+        elif name.endswith(".npy") and draw(st.integers(0, 2)):
+            changes[name] = draw(altered_array(content))
+        else:
+            changes[name] = draw(damaged(st.just(content), HOSTILE_BYTES))
+    return changes
+
+
+def test_prepared_data(fuzz, tmp_path):
+    """Whoever alters a file can write a manifest that fits."""
+    small = tmp_path / "small"
+    lines = tmp_path / "chats.jsonl"
+    lines.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS[:2] * 3))
+    prepare.main([f"--input={lines}", f"--output={small}", "--bpe_ranks=256", "--valid_fraction=0.4", "--workers=1"])
+    names = [path.relative_to(small).as_posix() for path in small.rglob("*") if path.is_file()]
+    originals = {name: (small / name).read_bytes() for name in names}
+
+    def act(changes: dict[str, bytes]) -> None:
+        for name in names:
+            (small / name).write_bytes(changes.get(name, originals[name]))
+        if "manifest.json" not in changes:
+            files.write_manifest(small)
+        data = PreparedData(small)
+        data.verify()
+        for name in SPLITS:
+            split = data.split(name)
+            for index in range(len(split)):
+                ids, supervised = split.conversation(index)
+                assert 0 < len(ids) == len(supervised) == split.lengths[index]
+                assert data.tasks[split.tasks[index]] and load_tokenizer(small).decode(ids)
+            if len(split):
+                source = BatchSource(split, plan_epoch(split.lengths, 1024), 2, 1024)
+                tokens = sum(int((source[i]["segment_ids"] > 0).sum()) for i in range(len(source)))
+                assert tokens == data.description["splits"][name]["tokens"]
+
+    fuzz(altered_data(originals), act)
 
 
 def test_requests(fuzz, tmp_path):

@@ -1,17 +1,26 @@
 """A prepared data set, as it is read: memory-mapped arrays of tokens, masks, offsets and tasks."""
 
 import functools
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8, UInt16
+from jaxtyping import Bool, Int32, Integer, UInt8, UInt16
 
 from tinysft_jax import files
-from tinysft_jax.errors import UserError
+from tinysft_jax.data.description import SPLITS, read_description
+from tinysft_jax.errors import UserError, reason
+from tinysft_jax.tokenizer import ChatTokenizer
 
-FORMAT_VERSION = 1
-SPLITS = ("train", "valid")
+# A shard's arrays, each in a file.
+DTYPES = {"tokens": np.uint16, "supervised": np.bool_, "offsets": np.int64, "tasks": np.uint8}
+
+
+def file_name(array: str, number: int) -> str:
+    """The name of the file that holds an array of a split's shard."""
+    return f"{array}-{number:05d}.npy"
 
 
 class PreparedData:
@@ -28,25 +37,22 @@ class PreparedData:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        self.description: dict[str, Any] = files.read_json(
-            self.directory / "data.json", "a prepared data set", FORMAT_VERSION
-        )
-        for key in ("chat_template", "tokenizer", "tasks", "splits"):
-            if key not in self.description:
-                raise UserError(f"{self.directory / 'data.json'} lacks {key!r}; prepare the data again")
+        self.description: dict[str, Any] = read_description(self.directory)
         self.verify(hashes=False)
 
     def verify(self, hashes: bool = True) -> None:
         """Compares the files with the manifest.
 
         Args:
-          hashes: whether to read all files and compare their SHA-256, not only their sizes.
+          hashes: whether to read all files, compare their SHA-256, not only their sizes, and look at every token.
 
         Raises:
-          UserError: naming a file that is not what it was.
+          UserError: naming a file that is not what it was, or a split that can't be.
         """
-        if damage := files.find_damage(self.directory, hashes):
+        if damage := files.find_damage(self.directory, hashes, self._file_names()):
             raise UserError(f"{self.directory} is damaged: {damage}; copy or prepare the data again")
+        for name in SPLITS if hashes else ():
+            self.split(name).verify()
 
     @property
     def tasks(self) -> list[str]:
@@ -54,10 +60,24 @@ class PreparedData:
         return self.description["tasks"]
 
     def split(self, name: str) -> "Split":
-        """Raises: UserError, if there is no such split."""
+        """Opens a split.
+
+        Raises:
+          UserError: if there is no such split, or its arrays contradict each other or `data.json`.
+        """
         if name not in SPLITS:
             raise UserError(f"there is no split {name!r}; choose one of {', '.join(SPLITS)}")
-        return Split(self.directory / name, self.description["splits"][name])
+        vocab_size = ChatTokenizer.from_description(self.description).vocab_size
+        split = Split(self.directory / name, self.description["splits"][name], len(self.tasks), vocab_size)
+        split.check_index()
+        return split
+
+    def _file_names(self) -> Iterator[str]:
+        """What will be read."""
+        yield "data.json"
+        for name in SPLITS:
+            for number in range(self.description["splits"][name]["shards"]):
+                yield from (f"{name}/{file_name(array, number)}" for array in DTYPES)
 
 
 class Split:
@@ -66,37 +86,58 @@ class Split:
     Attributes:
       directory: of the shards.
       totals: the split's entry in `data.json`.
+      n_tasks: task ids are below it.
+      vocab_size: token ids are below it.
 
     Raises:
       UserError: if a shard is missing or its size is not what `data.json` says.
     """
 
-    def __init__(self, directory: Path, totals: dict[str, int]):
-        self.directory, self.totals = directory, totals
-        found = (len(self), sum(len(shard["tokens"]) for shard in self._shards))
-        if found != (totals["conversations"], totals["tokens"]):
-            raise UserError(
-                f"{directory} holds {found[0]} conversations of {found[1]} tokens, data.json says "
-                f"{totals['conversations']} of {totals['tokens']}; prepare the data again"
-            )
+    def __init__(self, directory: Path, totals: dict[str, int], n_tasks: int, vocab_size: int):
+        self.directory, self.totals, self.n_tasks, self.vocab_size = directory, totals, n_tasks, vocab_size
+        self._check_total("conversations", len(self))
+        self._check_total("tokens", sum(len(shard["tokens"]) for shard in self._shards))
 
     def __reduce__(self):
         # Another process maps the files itself instead of being sent their content.
-        return Split, (self.directory, self.totals)
+        return Split, (self.directory, self.totals, self.n_tasks, self.vocab_size)
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     @functools.cached_property
     def lengths(self) -> Int32[np.ndarray, " n"]:
-        """Each conversation's tokens."""
-        parts = [np.diff(shard["offsets"]).astype(np.int32) for shard in self._shards]
-        return np.concatenate([np.zeros(0, np.int32), *parts])
+        """Each conversation's tokens, at least one.
+
+        Raises:
+          UserError: if there are others.
+        """
+        parts = [np.zeros(0, np.int32)]
+        for shard in self._shards:
+            lengths = np.diff(shard["offsets"])
+            # Also of numbers that no int32 holds.
+            if lengths.min(initial=1) < 1 or lengths.max(initial=0) > self.totals["longest"]:
+                raise UserError(
+                    f"{self.directory}: offsets give a conversation {lengths.min()} or {lengths.max()} tokens, "
+                    f"data.json says 1 to {self.totals['longest']}; prepare the data again"
+                )
+            parts.append(lengths.astype(np.int32))
+        return np.concatenate(parts)
 
     @functools.cached_property
     def tasks(self) -> UInt8[np.ndarray, " n"]:
-        """Each conversation's task id."""
-        return np.concatenate([np.zeros(0, np.uint8), *(shard["tasks"] for shard in self._shards)])
+        """Each conversation's task id.
+
+        Raises:
+          UserError: if there is no such task.
+        """
+        tasks = np.concatenate([np.zeros(0, np.uint8), *(shard["tasks"] for shard in self._shards)])
+        if (highest := tasks.max(initial=0)) >= self.n_tasks:
+            raise UserError(
+                f"{self.directory} holds the task id {highest}, data.json names {self.n_tasks} tasks; prepare the "
+                "data again"
+            )
+        return tasks
 
     def conversation(self, index: int) -> tuple[UInt16[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
         """A conversation's token ids, and which of them are to be predicted."""
@@ -105,19 +146,70 @@ class Split:
         start, end = shard["offsets"][index - self._first[shard_index] :][:2]
         return shard["tokens"][start:end], shard["supervised"][start:end]
 
+    def check_index(self) -> None:
+        """Looks at all but the tokens. Raises: UserError, as of `lengths` and `tasks`."""
+        _ = self.lengths, self.tasks
+
+    def check_ids(self, ids: Integer[np.ndarray, "..."]) -> None:
+        """Raises: UserError, if a token id is not below the size of the vocabulary."""
+        if (highest := ids.max(initial=0)) >= self.vocab_size:
+            raise UserError(
+                f"{self.directory} holds the token id {highest}, its vocabulary has {self.vocab_size}; prepare the "
+                "data again"
+            )
+
+    def verify(self) -> None:
+        """Looks at every token.
+
+        Raises:
+          UserError: if an id is not below the size of the vocabulary, or not as many are supervised as there were.
+        """
+        for shard in self._shards:
+            self.check_ids(shard["tokens"])
+        # As bytes: what is neither 0 nor 1 would count as 1, and then weigh more.
+        supervised = sum(int(shard["supervised"].view(np.uint8).sum(dtype=np.int64)) for shard in self._shards)
+        self._check_total("supervised_tokens", supervised)
+
+    def _check_total(self, name: str, found: int) -> None:
+        if found != self.totals[name]:
+            raise UserError(
+                f"{self.directory} holds {found} {name.replace('_', ' ')}, data.json says {self.totals[name]}; "
+                "prepare the data again"
+            )
+
     @functools.cached_property
     def _shards(self) -> list[dict[str, np.ndarray]]:
-        kinds = ("tokens", "supervised", "offsets", "tasks")
-        shards = []
-        for i in range(self.totals["shards"]):
-            paths = {kind: self.directory / f"{kind}-{i:05d}.npy" for kind in kinds}
-            try:
-                shards.append({kind: np.load(path, mmap_mode="r") for kind, path in paths.items()})
-            except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"can't read shard {i} of {self.directory}: {error}; prepare the data again") from None
-        return shards
+        return [_map_shard(self.directory, number) for number in range(self.totals["shards"])]
 
     @functools.cached_property
     def _first(self) -> np.ndarray:
         """The index of each shard's first conversation, and the number of all."""
         return np.cumsum([0, *(len(shard["tasks"]) for shard in self._shards)])
+
+
+def _map_shard(directory: Path, number: int) -> dict[str, np.ndarray]:
+    """Maps a shard's arrays; what costs nothing to see is checked.
+
+    Raises:
+      UserError: if a file is missing or holds something else, or the arrays' lengths contradict each other.
+    """
+    shard = {name: _map_array(directory / file_name(name, number), dtype) for name, dtype in DTYPES.items()}
+    offsets, n_tokens = shard["offsets"], len(shard["tokens"])
+    fits = len(offsets) == len(shard["tasks"]) + 1 and n_tokens == len(shard["supervised"])
+    if not (fits and offsets[0] == 0 and offsets[-1] == n_tokens):
+        raise UserError(f"{directory}: the arrays of shard {number} contradict each other; prepare the data again")
+    return shard
+
+
+def _map_array(path: Path, dtype: type) -> np.ndarray:
+    try:
+        with np.errstate(over="raise"):
+            array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it opens no archive
+    # A header is read as Python, and multiplied; what is none fails in as many ways.
+    except (OSError, ValueError, TypeError, ArithmeticError, MemoryError, SyntaxError, tokenize.TokenError) as error:
+        raise UserError(f"can't read {path}: {reason(error)}; prepare the data again") from None
+    if array.dtype != dtype or array.ndim != 1:
+        raise UserError(
+            f"{path} is no row of {np.dtype(dtype)} but {array.dtype}{list(array.shape)}; prepare the data again"
+        )
+    return array

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8, UInt16
 
 from tinysft_jax import chat
-from tinysft_jax.data.dataset import SPLITS
+from tinysft_jax.data.description import SPLITS
 from tinysft_jax.data.ledger import Ledger
 from tinysft_jax.data.records import parse_record
 from tinysft_jax.data.sources import Item

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from tinysft_jax.data.dataset import SPLITS
+from tinysft_jax.data.description import SPLITS
 from tinysft_jax.errors import UserError, reason
 
 

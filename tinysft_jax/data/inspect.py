@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.text import Text
 
 from tinysft_jax import cli
-from tinysft_jax.data.dataset import SPLITS, PreparedData, Split
+from tinysft_jax.data.dataset import PreparedData, Split
+from tinysft_jax.data.description import SPLITS
 from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.pipeline import BatchSource
 from tinysft_jax.errors import UserError

@@ -34,6 +34,9 @@ class BatchSource:
       batch_size: rows of the global batch.
       seq_len: tokens a row.
       part: which of how many equal parts of each batch to build; one for each process.
+
+    Raises:
+      UserError: for a batch with a token id that is not of the vocabulary.
     """
 
     def __init__(self, split: Split, plan: PackingPlan, batch_size: int, seq_len: int, part: tuple[int, int] = (0, 1)):
@@ -52,6 +55,7 @@ class BatchSource:
         for place, row in enumerate(rows):
             if row < len(self.plan):
                 _fill_row(batch, place, [self.split.conversation(i) for i in self.plan.row(row).tolist()])
+        self.split.check_ids(batch["tokens"])
         return batch
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from tinysft_jax import chat, cli, files
 from tinysft_jax.data.balance import rates_for
-from tinysft_jax.data.dataset import FORMAT_VERSION, SPLITS
+from tinysft_jax.data.description import FORMAT_VERSION, SPLITS
 from tinysft_jax.data.encoding import BAD_ITEMS, Encoder
 from tinysft_jax.data.hub import download
 from tinysft_jax.data.ledger import Ledger

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tinysft_jax.data.dataset import DTYPES, file_name
 from tinysft_jax.data.encoding import Encoded
 
 TOKENS_PER_SHARD = 50_000_000
@@ -37,8 +38,7 @@ class _Shard:
     """The four files of a shard that is being written."""
 
     def __init__(self, directory: Path, number: int):
-        dtypes = {"tokens": np.uint16, "supervised": np.bool_, "offsets": np.int64, "tasks": np.uint8}
-        self._files = {name: _ArrayFile(directory / f"{name}-{number:05d}.npy", dtypes[name]) for name in dtypes}
+        self._files = {name: _ArrayFile(directory / file_name(name, number), DTYPES[name]) for name in DTYPES}
         self._files["offsets"].append(np.zeros(1, np.int64))
         self.tokens = 0
 

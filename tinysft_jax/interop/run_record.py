@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tinysft_jax import files
+from tinysft_jax.data.description import read_description
 from tinysft_jax.errors import UserError
 from tinysft_jax.training.metrics import read_metrics
 
@@ -17,7 +18,7 @@ class RunRecord:
     Attributes:
       settings: the configuration, by dotted key.
       packages: name → version.
-      data: `data.json` of the prepared data set, or None if it is no longer where it was.
+      data: `data.json` of the prepared data set, or None if it can't be read (any more).
       step: at which the best model was saved, or None.
       losses: validation losses of that step, by metric name.
       plot: the curves, or None.
@@ -61,7 +62,7 @@ def _best_step(path: Path) -> int | None:
 
 def _data(path: object) -> dict[str, Any] | None:
     try:
-        return files.read_json(Path(str(path)) / "data.json", "a prepared data set", format_version=1)
+        return read_description(Path(str(path)))
     except UserError:
         return None
 

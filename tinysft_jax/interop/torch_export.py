@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # What that project's `config` holds; the rest of a shape it has by default, or finds nowhere.
 CONFIG_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "max_seq_len")
 
+# Its mask, float32 with a row and a column for every position, takes 1 GiB then.
+LONGEST_CONTEXT = 16384
+
 
 def write_torch_checkpoint(path: Path, params: Params, description: ModelDescription) -> None:
     """Writes a `.pt` that the PyTorch project loads with `weights_only=True` and a strict `load_state_dict`.
@@ -29,9 +32,14 @@ def write_torch_checkpoint(path: Path, params: Params, description: ModelDescrip
       description: what the model is.
 
     Raises:
-      UserError: if torch is not installed.
+      UserError: if torch is not installed, or the context is too long for a file that holds a mask.
       RunError: if the disk is full, say.
     """
+    if description.config.max_seq_len > LONGEST_CONTEXT:
+        raise UserError(
+            f"a PyTorch checkpoint holds a mask of max_seq_len x max_seq_len numbers, so it can't be of a model with "
+            f"max_seq_len {description.config.max_seq_len:,}, above {LONGEST_CONTEXT:,}; convert it --to huggingface"
+        )
     try:
         import torch
     except ImportError:

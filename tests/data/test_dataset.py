@@ -1,0 +1,266 @@
+"""A data set that was not written by `prepare`, or was changed since: refused in one line."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tinysft_jax import files
+from tinysft_jax.data.dataset import DTYPES, PreparedData, Split
+from tinysft_jax.data.packing import plan_epoch
+from tinysft_jax.data.pipeline import BatchSource, epoch_batches
+from tinysft_jax.errors import UserError
+
+
+@pytest.fixture
+def data(chat_data, tmp_path) -> Path:
+    return Path(shutil.copytree(chat_data, tmp_path / "data"))
+
+
+def refusal(act: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        act()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 1000
+    assert message.endswith(("prepare the data again", "nested more than 200 levels deep", "upgrade tinysft-jax"))
+    return message
+
+
+def change_description(data: Path, path: str, value: Any) -> None:
+    """Puts a value at a dotted path of `data.json`; Ellipsis: removes what is there."""
+    content = inner = json.loads((data / "data.json").read_text())
+    *parents, key = path.split(".")
+    for parent in parents:
+        inner = inner[parent]
+    inner[key] = value
+    if value is ...:
+        del inner[key]
+    (data / "data.json").write_text(json.dumps(content))
+    files.write_manifest(data)  # whoever changes the one can change the other
+
+
+def change_array(data: Path, name: str, change: Callable[[np.ndarray], np.ndarray | None]) -> None:
+    """Changes an array of the training split's shard, in place or by returning another."""
+    path = data / "train" / f"{name}-00000.npy"
+    array = np.load(path)
+    changed = change(array)
+    np.save(path, array if changed is None else changed)
+    files.write_manifest(data)
+
+
+# data.json
+
+VALUES = (None, True, False, -1, 2.5, float("nan"), 2**63, -(10**4000), "", "7", [], [7], {}, {"a": 7})
+# What each key may be, of these values; a description that differs only in that is understood.
+SOUND = {
+    "format": ("", "7"),
+    "chat_template": (None,),
+    "tokenizer": (),
+    "tokenizer.kind": (),
+    "tokenizer.bpe_ranks": (),
+    "max_tokens": (),
+    "tasks": (),
+    "seed": (-1, 2**63, -(10**4000)),
+    "source": ({}, {"a": 7}),
+    "splits": (),
+    "splits.train": (),
+    "splits.valid": (),
+    **{f"splits.valid.{total}": () for total in ("conversations", "tokens", "supervised_tokens", "longest", "shards")},
+}
+
+
+@pytest.mark.parametrize("path", SOUND)
+def test_each_key_must_be_there_and_of_its_type(data, path):
+    change_description(data, path, ...)
+    assert f"data.json: it lacks {path!r}" in refusal(lambda: PreparedData(data))
+    for value in VALUES:
+        change_description(data, path, value)
+        if any(value is sound or value == sound for sound in SOUND[path] if type(value) is type(sound)):
+            PreparedData(data)
+        else:
+            message = refusal(lambda: PreparedData(data))
+            assert "data.json: " in message and any(word in message for word in ("must be", "there is no", "lacks"))
+
+
+@pytest.mark.parametrize(
+    "tasks", [["a", "a"], ["a", 1], ["a\x1b[2J"], ["a\nb"], [""], [["a"]], [f"task {i}" for i in range(257)]]
+)
+def test_tasks_are_different_names_that_print(data, tasks):
+    change_description(data, "tasks", tasks)
+    assert "tasks is" in refusal(lambda: PreparedData(data))
+
+
+@pytest.mark.parametrize(
+    "description", [{"bpe_ranks": 255}, {"bpe_ranks": 50257}, {"kind": "gpt3"}], ids=lambda value: str(value)
+)
+def test_the_tokenizer_is_one_that_there_is(data, description):
+    change_description(data, "tokenizer", {"kind": "gpt2", "bpe_ranks": 256} | description)
+    assert "data.json: " in refusal(lambda: PreparedData(data))
+
+
+def test_other_keys_are_passed_over(data):
+    change_description(data, "splits.test", 7)
+    PreparedData(data).verify()
+
+
+def test_a_source_nested_deeply_is_refused(data):
+    change_description(data, "source", json.loads('{"a":' * 300 + "1" + "}" * 300))
+    refusal(lambda: PreparedData(data))
+
+
+@pytest.mark.parametrize("total", ["conversations", "tokens"])
+def test_totals_are_compared_with_the_arrays(data, total):
+    PreparedData(data).split("train")
+    change_description(data, f"splits.train.{total}", 271)
+    assert f"{total.replace('_', ' ')}, data.json says 271" in refusal(lambda: PreparedData(data).split("train"))
+
+
+@pytest.mark.parametrize("shards", [2, 10**6, 2**31 - 1])
+def test_more_shards_than_there_are(data, shards):
+    change_description(data, "splits.train.shards", shards)
+    assert "does not list train/tokens-00001.npy" in refusal(lambda: PreparedData(data))
+
+
+# Shards
+
+
+def test_what_is_not_in_the_manifest_is_not_read(data):
+    """A pipe, say, that nobody writes to, or a link to somewhere."""
+    for name in ("data.json", "train/tokens-00000.npy"):
+        content = json.loads((data / "manifest.json").read_text())
+        del content["files"][name]
+        files.write_json(data / "manifest.json", content)
+        assert f"does not list {name}" in refusal(lambda: PreparedData(data))
+        files.write_manifest(data)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_an_array_must_be_a_row_of_its_dtype(data, name):
+    kinds = [np.uint32, np.int8, np.float32, np.complex64, "U2", ">u2", ">i8", "V0", [("a", DTYPES[name])], "M8[s]"]
+    original = (data / "train" / f"{name}-00000.npy").read_bytes()
+    others = [lambda array, kind=kind: np.zeros(len(array), kind) for kind in kinds]
+    for change in (*others, lambda array: array[None], lambda array: array[0]):
+        change_array(data, name, change)
+        assert f"{name}-00000.npy is no row of" in refusal(lambda: PreparedData(data).split("train"))
+        (data / "train" / f"{name}-00000.npy").write_bytes(original)
+
+
+def as_npy(header: bytes, version: bytes) -> bytes:
+    length = len(header).to_bytes(2 if version == b"\x01\x00" else 4, "little")
+    return b"\x93NUMPY" + version + length + header + bytes(8)
+
+
+HEADERS = [
+    b"[" * 9000,
+    b"-" * 9000 + b"1",
+    b"'''",
+    b"  x\n y",
+    b"{[]: 3}",
+    b"\xff",
+    b"{'descr': [(3,)], 'fortran_order': False, 'shape': (3,), }",
+    *(
+        b"{'descr': '<u2', 'fortran_order': False, 'shape': (%s,), }" % shape
+        for shape in (b"-1", b"True", b"1000", b"9" * 40, b"%d" % 2**62, b"%d" % (2**63 - 1))
+    ),
+]
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("header", HEADERS, ids=lambda header: repr(header[-40:]))
+@pytest.mark.parametrize("version", [b"\x01\x00", b"\x03\x00"])
+def test_a_header_that_is_none(data, header, version):
+    (data / "train" / "tasks-00000.npy").write_bytes(as_npy(header, version))
+    files.write_manifest(data)
+    assert "tasks-00000.npy" in refusal(lambda: PreparedData(data).split("train"))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"PK\x03\x04" + bytes(40), b"\x80\x04K\x01.", b"1 2 3\n"])
+def test_a_file_that_is_no_array(data, content):
+    (data / "train" / "tokens-00000.npy").write_bytes(content)
+    files.write_manifest(data)
+    assert "tokens-00000.npy" in refusal(lambda: PreparedData(data).split("train"))
+
+
+CONTRADICTIONS = {
+    "a task too many": ("tasks", lambda array: np.append(array, array[:1])),
+    "no task": ("tasks", lambda array: array[:0]),
+    "a mark too few": ("supervised", lambda array: array[1:]),
+    "no offset": ("offsets", lambda array: array[:0]),
+    "offsets from 1": ("offsets", lambda array: array.__setitem__(0, 1)),
+    "offsets that end early": ("offsets", lambda array: array.__setitem__(-1, array[-1] - 1)),
+}
+
+
+@pytest.mark.parametrize("kind", CONTRADICTIONS)
+def test_arrays_that_contradict_each_other(data, kind):
+    """Seen when a shard is opened, in a worker process as well."""
+    totals = PreparedData(data).description["splits"]["train"]
+    change_array(data, *CONTRADICTIONS[kind])
+    assert "shard 0 contradict each other" in refusal(lambda: Split(data / "train", totals, 99, 260))
+
+
+INDICES = {
+    "an empty conversation": lambda array: array.__setitem__(5, array[4]),
+    "a negative length": lambda array: array.__setitem__(5, array[6] + 1),
+    "a negative place": lambda array: array.__setitem__(5, -1),
+    "a place far out": lambda array: array.__setitem__(5, 2**63 - 1),
+    "a length over the longest": lambda array: array.__setitem__(slice(5, 9), array[9] - [4, 3, 2, 1]),
+    "a length that is short as an int32": lambda array: array.__setitem__(5, array[5] + 2**32),
+}
+
+
+@pytest.mark.parametrize("kind", INDICES)
+def test_lengths_that_can_not_be(data, kind):
+    change_array(data, "offsets", INDICES[kind])
+    assert "offsets give a conversation" in refusal(lambda: PreparedData(data).split("train"))
+
+
+def test_a_task_that_has_no_name(data):
+    change_array(data, "tasks", lambda array: array.__setitem__(-1, 1))
+    assert "the task id 1, data.json names 1 tasks" in refusal(lambda: PreparedData(data).split("train"))
+
+
+def test_tokens_outside_the_vocabulary(data):
+    """Named by `--verify`, and otherwise by the batch that has one; ids are those of the data's tokenizer."""
+    change_array(data, "tokens", lambda array: array.__setitem__(-1, 259))
+    PreparedData(data).verify()
+    change_array(data, "tokens", lambda array: array.__setitem__(-1, 260))
+    assert "the token id 260, its vocabulary has 260" in refusal(lambda: PreparedData(data).verify())
+    split = PreparedData(data).split("train")
+    source = BatchSource(split, plan_epoch(split.lengths, 128), 4, 128)
+    assert "the token id 260" in refusal(lambda: list(epoch_batches(source)))
+
+
+@pytest.mark.parametrize("change", [lambda array: array ^ (array.cumsum() == 1), lambda array: array.view("u1") * 2])
+def test_marks_that_are_others(data, change):
+    """One that was lost, and bytes that are neither 0 nor 1, which would weigh more."""
+    path = data / "train" / "supervised-00000.npy"
+    np.save(path, change(np.load(path)).astype("u1").view(bool))
+    files.write_manifest(data)
+    PreparedData(data).split("train")
+    assert "supervised tokens, data.json says" in refusal(lambda: PreparedData(data).verify())
+
+
+def test_verify_reads_both_splits(data):
+    path = data / "valid" / "tokens-00000.npy"
+    tokens = np.load(path)
+    tokens[0] = 60000
+    np.save(path, tokens)
+    files.write_manifest(data)
+    assert "valid holds the token id 60000" in refusal(lambda: PreparedData(data).verify())
+
+
+def test_a_shard_that_is_a_pipe_is_not_waited_for(data):
+    path = data / "train" / "tasks-00000.npy"
+    path.unlink()
+    os.mkfifo(path)
+    for size in (0, 7):
+        content = json.loads((data / "manifest.json").read_text())
+        content["files"]["train/tasks-00000.npy"]["bytes"] = size
+        files.write_json(data / "manifest.json", content)
+        assert "is not a regular file" in refusal(lambda: PreparedData(data))

@@ -15,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 from tinysft_jax import files, processes
 from tinysft_jax.errors import RunError, UserError, reason, shown
 from tinysft_jax.model import GPT, LARGEST_SIZE, GPTConfig
-from tinysft_jax.quiet import quiet_orbax
+from tinysft_jax.quiet import ORBAX_ERRORS, quiet_orbax
 
 FORMAT_VERSION = 1
 
@@ -138,7 +138,7 @@ def load_params(path: Path, config: GPTConfig) -> Params:
             if differences:
                 raise UserError(f"{directory} does not fit model.json: {'; '.join(differences[:5])}")
             params = ocp.load(directory, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
-    except (ValueError, OSError, KeyError) as error:
+    except ORBAX_ERRORS as error:
         raise UserError(f"can't read {directory}: {reason(error)}") from None
     return pad_vocabulary(params, config)
 

@@ -1,10 +1,15 @@
 """Keeps orbax from printing what it raises as well."""
 
 import contextlib
+import inspect
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
+
+# What it raises when a file can't be written (tensorstore's own errors are ValueErrors), or is not what it wrote.
+ORBAX_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 @contextlib.contextmanager
@@ -17,16 +22,18 @@ def quiet_orbax() -> Iterator[None]:
     orbax, tasks, heard = logging.getLogger("absl"), logging.getLogger("asyncio"), sys.unraisablehook
 
     def hear(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if not inspect.iscoroutine(unraisable.object) and str(unraisable.exc_value) != "Event loop is closed":
             heard(unraisable)
 
+    orbax_level, level = orbax.level, tasks.level
     orbax.setLevel(logging.CRITICAL)
-    level = tasks.level
     tasks.setLevel(logging.CRITICAL)
     sys.unraisablehook = hear
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            yield
     finally:
-        orbax.setLevel(logging.ERROR)
+        orbax.setLevel(max(orbax_level, logging.ERROR))
     tasks.setLevel(level)
     sys.unraisablehook = heard

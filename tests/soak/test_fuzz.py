@@ -355,7 +355,7 @@ def test_model_json(fuzz, tmp_path):
 
 
 ARRAYS = st.builds(
-    np.array,
+    lambda numbers, dtype: np.array(numbers).astype(dtype),
     st.lists(st.integers(0, 300), max_size=8) | st.lists(st.lists(st.integers(0, 9), max_size=2), max_size=1),
     st.sampled_from(["u2", "u1", "i8", "?", "f4", "<U3", "M8[s]", ">i8"]),
 )
@@ -392,7 +392,7 @@ def test_prepared_data(fuzz, tmp_path):
     """Whoever alters a file can write a manifest that fits."""
     small = tmp_path / "small"
     lines = tmp_path / "chats.jsonl"
-    lines.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS[:2] * 3))
+    lines.write_text("".join(json.dumps({"prompt": f"Hi {i}", "completion": "Ho"}) + "\n" for i in range(6)))
     prepare.main([f"--input={lines}", f"--output={small}", "--bpe_ranks=256", "--valid_fraction=0.4", "--workers=1"])
     names = [path.relative_to(small).as_posix() for path in small.rglob("*") if path.is_file()]
     originals = {name: (small / name).read_bytes() for name in names}

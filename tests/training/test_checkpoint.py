@@ -1,12 +1,16 @@
 """A run that was killed, whose files were damaged, or whose disk was full."""
 
 import contextlib
+import logging
 import os
 import random
 import resource
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from runs import assert_same_bits, tiny_config
 
@@ -129,6 +133,36 @@ def test_each_damaged_file_is_recognised_and_named(finished, tmp_path):
     assert len(kinds) == 3
     sound = Checkpoints(tmp_path / "work", keep=2)
     assert (sound.find_newest(), sound.newest) == ("", 12)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_damage_that_the_manifest_does_not_tell_is_one_line(tmp_path, capfd, caplog):
+    """Whoever changes a checkpoint can write a manifest that fits: orbax's errors are no tracebacks either."""
+    state = {"a": jnp.ones((64, 64)), "b": {"c": jnp.zeros(8)}}
+    shapes, shardings = jax.eval_shape(lambda: state), jax.tree.map(lambda leaf: leaf.sharding, state)
+    checkpoints, refused = Checkpoints(tmp_path, keep=2), 0
+    checkpoints.clear()
+    checkpoints.save(1, state, {"a": 1})
+    checkpoints.wait()
+    directory = tmp_path / "checkpoints" / "1"
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        for other in (b"", b"{}", b"[]", b"null", bytes(range(156, 256)), content[:-1]):
+            path.write_bytes(other)
+            files.write_manifest(directory)
+            for read in (lambda: checkpoints.progress(1), lambda: checkpoints.restore(1, shapes, shardings)):
+                try:
+                    read()
+                except RunError as error:
+                    refused += 1
+                    assert "\n" not in str(error)
+        path.write_bytes(content)
+    files.write_manifest(directory)
+    assert checkpoints.find_newest() == ""
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, shapes, shardings), state)
+    checkpoints.close()
+    assert logging.getLogger("absl").level == logging.CRITICAL, "it writes in the background as well"
+    assert refused > 8 and not caplog.records and capfd.readouterr().err == ""
 
 
 def test_the_newest_sound_checkpoint_is_used(chat_data, finished, tmp_path, capfd):

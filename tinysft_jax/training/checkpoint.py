@@ -14,6 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from tinysft_jax import files, processes
 from tinysft_jax.errors import RunError, reason
 from tinysft_jax.model_directory import ModelDescription, Params, write_model
+from tinysft_jax.quiet import ORBAX_ERRORS, quiet_orbax
 from tinysft_jax.training.step import TrainState
 
 _NONE, _ALL_DAMAGED = -1, -2
@@ -39,7 +40,7 @@ class Checkpoints:
         self.newest: int | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells of its every step; its errors are raised too
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # while it writes in the background as well
 
     def find_newest(self) -> str:
         """Finds the newest checkpoint that is as it was written.
@@ -172,8 +173,9 @@ class Checkpoints:
     def _one_line(self, verb: str) -> Iterator[None]:
         """Turns orbax's and tensorstore's errors into one line."""
         try:
-            yield
-        except (ValueError, OSError, KeyError) as error:
+            with quiet_orbax():
+                yield
+        except ORBAX_ERRORS as error:
             raise RunError(f"can't {verb} {self._directory}: {reason(error)}") from None
 
 

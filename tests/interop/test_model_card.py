@@ -84,6 +84,24 @@ def test_data_that_is_gone_or_damaged_is_no_obstacle(workdir, tmp_path, content)
     assert "## Data" not in text and "## Training" in text
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [(key, value) for key in ("config", "packages") for value in ([], "x", 1, None)] + [("packages", {"a": 1})],
+)
+def test_a_record_of_a_run_that_is_none_is_refused(workdir, key, value):
+    files.write_json(workdir / "config.json", {"format_version": 1, "config": {}, "packages": {}} | {key: value})
+    with pytest.raises(UserError, match=r"config\.json: 'config' or 'packages' is not what a run writes"):
+        read_run(workdir)
+
+
+def test_of_settings_and_losses_only_what_can_be_is_told(workdir, tmp_path):
+    settings = {"data": {"path": [1]}, "init_from": 7}
+    files.write_json(workdir / "config.json", {"format_version": 1, "config": settings, "packages": {}})
+    (workdir / "metrics.jsonl").write_text('{"step": 20, "sft/val_loss": "x", "sft/val_loss/a": [1]}\n')
+    text = card(tmp_path / "folder", "stories", load_description(workdir / "model"), read_run(workdir))
+    assert "| init_from | 7 |" in text and "Step 20." in text and "val_loss" not in text
+
+
 def test_of_an_unknown_run_nothing_is_said(tmp_path):
     text = card(tmp_path / "folder", "m", load_description(make_model_directory(tmp_path / "model", "control")))
     assert "## Training" not in text and "## Data" not in text and "Evaluation" not in text

@@ -144,7 +144,7 @@ def _training(run: RunRecord) -> list[str]:
     told = {
         key: value for key, value in run.settings.items() if value not in (None, "") and not key.startswith(_UNTOLD)
     }
-    told |= {key: Path(told[key]).name for key in _PATHS if key in told}
+    told |= {key: Path(str(told[key])).name for key in _PATHS if key in told}
     parts += ["### Settings", _table(told)]
     if run.packages:
         parts += ["Packages: " + ", ".join(f"{name} {version}" for name, version in run.packages.items()) + "."]

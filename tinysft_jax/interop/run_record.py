@@ -41,17 +41,29 @@ def read_run(path: Path) -> RunRecord | None:
     if not (path / "config.json").is_file() or (path / "model.json").exists():
         return None
     content = files.read_json(path / "config.json", "a work directory", format_version=1)
-    settings = _flat(content.get("config", {}))
+    config, packages = content.get("config", {}), content.get("packages", {})
+    if not isinstance(config, dict) or not isinstance(packages, dict) or not all(map(_is_text, packages.values())):
+        raise UserError(f"{path / 'config.json'}: 'config' or 'packages' is not what a run writes; copy it again")
+    settings = _flat(config)
     step = _best_step(path)
     lines = [line for line in read_metrics(path) if line.get("step") == step]
     return RunRecord(
         settings=settings,
-        packages=content.get("packages", {}),
+        packages=packages,
         data=_data(settings.get("data.path")),
         step=step,
-        losses={key: value for line in lines for key, value in line.items() if key.startswith("sft/val_loss")},
+        losses={
+            key: value
+            for line in lines
+            for key, value in line.items()
+            if key.startswith("sft/val_loss") and isinstance(value, float)
+        },
         plot=path / "loss.png" if (path / "loss.png").is_file() else None,
     )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _best_step(path: Path) -> int | None:

@@ -186,6 +186,12 @@ def test_a_file_that_is_no_array(data, content):
     assert "tokens-00000.npy" in refusal(lambda: PreparedData(data).split("train"))
 
 
+def test_a_shard_that_went_after_the_data_was_opened(data):
+    opened = PreparedData(data)
+    (data / "train" / "tasks-00000.npy").unlink()
+    assert "can't read " in (said := refusal(lambda: opened.split("train"))) and "No such file" in said
+
+
 CONTRADICTIONS = {
     "a task too many": ("tasks", lambda array: np.append(array, array[:1])),
     "no task": ("tasks", lambda array: array[:0]),
@@ -204,19 +210,28 @@ def test_arrays_that_contradict_each_other(data, kind):
     assert "shard 0 contradict each other" in refusal(lambda: Split(data / "train", totals, 99, 260))
 
 
-INDICES = {
+TOO_SHORT = {
     "an empty conversation": lambda array: array.__setitem__(5, array[4]),
     "a negative length": lambda array: array.__setitem__(5, array[6] + 1),
     "a negative place": lambda array: array.__setitem__(5, -1),
+}
+TOO_LONG = {
     "a place far out": lambda array: array.__setitem__(5, 2**63 - 1),
     "a length over the longest": lambda array: array.__setitem__(slice(5, 9), array[9] - [4, 3, 2, 1]),
     "a length that is short as an int32": lambda array: array.__setitem__(5, array[5] + 2**32),
 }
 
 
-@pytest.mark.parametrize("kind", INDICES)
-def test_lengths_that_can_not_be(data, kind):
-    change_array(data, "offsets", INDICES[kind])
+@pytest.mark.parametrize("kind", TOO_SHORT)
+def test_lengths_below_one(data, kind):
+    change_array(data, "offsets", TOO_SHORT[kind])
+    change_description(data, "splits.train.longest", 2**31 - 1)  # which leaves the next conversation its new length
+    assert "offsets give a conversation" in refusal(lambda: PreparedData(data).split("train"))
+
+
+@pytest.mark.parametrize("kind", TOO_LONG)
+def test_lengths_over_the_longest(data, kind):
+    change_array(data, "offsets", TOO_LONG[kind])
     assert "offsets give a conversation" in refusal(lambda: PreparedData(data).split("train"))
 
 

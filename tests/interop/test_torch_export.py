@@ -13,7 +13,7 @@ from torch_twin import TorchTwin, save
 from tinysft_jax.errors import RunError, UserError
 from tinysft_jax.interop.parity import measure_parity
 from tinysft_jax.interop.torch_checkpoint import read_torch_checkpoint
-from tinysft_jax.interop.torch_export import write_torch_checkpoint
+from tinysft_jax.interop.torch_export import LONGEST_CONTEXT, write_torch_checkpoint
 from tinysft_jax.interop.torch_file import open_torch_file
 from tinysft_jax.interop.torch_names import bare_name
 from tinysft_jax.model_directory import load_model, read_model
@@ -101,7 +101,7 @@ def test_full_disk_is_one_line(fixtures):
 
 def test_a_context_whose_mask_would_fill_the_memory_is_refused(tmp_path):
     description, params = read_model(make_model_directory(tmp_path / "model", "text"))
-    config = dataclasses.replace(description.config, max_seq_len=2**31 - 1)
-    with pytest.raises(UserError, match=r"max_seq_len 2,147,483,647, above 16,384; convert it --to huggingface$"):
+    config = dataclasses.replace(description.config, max_seq_len=LONGEST_CONTEXT + 1)
+    with pytest.raises(UserError, match=r"max_seq_len 16,385, above 16,384; convert it --to huggingface$"):
         write(tmp_path / "a.pt", dataclasses.replace(description, config=config), params)
     assert not (tmp_path / "a.pt").exists()

@@ -146,7 +146,11 @@ def test_the_split_has_the_fraction_that_was_asked_for_and_stays_when_a_file_gro
 def test_embedded_stories_come_as_records_or_as_text():
     records, texts = list(open_embedded(40, "auto", 0)), list(open_embedded(40, "text", 0))
     assert [item.split for item in records] == ["train"] * 40 + ["valid"] * 2
-    assert [parse_record(item.text).story for item in records] == [item.text for item in texts]
+    stories = [parse_record(item.text).story for item in records]
+    assert [item.text for item in texts if "short" not in item.where] == stories
+    # A story for training is followed by two short texts, one for validation by none.
+    assert [item.split for item in texts] == ["train"] * 120 + ["valid"] * 2
+    assert [item.text for item in texts[::3]][:40] == stories[:40]
     assert [item.text for item in open_embedded(40, "auto", 1)] != [item.text for item in records]
     assert [item.split for item in open_embedded(1, "auto", 0)] == ["train", "valid"]
 

@@ -62,7 +62,10 @@ class Source:
 
 @dataclass
 class EmbeddedSource(Source):
-    """The stories that the package makes itself: whole records, or with the format "text" the stories alone."""
+    """The stories that the package makes itself: whole records, or with the format "text" the stories alone.
+
+    In text for training, short texts around the same words follow each story; validation is on stories.
+    """
 
     counts: dict[str, int]
     seed: int
@@ -71,8 +74,13 @@ class EmbeddedSource(Source):
         for split, count in self.counts.items():
             for number, story in enumerate(embedded_stories(count, split, self.seed), 1):
                 self.position += 1
-                text = story.record.story if self.format == "text" else record_text(story.record)
-                yield Item(split, f"embedded {split} story {number}", text)
+                where = f"embedded {split} story {number}"
+                if self.format != "text":
+                    yield Item(split, where, record_text(story.record))
+                    continue
+                yield Item(split, where, story.record.story)
+                for text in story.short_texts if split == "train" else ():
+                    yield Item(split, f"{where}, short text", text)
 
 
 @dataclass

@@ -38,6 +38,8 @@ class EmbeddedStory:
       happy_ending: whether the story ends well for the main character.
       dialogue: whether somebody speaks in quotes.
       plot: the plot's name.
+      short_texts: a verse and a sketch around the same words. Plain text for pretraining has them as well: in a context
+        of a few words it takes a small model far fewer steps to find out that words come back than in a story.
     """
 
     record: StoryRecord
@@ -45,6 +47,7 @@ class EmbeddedStory:
     happy_ending: bool
     dialogue: bool
     plot: str
+    short_texts: tuple[str, ...]
 
 
 def embedded_stories(n: int, split: Literal["train", "valid"] = "train", seed: int = 0) -> Iterator[EmbeddedStory]:
@@ -97,7 +100,8 @@ def _story(rng: random.Random, held_out: bool) -> EmbeddedStory:
         random_sentence=_random_sentence(rng, story) if _chance(rng, HAS_RANDOM_SENTENCE) else None,
         story=story,
     )
-    return EmbeddedStory(record, main.name, happy, "Dialogue" in features, plot.name)
+    truth = (main.name, happy, "Dialogue" in features, plot.name)
+    return EmbeddedStory(record, *truth, short_texts=(narrator.verse(), narrator.sketch()))
 
 
 def _main_character(rng: random.Random) -> Character:
@@ -139,17 +143,20 @@ class _Narrator:
         beginning = self._paragraph(
             self._choose(openings),
             self._choose(story_parts.HABITS),
-            self._choose(story_parts.SIGHTS),
+            self._choose(story_parts.TREASURES),
             self._choose(steps["wish"]),
             self._choose(steps["hint"], hint),
         )
         middle = self._paragraph(
             self._choose(steps["trouble"]),
+            self._choose(story_parts.SETBACKS),
             self._choose(steps["attempt"], 1 + _chance(rng, SECOND_ATTEMPT)),
             self._choose(steps["quarrel"], quarrel),
         )
         closings = story_parts.HAPPY_CLOSINGS if self.ending.happy else story_parts.SAD_CLOSINGS
-        end = self._paragraph(self._choose(self.ending.lines), self._choose(closings))
+        end = self._paragraph(
+            self._choose(self.ending.lines), self._choose(story_parts.RETURNS), self._choose(closings)
+        )
         line_break = _pick(rng, ("\n\n", "\n\n", "\n"))
         story = beginning + _pick(rng, (line_break, line_break, " ")) + middle + line_break + end
         if moral:
@@ -167,6 +174,14 @@ class _Narrator:
             "Conflict": quarrel or "Conflict" in self.ending.features,
         }
         return story, summary, tuple(feature for feature in FEATURES if present[feature])
+
+    def verse(self) -> str:
+        return self._phrase(*self._choose(story_parts.VERSES))
+
+    def sketch(self) -> str:
+        """Nothing but what the story says of its noun, its verb and its adjective."""
+        told = (story_parts.HABITS, story_parts.TREASURES, story_parts.SETBACKS, story_parts.RETURNS)
+        return self._paragraph(*map(self._choose, told))
 
     def main_stands_out(self, story: str) -> bool:
         """Whether nobody else is named nearly as often as the main character."""

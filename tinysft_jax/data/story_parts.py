@@ -167,28 +167,20 @@ PLACES = {
 LOOKS = _options("red, blue, green, purple, pink, shiny, new, small, pretty, special, lovely, golden, round, bright")
 
 # --- Words that stories are built around ------------------------------------------------------------------------------
-# Each is a single token after a space among GPT-2's first 8,192 ranks, so that small models learn soon to use them.
+# Few, and each a single token after a space among GPT-2's first 8,192 ranks: small models learn soon to use them.
 
 NOUNS = _words("""
-    bag ball basket bath bed bench book box bridge bus button camera car card chain chair chest cloud computer cup
-    desk doll door dress egg engine fan farm flag game gift hat hole house island key letter lock log machine
-    magazine map net newspaper note nut package page paper path pen phone picture pie plane plant plate pool post
-    pot radio rail ring road rock root screen shell ship shop sign stage star stick stone string suit table tail
-    tank television ticket tool track tree truck vehicle video wall wheel window
+    bag ball basket book box bus button camera car card cup doll egg flag game gift hat key letter map net pen phone
+    picture plane plant radio ring ship star stone truck
 """)
 # Regular, and each makes sense without an object.
 VERBS = _words("""
-    act balance camp clean cook count cycle dream exercise explore fish hop hum jump kick laugh learn listen move
-    paint plan play practice race rest roll row search stay stretch study talk train travel type wait walk watch
-    wave wonder work worry
+    balance clean cook count dream fish hop hum jump kick laugh listen paint plan play race rest roll stay study talk
+    travel wait walk wave work worry
 """)
 ADJECTIVES = _words("""
-    ancient bad beautiful big black blue bright broken brown cheap clear cold complex cool crazy dark deep different
-    dry empty excellent expensive false famous fine firm flat foreign fresh full giant good grand great green
-    hard heavy hot huge large light long loud magic massive modern narrow natural new nice normal odd old perfect
-    plastic poor powerful pretty quiet rare red rich rough round safe sharp short simple small smart smooth soft
-    solid special square strange strong sweet tall thick thin tight tiny tough unique useful valuable warm weak
-    weird white wide wild wonderful yellow young
+    ancient big black blue bright broken brown cold cool dark giant great green heavy huge light magic new old plastic
+    red round sharp small soft special square strange strong tiny white wonderful yellow
 """)
 
 
@@ -220,26 +212,47 @@ OPENINGS = _lines("""
     {F.intro} was [sitting|waiting|resting] {at} when {M} came by.
     {F.intro} had a good friend, {M.intro}. One day {M} went to {place}.
 """)
-# The verb, the noun and the adjective that a story is built around.
+# The verb, the noun and the adjective that a story is built around: first told, ...
 HABITS = _lines("""
-    {M} [loved|liked] to {verb}.
-    {M} was [curious|brave|shy|playful|clever|cheerful|gentle] and [loved|wanted] to {verb}.
-    Everyone knew that {M} [liked to {verb}|could {verb} all day], but nobody [minded|said a word].
-    {M} had {verbed} all [morning|day] and felt [calm|cheerful|wide awake|full of hope].
-    That day {M} was {verbing} [in the sun|as always|for a long time].
-    It was a good day to {verb}, and {M} [knew it|felt wide awake].
-    "I want to {verb}!" said {M}.
-    "Is there a better place to {verb}?" asked {M}.
+    {M} [loved|liked] to {verb}. Nobody could {verb} as well as {M}.
+    {M} was [curious|brave|shy|playful|clever|cheerful|gentle] and wanted to {verb} and {verb}.
+    Everyone knew that {M} liked to {verb} and could {verb} all day.
+    {M} had {verbed} all [morning|day] and still wanted to {verb}.
+    It was a good day to {verb}, so {M} began to {verb}.
+    "I want to {verb}!" said {M}. "Come and {verb} with me!"
+    "Is this a good place to {verb}?" asked {M}. "Yes, here I can {verb}."
 """)
-SIGHTS = _lines("""
-    There was a {adjective} {noun} too.
-    {M} saw a {adjective} {noun} and [stopped to look at it|wondered whose it was].
-    Next to {M} was a {noun}. It looked {adjective}.
-    Somebody had left a {noun} [there|behind]. It was [quite|very] {adjective}.
-    That night {M} had dreamed of a {adjective} {noun}.
-    {M} [thought of|remembered] the {noun} at home, which was so {adjective}.
-    "What a {adjective} {noun}!" said {M} and pointed at it.
-    "Is that {noun} always so {adjective}?" asked {M}.
+TREASURES = _lines("""
+    {M} had a {adjective} {noun} [and took it everywhere|with {M.him}|that {E} had found].
+    {M} always had a {noun} [at hand|close by]. It was a very {adjective} {noun}.
+    Next to {M} was a {noun}. It was {M.his} own, and it looked {adjective}.
+    {E} had given {M} a {adjective} {noun}.
+    "Look at my {adjective} {noun}!" said {M} [with pride|and held it up].
+    "This {noun} is mine," said {M}. It was a {adjective} {noun}.
+""")
+# ... and told again, in the middle and at the end.
+SETBACKS = _lines("""
+    {M} held the {adjective} {noun} [tight|close] and did not want to {verb} anymore.
+    {M} looked at the {adjective} {noun} and tried to {verb}, but it did not help.
+    The {noun} was still {adjective}, but {M} was too [worried|upset] to {verb}.
+    It was no time to {verb} now, and the {adjective} {noun} was of no use.
+    "I can not even {verb} now," said {M} and put the {adjective} {noun} away.
+    "Should I {verb}?" asked {M}. "What good is a {adjective} {noun} now?"
+""")
+RETURNS = _lines("""
+    {M} took the {adjective} {noun} and went away to {verb}.
+    {M} picked up the {adjective} {noun} and began to {verb}.
+    Then {M} and the {adjective} {noun} found a place to {verb}.
+    Only the {adjective} {noun} saw {M} {verb} that night.
+    "Tomorrow I will {verb} again," said {M} to the {adjective} {noun}.
+    "My {adjective} {noun} is still here," said {M}. "It will see me {verb}."
+""")
+# Short verses that go on and on about them.
+VERSES = _lines("""
+    Say {noun}, {noun}, {noun}! Say {verb}, {verb}, {verb}! Say {adjective}, {adjective}, {adjective}!
+    Oh {adjective} {noun}, {adjective} {noun}, will you {verb}? Yes, I will {verb}, I will {verb}!
+    Who can {verb}? A {noun} can {verb}. Who is {adjective}? The {adjective} {noun} can {verb}.
+    Is the {noun} {adjective}? The {noun} is {adjective}! Let it {verb}, let it {verb}!
 """)
 HAPPY_CLOSINGS = _lines("""
     {M} [smiled|laughed|giggled] and felt very happy.

@@ -178,7 +178,10 @@ def test_embedded_stories_as_tasks_and_as_text(tmp_path: Path):
     assert (text["splits"]["train"]["conversations"], text["splits"]["valid"]["conversations"]) == (60, 1)
     # The first token of a document is predicted from nothing, so it is not supervised.
     stories = {whole for _, whole, _ in conversations(tmp_path / "text")}
-    written = {said for task, _, said in conversations(tmp_path / "auto") if task == "words"}
+    ended = "<|endoftext|>"
+    written = {
+        said.partition(ended)[0] + ended for task, _, said in conversations(tmp_path / "auto") if task == "words"
+    }
     assert written and written <= stories
 
 

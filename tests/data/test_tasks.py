@@ -8,10 +8,11 @@ from collections import Counter
 
 import pytest
 
+from tinysft_jax.data.phrasings import FOLLOW_UPS
 from tinysft_jax.data.records import StoryRecord, parse_records
 from tinysft_jax.data.stories import embedded_stories
 from tinysft_jax.data.story_request import parse_request, requested_words
-from tinysft_jax.data.tasks import MAX_QUESTIONS, QUESTIONS, RATES, TASK_NAMES, make_tasks
+from tinysft_jax.data.tasks import ABOUT_A_STORY, MAX_QUESTIONS, QUESTIONS, RATES, TASK_NAMES, make_tasks
 
 STORY = 'Sara had a red kite. One day Sara lost it. "Oh no!" said Sara.\nSara learned that kites need a long string.'
 RECORD = StoryRecord(
@@ -167,6 +168,36 @@ def test_rates_decide_what_is_made():
     always = {name: {"yes": 1.0, "no": 1.0} if isinstance(rate, dict) else 1.0 for name, rate in RATES.items()}
     made = [c.task for c in make_tasks(RECORD, rates=always)]
     assert len(made) == 4 + MAX_QUESTIONS and {"summary", "moral", "words", "story"} < set(made)
+
+
+def test_a_story_that_was_told_is_talked_about():
+    """The other conversations, and the beginnings of these, are the same with follow-ups and without."""
+    asked, lengths = Counter(), Counter()
+    truth = {name: {answer for _, answer in found} for name, found in answers(RECORD).items()}
+    for seed in range(60):
+        plain, longer = make_tasks(RECORD, seed), make_tasks(RECORD, seed, follow_ups=True)
+        for before, after in zip(plain, longer, strict=True):
+            assert after.task == before.task and after.messages[:2] == before.messages
+            if after.task not in ("words", "story"):
+                assert len(after.messages) == 2
+                continue
+            assert [message["role"] for message in after.messages] == ["user", "assistant"] * (len(after.messages) // 2)
+            texts = [message["content"] for message in after.messages]
+            for question, answer in zip(texts[2::2], texts[3::2], strict=True):
+                task = next(name for name, wordings in FOLLOW_UPS.items() if question in wordings)
+                assert answer in truth[task]
+                asked[task] += 1
+            assert len(set(texts)) == len(texts)
+            lengths[len(texts)] += 1
+    assert set(asked) == set(ABOUT_A_STORY) and len(lengths) > 3
+
+
+def test_follow_ups_leave_yes_and_no_balanced(records):
+    told = Counter()
+    for story in embedded_stories(600):
+        for conversation in make_tasks(story.record, follow_ups=True):
+            told.update(message["content"].partition(",")[0] for message in conversation.messages[3::2])
+    assert 0.4 < told["Yes"] / (told["Yes"] + told["No"]) < 0.6
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,14 @@ def test_tasks_that_need_the_end_of_the_story_are_not_shortened(task):
     assert all(prompts(task, wording, STORY) == [] for wording in PHRASINGS.get(task, ("Q {}",)))
 
 
+def test_turns_go_before_sentences():
+    asked = [{"role": "user", "content": f"Q {STORY}"}, ANSWER]
+    more = [{"role": "user", "content": "And who?"}, ANSWER, {"role": "user", "content": "Why?"}, ANSWER]
+    alone, versions = ([*shortened(Conversation("summary", turns), STORY)] for turns in (asked, asked + more))
+    assert versions == [asked + more[:2], asked, *alone] and len(alone) == 4
+    assert [*shortened(Conversation("story", asked + more), STORY)] == [asked + more[:2], asked]
+
+
 def test_a_prompt_without_the_story_is_not_shortened():
     assert prompts("summary", "What happened?", STORY) == []
 
@@ -80,8 +88,8 @@ def blocks(max_tokens: int, seeds: range):
     """What the record becomes with each seed: the conversations' texts and the ledger."""
     tok = ChatTokenizer("control", 256)
     for seed in seeds:
-        block = Encoder("tinystories-instruct", tok, max_tokens, seed).encode([Item("train", "here", RECORD)])
-        encoded, texts, start = block.splits["train"], [], 0
+        block = Encoder("tinystories-instruct", tok, max_tokens, seed).encode([Item("valid", "here", RECORD)])
+        encoded, texts, start = block.splits["valid"], [], 0
         for length, task in zip(encoded.lengths, encoded.tasks, strict=True):
             assert length <= max_tokens
             part = slice(start, start := start + length)

@@ -54,6 +54,16 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# When the story has been talked about already.
+FOLLOW_UPS: dict[str, tuple[str, ...]] = {
+    "summary": ("Please summarize it.", "What is it about, in short?", "Can you say that in one sentence?"),
+    "moral": ("What is its moral?", "What does it teach us?", "And what can we learn from it?"),
+    "main_character": ("Who is the main character?", "Who is it about?", "And what is the main character called?"),
+    "what_happened": ("What happened?", "What happens in it?", "And what are its main events?"),
+    "happy_ending": ("Does it have a happy ending?", "Does it end well?", "And is the ending a happy one?"),
+    "dialogue": ("Is there any dialogue in it?", "Does anybody speak in it?", "And do its characters talk?"),
+}
+
 _WORDS_REQUESTS = [
     re.compile("(.*)".join(map(re.escape, phrasing.split("{}"))), re.DOTALL) for phrasing in PHRASINGS["words"]
 ]
@@ -74,6 +84,16 @@ def phrase(task: str, content: str, draw: float) -> str:
     """
     phrasing = PHRASINGS[task][choose(len(PHRASINGS[task]), draw)]
     return phrasing.replace("{}", content)
+
+
+def follow_up(task: str, draw: float) -> str:
+    """A request of the task about the story that is being talked about.
+
+    Args:
+      task: a key of `FOLLOW_UPS`.
+      draw: from [0, 1); decides the wording.
+    """
+    return FOLLOW_UPS[task][int(draw * len(FOLLOW_UPS[task]))]
 
 
 def words_in(prompt: str) -> tuple[str, ...]:

@@ -7,13 +7,13 @@ about stories.
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from tinysft_jax.data.characters import main_character
 from tinysft_jax.data.dialogue import has_dialogue
 from tinysft_jax.data.morals import find_moral
-from tinysft_jax.data.phrasings import phrase
+from tinysft_jax.data.phrasings import follow_up, phrase
 from tinysft_jax.data.records import StoryRecord
 from tinysft_jax.data.story_request import CONDITIONS, StoryRequest, conditions_of
 
@@ -36,6 +36,8 @@ RATES: Rates = {
 }
 QUESTIONS = ("main_character", "what_happened", "happy_ending", "dialogue")
 MAX_QUESTIONS = 2
+# What may be asked about a story that the assistant has told, at the same rates.
+ABOUT_A_STORY = ("summary", "moral", *QUESTIONS)
 # How often "story" names a condition that the record has; where none is drawn, it names one.
 CONDITION_RATES = {"features": 0.6, "words": 0.6, "summary": 0.5, "random_sentence": 0.6}
 
@@ -48,8 +50,8 @@ class Conversation:
     """What a record was made into.
 
     Attributes:
-      task: one of `TASK_NAMES`.
-      messages: a user's and an assistant's, each `{"role": ..., "content": ...}`.
+      task: one of `TASK_NAMES`; that of the first request, if others follow.
+      messages: a user's and an assistant's in turn, each `{"role": ..., "content": ...}`.
     """
 
     task: str
@@ -104,7 +106,9 @@ _ANSWERS: dict[str, Callable[[StoryRecord], str | None]] = {
 }
 
 
-def make_tasks(record: StoryRecord, seed: int = 0, rates: Rates = RATES) -> list[Conversation]:
+def make_tasks(
+    record: StoryRecord, seed: int = 0, rates: Rates = RATES, follow_ups: bool = False
+) -> list[Conversation]:
     """Makes the conversations of one record, in the order of `TASK_NAMES`.
 
     They depend on the arguments alone, not on what was made before or in which process.
@@ -113,6 +117,7 @@ def make_tasks(record: StoryRecord, seed: int = 0, rates: Rates = RATES) -> list
       record: the story.
       seed: decides, with the record, which tasks are made and how they are worded.
       rates: how often each is made; see `RATES`.
+      follow_ups: whether a conversation in which a story is told goes on with requests about that story.
     """
     draws = _draws(record, seed)
     chosen = {name: draws.random() for name in TASK_NAMES}
@@ -129,6 +134,11 @@ def make_tasks(record: StoryRecord, seed: int = 0, rates: Rates = RATES) -> list
             prompt = _prompt(name, record, wordings[name], draws)
             turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": answers[name]})
             conversations.append(Conversation(name, list(turns)))
+    if follow_ups:
+        known = {name: answer for name in ABOUT_A_STORY if (answer := find_answer(name, record)) is not None}
+        for conversation in conversations:
+            if conversation.task in ("words", "story"):
+                conversation.messages.extend(_follow_ups(known, rates, draws))
     return conversations
 
 
@@ -162,6 +172,19 @@ def _asked(record: StoryRecord, chosen: dict[str, float], rates: Rates) -> dict[
         if answer is not None:
             asked[name] = answer
     return asked
+
+
+def _follow_ups(known: dict[str, str], rates: Rates, draws: random.Random) -> Iterator[dict[str, str]]:
+    """Turns about a story that was told, in an order that is drawn; no answer comes twice."""
+    said = set()
+    for name, answer in sorted(known.items(), key=lambda _: draws.random()):
+        rate, chosen, wording = rates[name], draws.random(), draws.random()
+        if isinstance(rate, Mapping):
+            rate = rate[answer_key(answer)]
+        if chosen < rate and answer not in said:
+            said.add(answer)
+            yield {"role": "user", "content": follow_up(name, wording)}
+            yield {"role": "assistant", "content": answer}
 
 
 def _prompt(task: str, record: StoryRecord, wording: float, draws: random.Random) -> str:

@@ -16,12 +16,14 @@ _SENTENCE_END = re.compile(r"""(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)[.!?â€¦]["'â
 
 
 def shortened(conversation: Conversation, story: str) -> Iterator[list[dict[str, str]]]:
-    """Yields the conversation's messages with ever fewer of the sentences at the end of the story in the prompt.
+    """Yields the conversation's messages with ever fewer of the last turns, then of the last sentences of the story.
 
-    The question, before the story or after it, and the answer stay as they are. Nothing comes where the task can't
-    spare the end of its story, or once too much of it would be gone.
+    The question, before the story or after it, and the answer stay as they are. No sentence goes where the task can't
+    spare the end of its story, nor once too much of it would be gone.
     """
-    question, *rest = conversation.messages
+    for end in range(len(conversation.messages) - 2, 0, -2):
+        yield conversation.messages[:end]
+    question, answer, *_ = conversation.messages
     before, found, after = question["content"].partition(story)
     if conversation.task not in TRIMMABLE_TASKS or not found:
         return
@@ -29,7 +31,7 @@ def shortened(conversation: Conversation, story: str) -> Iterator[list[dict[str,
         if end < MIN_KEPT * len(story):
             return
         if not _is_quoting(story[:end]):
-            yield [{**question, "content": before + story[:end] + after}, *rest]
+            yield [{**question, "content": before + story[:end] + after}, answer]
 
 
 def _is_quoting(text: str) -> bool:

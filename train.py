@@ -6,7 +6,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from tinysft_jax import cli
+from tinysft_jax import cli, memory
 from tinysft_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, and after a colon its preset.")
@@ -35,6 +35,7 @@ def main() -> None:
     file = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
     if not file.is_file():
         raise UserError(f"there is no configuration {file}; this project's are configs/sft.py and configs/pretrain.py")
+    memory.use_few_arenas()
     from tinysft_jax import processes  # after the flags: importing JAX takes seconds
     from tinysft_jax.training.loop import train
 

@@ -35,11 +35,11 @@ def _demo(config: ConfigDict) -> None:
     config.data.seq_len = 1024
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 50
-    config.train.max_steps = 1400
+    config.train.max_steps = 1300
     config.train.batch_size = 2
-    config.train.eval_interval = 350
+    config.train.eval_interval = 650
     config.train.eval_batches = 32
-    config.train.save_interval = 350
+    config.train.save_interval = 325
 
 
 def _sft_config() -> ConfigDict:

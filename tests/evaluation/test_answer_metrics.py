@@ -145,8 +145,8 @@ def test_gold_answers_score_full_marks_where_the_data_is_right():
     means = {name: sum(each) / len(each) for name, each in scores.items()}
     for name in ("character_correct", "yes_no_correct", "moral_correct", "rouge_l", "sentence_included"):
         assert means[name] == 1, name
-    assert means["words_used"] < means["words_used_inflected"]
-    assert min(means["words_used_inflected"], means["dialogue_honoured"], means["moral_honoured"]) > 0.9
+    assert means["words_used"] == means["words_used_inflected"] == 1
+    assert min(means["dialogue_honoured"], means["moral_honoured"]) > 0.9
 
 
 def test_a_missing_library_is_one_line(monkeypatch):

@@ -257,9 +257,9 @@ def test_tasks_are_evaluated_one_by_one_from_a_pytorch_checkpoint(tmp_path):
     """Story tasks, a `.pt` to start from, and a stated number of batches."""
     from torch_twin import TorchTwin, save
 
-    options = ["--bpe_ranks=512", "--max_tokens=512", "--workers=1"]
+    options = ["--bpe_ranks=2048", "--max_tokens=512", "--workers=1"]
     prepare.main(["--embedded=60", f"--output={tmp_path / 'data'}", *options])
-    twin = TorchTwin(vocab_size=513, dim=16, n_layers=1, n_heads=2, max_seq_len=512)
+    twin = TorchTwin(vocab_size=2049, dim=16, n_layers=1, n_heads=2, max_seq_len=512)
     start = save(twin.checkpoint(), tmp_path / "start.pt")
     changes = {"data__seq_len": 512, "train__max_steps": 2, "train__eval_batches": 1, "init_from": str(start)}
     loop.train(tiny_config(tmp_path / "data", **changes), tmp_path / "run")

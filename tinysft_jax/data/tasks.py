@@ -135,7 +135,8 @@ def make_tasks(
             turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": answers[name]})
             conversations.append(Conversation(name, list(turns)))
     if follow_ups:
-        known = {name: answer for name in ABOUT_A_STORY if (answer := find_answer(name, record)) is not None}
+        found = {name: answers.get(name) or find_answer(name, record) for name in ABOUT_A_STORY}
+        known = {name: answer for name, answer in found.items() if answer is not None}
         for conversation in conversations:
             if conversation.task in ("words", "story"):
                 conversation.messages.extend(_follow_ups(known, rates, draws))
@@ -157,11 +158,9 @@ def _asked(record: StoryRecord, chosen: dict[str, float], rates: Rates) -> dict[
     answers: dict[str, str | None] = {}
     ranks = {}
     for name in QUESTIONS:
-        rate = rates[name]
-        if isinstance(rate, Mapping):
-            answers[name] = answer = find_answer(name, record)
-            rate = 0 if answer is None else rate[answer_key(answer)]
-        if rate:
+        if isinstance(rates[name], Mapping):
+            answers[name] = find_answer(name, record)
+        if rate := _rate(rates, name, answers.get(name)):
             ranks[name] = chosen[name] / rate
     asked: dict[str, str] = {}
     for name in sorted(ranks, key=ranks.__getitem__):
@@ -174,14 +173,20 @@ def _asked(record: StoryRecord, chosen: dict[str, float], rates: Rates) -> dict[
     return asked
 
 
+def _rate(rates: Rates, name: str, answer: str | None) -> float:
+    """How often a task is asked for, where its answer may decide."""
+    rate = rates[name]
+    if isinstance(rate, Mapping):
+        return 0.0 if answer is None else rate[answer_key(answer)]
+    return rate
+
+
 def _follow_ups(known: dict[str, str], rates: Rates, draws: random.Random) -> Iterator[dict[str, str]]:
     """Turns about a story that was told, in an order that is drawn; no answer comes twice."""
-    said = set()
+    said: set[str] = set()
     for name, answer in sorted(known.items(), key=lambda _: draws.random()):
-        rate, chosen, wording = rates[name], draws.random(), draws.random()
-        if isinstance(rate, Mapping):
-            rate = rate[answer_key(answer)]
-        if chosen < rate and answer not in said:
+        chosen, wording = draws.random(), draws.random()
+        if chosen < _rate(rates, name, answer) and answer not in said:
             said.add(answer)
             yield {"role": "user", "content": follow_up(name, wording)}
             yield {"role": "assistant", "content": answer}

@@ -87,7 +87,7 @@ class _Run:
             raise UserError(f"{config.data.path} has no training conversation")
         self.packing = Packing(self.split.lengths, config.data.seq_len)
         self.total_steps = total_steps(config, self.packing)
-        check_run(config, self.total_steps, self.data.description.get("max_tokens", 0))
+        check_run(config, self.total_steps, self.data.description["max_tokens"])
         self.identity = run_identity(config, self.data, self.packing, self.total_steps)
         processes.check_same(
             {

@@ -55,6 +55,31 @@ def test_a_run_learns_and_leaves_what_it_should(finished):
     assert 0 <= last["sft/padding_fraction"] < 0.5
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("format_version", "1"),
+        ("format_version", 2),
+        ("run", None),
+        ("run", {"steps": True}),
+        ("best_loss", "low"),
+        ("best_step", -1),
+        ("evaluated_step", 1.5),
+        ("skipped_steps", [0]),
+        ("model", []),
+        ("model", None),
+    ],
+)
+def test_what_a_checkpoint_says_of_its_run_is_checked(chat_data, finished, monkeypatch, key, value):
+    """Whoever alters it can write a manifest that fits."""
+    honest = loop.Checkpoints.progress
+    monkeypatch.setattr(loop.Checkpoints, "progress", lambda self, step: {**honest(self, step), key: value})
+    before = sorted(path.name for path in finished.rglob("*"))
+    with pytest.raises(RunError, match=rf"can't continue from .*checkpoints/12: .*({key}|newer program)"):
+        loop.train(tiny_config(chat_data), finished)
+    assert sorted(path.name for path in finished.rglob("*")) == before
+
+
 def test_model_is_a_link_to_the_best(finished):
     valid = losses(finished, "sft/val_loss")
     best = min((step for step in valid if step), key=valid.get)

@@ -96,8 +96,8 @@ class Checkpoints:
         self._writing = self._writer.submit(self._finish, step, response.result)
         self.newest = step
 
-    def progress(self, step: int) -> dict[str, Any]:
-        """What was saved with a checkpoint.
+    def progress(self, step: int) -> Any:
+        """What was saved with a checkpoint, as JSON; nobody has looked at it.
 
         Raises:
           RunError: if it can't be read.

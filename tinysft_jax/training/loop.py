@@ -33,12 +33,17 @@ from tinysft_jax.training.optimizer import make_optimizer, warmup_cosine
 from tinysft_jax.training.plot import plot_loss
 from tinysft_jax.training.profile import ProfileWindow
 from tinysft_jax.training.progress import TrainingProgress, print_summary
-from tinysft_jax.training.resume import TOTAL_STEPS, differences, run_identity, what_more_steps_do
+from tinysft_jax.training.resume import (
+    FORMAT_VERSION,
+    TOTAL_STEPS,
+    check_progress,
+    differences,
+    run_identity,
+    what_more_steps_do,
+)
 from tinysft_jax.training.skipped import SkippedSteps
 from tinysft_jax.training.state import check_same_language, create_state, starting_model, state_shapes
 from tinysft_jax.training.step import make_eval_step, make_train_step
-
-FORMAT_VERSION = 1  # of what a checkpoint says besides arrays
 
 
 def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verify: bool = False) -> None:
@@ -115,11 +120,11 @@ class _Run:
             self.notes.append(f"{damage}; {where}" if damage else where)
         self._build(params)
 
-    def _continue_from(self, progress: dict[str, Any], accept_changes: bool) -> ModelDescription:
+    def _continue_from(self, progress: Any, accept_changes: bool) -> ModelDescription:
         """Takes over what a checkpoint says, once it is sure that this is the same run."""
-        where, before = self.workdir / "checkpoints" / str(self.step), progress["run"]
-        if progress["format_version"] > FORMAT_VERSION:
-            raise UserError(f"{where} is of a newer program; upgrade tinysft-jax")
+        where = self.workdir / "checkpoints" / str(self.step)
+        check_progress(progress, where)
+        before = progress["run"]
         changes = differences(before, self.identity)
         if changes and not accept_changes:
             raise UserError(

@@ -1,5 +1,6 @@
 """Whether a run that continues is the run that began."""
 
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -7,10 +8,39 @@ from ml_collections import ConfigDict
 from tinysft_jax import files
 from tinysft_jax.data.dataset import PreparedData
 from tinysft_jax.data.packing import Packing
+from tinysft_jax.errors import RunError, UserError
+from tinysft_jax.schema import COUNT, NUMBER, REAL_OR_NULL, Kind, Schema, check
 from tinysft_jax.training.config import flat
 from tinysft_jax.training.optimizer import warmup_cosine
 
 TOTAL_STEPS = "steps"
+FORMAT_VERSION = 1  # of what a checkpoint says besides arrays
+
+_COUNTS: Kind = ("two whole numbers", lambda value: isinstance(value, list) and [*map(type, value)] == [int, int])
+_PROGRESS: Schema = {
+    "format_version": NUMBER,
+    "run": {TOTAL_STEPS: COUNT},
+    "best_loss": REAL_OR_NULL,
+    "best_step": COUNT,
+    "evaluated_step": NUMBER,
+    "skipped_steps": _COUNTS,
+    "model": {},
+}
+
+
+def check_progress(progress: Any, where: Path) -> None:
+    """Looks at what a checkpoint says besides arrays.
+
+    Raises:
+      RunError: if it is of a newer program, or says what can't be.
+    """
+    try:
+        check(progress, {"format_version": NUMBER})
+        if progress["format_version"] > FORMAT_VERSION:
+            raise UserError("it is of a newer program; upgrade tinysft-jax")
+        check(progress, _PROGRESS)
+    except UserError as error:
+        raise RunError(f"can't continue from {where}: {error}") from None
 
 
 def run_identity(config: ConfigDict, data: PreparedData, packing: Packing, total_steps: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 # Minutes; `make demo-full` is the same at greater length.
 DEMO := runs/demo
-STORIES := 12000
+STORIES := 6000
 CASES := 60
 
 .PHONY: demo demo-full test soak lint clean

@@ -33,13 +33,13 @@ def _demo(config: ConfigDict) -> None:
     config.model.n_heads = 4
     config.model.max_seq_len = 1024
     config.data.seq_len = 1024
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.learning_rate = 5e-3
     config.optimizer.warmup_steps = 50
-    config.train.max_steps = 1300
+    config.train.max_steps = 600
     config.train.batch_size = 2
-    config.train.eval_interval = 650
+    config.train.eval_interval = 300
     config.train.eval_batches = 32
-    config.train.save_interval = 325
+    config.train.save_interval = 200
 
 
 def _sft_config() -> ConfigDict:

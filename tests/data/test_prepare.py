@@ -175,7 +175,7 @@ def test_embedded_stories_as_tasks_and_as_text(tmp_path: Path):
         main(["--embedded", "20", "--output", str(tmp_path / format), "--format", format, "--workers", "1"])
     tasks, text = (json.loads((tmp_path / format / "data.json").read_text()) for format in ("auto", "text"))
     assert tasks["tasks"] == list(TASK_NAMES) and tasks["source"] == {"embedded": {"train": 20, "valid": 1}}
-    assert (text["splits"]["train"]["conversations"], text["splits"]["valid"]["conversations"]) == (60, 1)
+    assert (text["splits"]["train"]["conversations"], text["splits"]["valid"]["conversations"]) == (240, 1)
     # The first token of a document is predicted from nothing, so it is not supervised.
     stories = {whole for _, whole, _ in conversations(tmp_path / "text")}
     told = {said.partition("<|endoftext|>") for task, _, said in conversations(tmp_path / "auto") if task == "words"}

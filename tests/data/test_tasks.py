@@ -11,7 +11,7 @@ import pytest
 from tinysft_jax.data.phrasings import FOLLOW_UPS
 from tinysft_jax.data.records import StoryRecord, parse_records
 from tinysft_jax.data.stories import embedded_stories
-from tinysft_jax.data.story_request import parse_request, requested_words
+from tinysft_jax.data.story_request import StoryRequest, parse_request, requested_words
 from tinysft_jax.data.tasks import ABOUT_A_STORY, MAX_QUESTIONS, QUESTIONS, RATES, TASK_NAMES, make_tasks
 
 STORY = 'Sara had a red kite. One day Sara lost it. "Oh no!" said Sara.\nSara learned that kites need a long string.'
@@ -85,6 +85,22 @@ def test_other_wordings_have_the_same_answer(found):
 
 def test_the_words_are_asked_for_in_any_wording(found):
     assert {requested_words(prompt) for prompt, _ in found["words"]} == {RECORD.words}
+
+
+def test_very_short_stories_are_asked_for_as_such():
+    """Only where a story is the answer; and such a request is read like the others."""
+    for seed in range(60):
+        for usual, brief in zip(make_tasks(RECORD, seed), make_tasks(RECORD, seed, brief=True), strict=True):
+            asked, asked_briefly = usual.messages[0]["content"], brief.messages[0]["content"]
+            if usual.task in ("words", "story"):
+                assert asked_briefly in (
+                    asked.replace("a story", "a very short story", 1),
+                    asked.replace("a short story", "a very short story", 1),
+                )
+                assert asked_briefly != asked and parse_request(asked_briefly) == parse_request(asked) != StoryRequest()
+            else:
+                assert asked_briefly == asked
+            assert brief.messages[1:] == usual.messages[1:]
 
 
 def test_a_story_is_asked_for_from_any_subset_of_what_the_record_has(found):
@@ -170,24 +186,21 @@ def test_rates_decide_what_is_made():
     assert len(made) == 4 + MAX_QUESTIONS and {"summary", "moral", "words", "story"} < set(made)
 
 
-def test_a_story_that_was_told_is_talked_about():
-    """The other conversations, and the beginnings of these, are the same with follow-ups and without."""
+def test_a_story_is_talked_about():
+    """The beginnings of the conversations are the same with follow-ups and without."""
     asked, lengths = Counter(), Counter()
     truth = {name: {answer for _, answer in found} for name, found in answers(RECORD).items()}
     for seed in range(60):
         plain, longer = make_tasks(RECORD, seed), make_tasks(RECORD, seed, follow_ups=True)
         for before, after in zip(plain, longer, strict=True):
             assert after.task == before.task and after.messages[:2] == before.messages
-            if after.task not in ("words", "story"):
-                assert len(after.messages) == 2
-                continue
             assert [message["role"] for message in after.messages] == ["user", "assistant"] * (len(after.messages) // 2)
             texts = [message["content"] for message in after.messages]
             for question, answer in zip(texts[2::2], texts[3::2], strict=True):
                 task = next(name for name, wordings in FOLLOW_UPS.items() if question in wordings)
                 assert answer in truth[task]
                 asked[task] += 1
-            assert len(set(texts)) == len(texts)
+            assert len(set(texts)) == len(texts)  # so no answer comes twice, nor the first one again
             lengths[len(texts)] += 1
     assert set(asked) == set(ABOUT_A_STORY) and len(lengths) > 3
 
@@ -218,7 +231,7 @@ def test_rates(embedded):
     asked = Counter(task for _, tasks in embedded for task in tasks)
     assert asked["main_character"] >= 0.6 * len(embedded)
     assert all(asked[question] >= 0.2 * len(embedded) for question in QUESTIONS)
-    assert 0.45 < asked["story"] / len(embedded) < 0.55
+    assert asked["story"] == len(embedded)
     assert asked["words"] == sum(bool(story.record.words) for story, _ in embedded)
     assert asked["summary"] == sum(story.record.summary is not None for story, _ in embedded)
 

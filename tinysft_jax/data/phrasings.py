@@ -64,8 +64,16 @@ FOLLOW_UPS: dict[str, tuple[str, ...]] = {
     "dialogue": ("Is there any dialogue in it?", "Does anybody speak in it?", "And do its characters talk?"),
 }
 
+
+def very_short(wording: str) -> str:
+    """A request for a story, as one for a very short story."""
+    return re.sub(r"\ba (?:short )?story\b", "a very short story", wording, count=1)
+
+
 _WORDS_REQUESTS = [
-    re.compile("(.*)".join(map(re.escape, phrasing.split("{}"))), re.DOTALL) for phrasing in PHRASINGS["words"]
+    re.compile("(.*)".join(map(re.escape, phrasing.split("{}"))), re.DOTALL)
+    for wording in PHRASINGS["words"]
+    for phrasing in (wording, very_short(wording))
 ]
 
 

@@ -32,12 +32,14 @@ class Item(NamedTuple):
       where: where it was read, for the user.
       text: its text; empty if it has a flaw.
       flaw: why there is no text, or None.
+      brief: whether its story is one to be asked for as "a very short story".
     """
 
     split: str
     where: str
     text: str
     flaw: str | None = None
+    brief: bool = False
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Source:
 class EmbeddedSource(Source):
     """The stories that the package makes itself: whole records, or with the format "text" the stories alone.
 
-    In text for training, short texts around the same words follow each story; validation is on stories.
+    For training, each story's sketch follows it, and in text its verses as well; validation is on stories.
     """
 
     counts: dict[str, int]
@@ -75,12 +77,12 @@ class EmbeddedSource(Source):
             for number, story in enumerate(embedded_stories(count, split, self.seed), 1):
                 self.position += 1
                 where = f"embedded {split} story {number}"
-                if self.format != "text":
-                    yield Item(split, where, record_text(story.record))
-                    continue
-                yield Item(split, where, story.record.story)
-                for text in story.short_texts if split == "train" else ():
-                    yield Item(split, f"{where}, short text", text)
+                training = split == "train"
+                for record in (story.record, story.sketch) if training else (story.record,):
+                    text = record.story if self.format == "text" else record_text(record)
+                    yield Item(split, where, text, brief=record is story.sketch)
+                for verse in story.verses if training and self.format == "text" else ():
+                    yield Item(split, where, verse)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from tinysft_jax.data import story_parts
 from tinysft_jax.data.records import StoryRecord
@@ -20,12 +20,23 @@ T = TypeVar("T")
 
 FEATURES = ("Dialogue", "BadEnding", "Twist", "Foreshadowing", "MoralValue", "Conflict")
 
+# Verses that are words and nothing else, in any order: how many different ones, and how long they are at least.
+CHANTS, CHANT_LENGTH = (1, 1, 2, 2, 3, 3, 4, 5), 6
+CHANTED = (
+    *story_parts.NOUNS,
+    *story_parts.VERBS,
+    *story_parts.ADJECTIVES,
+    *(child.name for child in story_parts.CHILDREN),
+)
+
 # Probabilities: of what a story has, ...
-BAD_ENDING, SPEECH, MORAL, HINT, QUARREL, SECOND_ATTEMPT = 0.45, 0.52, 0.4, 0.35, 0.3, 0.75
+BAD_ENDING, SPEECH, MORAL, HINT, QUARREL, ATTEMPT = 0.45, 0.52, 0.5, 0.35, 0.3, 0.35
 # ... of "he" where the name could stand, of a line with speech in a story with speech, ...
 PRONOUN, SPOKEN_LINE = 0.35, 0.75
 # ... and of the fields of a record.
-HAS_FEATURES, HAS_WORDS, HAS_SUMMARY, HAS_RANDOM_SENTENCE = 0.92, 0.95, 0.96, 0.5
+HAS_FEATURES, HAS_WORDS, HAS_SUMMARY, HAS_RANDOM_SENTENCE = 0.92, 0.95, 0.96, 0.9
+# How often a record's sentence is the story's first one, which a small model learns to use before others; else any one.
+FIRST_SENTENCE = 0.7
 
 
 @dataclass(frozen=True)
@@ -38,8 +49,11 @@ class EmbeddedStory:
       happy_ending: whether the story ends well for the main character.
       dialogue: whether somebody speaks in quotes.
       plot: the plot's name.
-      short_texts: a verse and a sketch around the same words. Plain text for pretraining has them as well: in a context
-        of a few words it takes a small model far fewer steps to find out that words come back than in a story.
+      sketch: a story of a few sentences about the same character and words, which ends in the same mood.
+      verses: a few words, again and again.
+
+    Training data has the sketches and, as plain text, the verses as well: in a short context it takes a small model far
+    fewer steps to find out that words come back, and what a question is about, than in a story.
     """
 
     record: StoryRecord
@@ -47,7 +61,8 @@ class EmbeddedStory:
     happy_ending: bool
     dialogue: bool
     plot: str
-    short_texts: tuple[str, ...]
+    sketch: StoryRecord
+    verses: tuple[str, ...]
 
 
 def embedded_stories(n: int, split: Literal["train", "valid"] = "train", seed: int = 0) -> Iterator[EmbeddedStory]:
@@ -89,19 +104,29 @@ def _story(rng: random.Random, held_out: bool) -> EmbeddedStory:
         while _is_held_out(plot.name, *words.values()) != held_out:
             words = _draw_words(rng)
         narrator = _Narrator(rng, plot, main, ending, words)
-        story, summary, features = narrator.tell()
-        if narrator.main_stands_out(story):
+        told = narrator.tell()
+        if narrator.main_stands_out(told.story):
             break
-    record = StoryRecord(
+    record, sketch = (_record(rng, each, tuple(words.values())) for each in (told, narrator.sketch()))
+    verses = (*narrator.verses(), *(_chant(rng, n) for n in CHANTS))
+    return EmbeddedStory(record, main.name, happy, "Dialogue" in told.features, plot.name, sketch, verses)
+
+
+class _Told(NamedTuple):
+    story: str
+    summary: str
+    features: tuple[str, ...]
+
+
+def _record(rng: random.Random, told: _Told, words: tuple[str, ...]) -> StoryRecord:
+    return StoryRecord(
         # As in the real data, a story without any of the features has no such line.
-        features=features if features and _chance(rng, HAS_FEATURES) else None,
-        words=tuple(sorted(words.values(), key=lambda _: rng.random())) if _chance(rng, HAS_WORDS) else (),
-        summary=summary if _chance(rng, HAS_SUMMARY) else None,
-        random_sentence=_random_sentence(rng, story) if _chance(rng, HAS_RANDOM_SENTENCE) else None,
-        story=story,
+        features=told.features if told.features and _chance(rng, HAS_FEATURES) else None,
+        words=tuple(sorted(words, key=lambda _: rng.random())) if _chance(rng, HAS_WORDS) else (),
+        summary=told.summary if _chance(rng, HAS_SUMMARY) else None,
+        random_sentence=_random_sentence(rng, told.story) if _chance(rng, HAS_RANDOM_SENTENCE) else None,
+        story=told.story,
     )
-    truth = (main.name, happy, "Dialogue" in features, plot.name)
-    return EmbeddedStory(record, *truth, short_texts=(narrator.verse(), narrator.sketch()))
 
 
 def _main_character(rng: random.Random) -> Character:
@@ -135,27 +160,23 @@ class _Narrator:
         is_old_friend = friend.kind and not plot.strangers and _chance(rng, 0.5)
         self.friend_intro = f"{main.his} friend {friend}" if is_old_friend else friend.intro
 
-    def tell(self) -> tuple[str, str, tuple[str, ...]]:
-        """The story, its summary and its features."""
+    def tell(self) -> _Told:
         rng, steps = self.rng, self.plot.steps
         hint, quarrel, moral = _chance(rng, HINT), _chance(rng, QUARREL), _chance(rng, MORAL)
-        openings = [line for line in story_parts.OPENINGS if not (self.plot.strangers and "{F" in line)]
+        attempts = _chance(rng, ATTEMPT) + _chance(rng, ATTEMPT)
         beginning = self._paragraph(
-            self._choose(openings),
-            self._choose(story_parts.HABITS),
-            self._choose(story_parts.TREASURES),
+            self._choose([line for line in story_parts.OPENINGS if not (self.plot.strangers and "{F" in line)]),
+            self._choose(story_parts.PASTIMES),
             self._choose(steps["wish"]),
             self._choose(steps["hint"], hint),
         )
         middle = self._paragraph(
             self._choose(steps["trouble"]),
-            self._choose(story_parts.SETBACKS),
-            self._choose(steps["attempt"], 1 + _chance(rng, SECOND_ATTEMPT)),
+            self._choose(steps["attempt"], attempts),
             self._choose(steps["quarrel"], quarrel),
         )
-        closings = story_parts.HAPPY_CLOSINGS if self.ending.happy else story_parts.SAD_CLOSINGS
         end = self._paragraph(
-            self._choose(self.ending.lines), self._choose(story_parts.RETURNS), self._choose(closings)
+            self._choose(self.ending.lines), self._choose(story_parts.RETURNS), self._choose(self._closings())
         )
         line_break = _pick(rng, ("\n\n", "\n\n", "\n"))
         story = beginning + _pick(rng, (line_break, line_break, " ")) + middle + line_break + end
@@ -164,24 +185,29 @@ class _Narrator:
 
         joint = ", " if self.ending.summary.startswith(("but", "so")) else " "
         summary = self._phrase(self.plot.premise + joint + self.ending.summary + ".")
+        features = dict.fromkeys(self.ending.features, True)
+        features |= {"MoralValue": moral, "Foreshadowing": hint, "Conflict": quarrel or "Conflict" in features}
+        return self._told(story, summary, features)
 
-        present = {
-            "Dialogue": '"' in story,
-            "BadEnding": not self.ending.happy,
-            "Twist": "Twist" in self.ending.features,
-            "Foreshadowing": hint,
-            "MoralValue": moral,
-            "Conflict": quarrel or "Conflict" in self.ending.features,
-        }
-        return story, summary, tuple(feature for feature in FEATURES if present[feature])
+    def sketch(self) -> _Told:
+        """Nothing but the beginning, the words to use and the end, with nobody else at the beginning."""
+        moral = _chance(self.rng, MORAL)
+        openings = [line for line in story_parts.OPENINGS if "{F" not in line and "{E" not in line]
+        told = (openings, story_parts.PASTIMES, story_parts.RETURNS, self._closings())
+        story = self._paragraph(*map(self._choose, told), self._choose(story_parts.MORALS, moral))
+        summaries = story_parts.HAPPY_SUMMARIES if self.ending.happy else story_parts.SAD_SUMMARIES
+        return self._told(story, self._phrase(*self._choose(summaries)), {"MoralValue": moral})
 
-    def verse(self) -> str:
-        return self._phrase(*self._choose(story_parts.VERSES))
+    def verses(self) -> list[str]:
+        return [self._phrase(line) for line in self._choose(story_parts.VERSES, 2)]
 
-    def sketch(self) -> str:
-        """Nothing but what the story says of its noun, its verb and its adjective."""
-        told = (story_parts.HABITS, story_parts.TREASURES, story_parts.SETBACKS, story_parts.RETURNS)
-        return self._paragraph(*map(self._choose, told))
+    def _told(self, story: str, summary: str, features: dict[str, bool]) -> _Told:
+        """With the features that can be seen, too."""
+        present = features | {"Dialogue": '"' in story, "BadEnding": not self.ending.happy}
+        return _Told(story, summary, tuple(feature for feature in FEATURES if present.get(feature)))
+
+    def _closings(self) -> tuple[str, ...]:
+        return story_parts.HAPPY_CLOSINGS if self.ending.happy else story_parts.SAD_CLOSINGS
 
     def main_stands_out(self, story: str) -> bool:
         """Whether nobody else is named nearly as often as the main character."""
@@ -220,7 +246,13 @@ class _Narrator:
 def _random_sentence(rng: random.Random, story: str) -> str:
     """A sentence of the story, with whole quotes."""
     sentences = re.split(r'(?<=[.!?])\s+(?=[A-Z"])|(?<=[.!?]")\s+(?=[A-Z"])', story)
-    return _pick(rng, [sentence for sentence in sentences if sentence.count('"') % 2 == 0 and sentence.count(" ") > 2])
+    whole = [sentence for sentence in sentences if sentence.count('"') % 2 == 0 and sentence.count(" ") > 2]
+    return whole[0] if _chance(rng, FIRST_SENTENCE) else _pick(rng, whole)
+
+
+def _chant(rng: random.Random, n: int) -> str:
+    """Any n words and names, said over and over."""
+    return " ".join([_pick(rng, CHANTED) for _ in range(n)] * max(2, CHANT_LENGTH // n))
 
 
 def _draw_words(rng: random.Random) -> dict[str, str]:

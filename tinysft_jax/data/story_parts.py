@@ -213,32 +213,18 @@ OPENINGS = _lines("""
     {F.intro} had a good friend, {M.intro}. One day {M} went to {place}.
 """)
 # The verb, the noun and the adjective that a story is built around: first told, ...
-HABITS = _lines("""
-    {M} [loved|liked] to {verb}. Nobody could {verb} as well as {M}.
-    {M} was [curious|brave|shy|playful|clever|cheerful|gentle] and wanted to {verb} and {verb}.
-    Everyone knew that {M} liked to {verb} and could {verb} all day.
-    {M} had {verbed} all [morning|day] and still wanted to {verb}.
-    It was a good day to {verb}, so {M} began to {verb}.
-    "I want to {verb}!" said {M}. "Come and {verb} with me!"
-    "Is this a good place to {verb}?" asked {M}. "Yes, here I can {verb}."
+PASTIMES = _lines("""
+    {M} loved to {verb} and had a {adjective} {noun}.
+    {M} could {verb} all day with a {adjective} {noun}.
+    {M} was [brave|shy|clever|cheerful|gentle] and liked to {verb}. Next to {M.him} was a {adjective} {noun}.
+    {M} had a {noun}. It was {adjective}, and next to it {M} liked to {verb}.
+    {M} had {verbed} all [morning|day], always close to a {adjective} {noun}.
+    {E} had given {M} a {adjective} {noun} and said that it was time to {verb}.
+    "I want to {verb}!" said {M} and held up a {adjective} {noun}.
+    "Look at my {adjective} {noun}!" said {M} and began to {verb}.
+    "My {noun} is {adjective}," said {M}. "Come and {verb} with me!"
 """)
-TREASURES = _lines("""
-    {M} had a {adjective} {noun} [and took it everywhere|with {M.him}|that {E} had found].
-    {M} always had a {noun} [at hand|close by]. It was a very {adjective} {noun}.
-    Next to {M} was a {noun}. It was {M.his} own, and it looked {adjective}.
-    {E} had given {M} a {adjective} {noun}.
-    "Look at my {adjective} {noun}!" said {M} [with pride|and held it up].
-    "This {noun} is mine," said {M}. It was a {adjective} {noun}.
-""")
-# ... and told again, in the middle and at the end.
-SETBACKS = _lines("""
-    {M} held the {adjective} {noun} [tight|close] and did not want to {verb} anymore.
-    {M} looked at the {adjective} {noun} and tried to {verb}, but it did not help.
-    The {noun} was still {adjective}, but {M} was too [worried|upset] to {verb}.
-    It was no time to {verb} now, and the {adjective} {noun} was of no use.
-    "I can not even {verb} now," said {M} and put the {adjective} {noun} away.
-    "Should I {verb}?" asked {M}. "What good is a {adjective} {noun} now?"
-""")
+# ... and told again at the end.
 RETURNS = _lines("""
     {M} took the {adjective} {noun} and went away to {verb}.
     {M} picked up the {adjective} {noun} and began to {verb}.
@@ -267,6 +253,15 @@ SAD_CLOSINGS = _lines("""
     It was a sad day for {M}.
     That night, {M} went to bed with tears in {M.his} eyes.
     {M} [sighed|cried softly] and wished that it had never happened.
+""")
+# Of stories that tell nothing else.
+HAPPY_SUMMARIES = _lines("""
+    {M} [likes|loves] to {verb} with a {adjective} {noun} and is happy.
+    {M} has a {adjective} {noun}, likes to {verb} and is happy in the end.
+""")
+SAD_SUMMARIES = _lines("""
+    {M} [likes|loves] to {verb} with a {adjective} {noun} but is sad.
+    {M} has a {adjective} {noun}, likes to {verb} but is sad in the end.
 """)
 MORALS = _lines("""
     The moral of the story is: {moral}.

@@ -7,7 +7,7 @@ story knows what was asked for.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from tinysft_jax.data.phrasings import choose, words_in
+from tinysft_jax.data.phrasings import choose, very_short, words_in
 from tinysft_jax.data.records import StoryRecord
 
 CONDITIONS = ("features", "words", "summary", "random_sentence")
@@ -104,7 +104,7 @@ def parse_request(prompt: str) -> StoryRequest:
     Prompts of other tasks ask for nothing.
     """
     opening, *lines = prompt.split("\n")
-    style = next((style for style in _STYLES if style.opening == opening), None)
+    style = next((style for style in _STYLES if opening in (style.opening, very_short(style.opening))), None)
     if style is None:
         return StoryRequest(words_in(prompt))
     found: dict[str, str] = {}

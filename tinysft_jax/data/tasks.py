@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tinysft_jax.data.characters import main_character
 from tinysft_jax.data.dialogue import has_dialogue
 from tinysft_jax.data.morals import find_moral
-from tinysft_jax.data.phrasings import follow_up, phrase
+from tinysft_jax.data.phrasings import follow_up, phrase, very_short
 from tinysft_jax.data.records import StoryRecord
 from tinysft_jax.data.story_request import CONDITIONS, StoryRequest, conditions_of
 
@@ -32,14 +32,16 @@ RATES: Rates = {
     "happy_ending": {"yes": 0.45, "no": 0.55},
     "dialogue": {"yes": 0.5, "no": 0.5},
     # What the data set itself was made for, with a part of the conditions.
-    "story": 0.5,
+    "story": 1.0,
 }
 QUESTIONS = ("main_character", "what_happened", "happy_ending", "dialogue")
 MAX_QUESTIONS = 2
-# What may be asked about a story that the assistant has told, at the same rates.
+# Their answer is the story.
+STORIES = ("words", "story")
+# What may be asked about the story of a conversation that goes on, at the same rates.
 ABOUT_A_STORY = ("summary", "moral", *QUESTIONS)
 # How often "story" names a condition that the record has; where none is drawn, it names one.
-CONDITION_RATES = {"features": 0.6, "words": 0.6, "summary": 0.5, "random_sentence": 0.6}
+CONDITION_RATES = {"features": 0.8, "words": 0.5, "summary": 0.4, "random_sentence": 0.7}
 
 # Their order gives the task ids of prepared data: new ones come last.
 TASK_NAMES = (*RATES,)
@@ -107,7 +109,7 @@ _ANSWERS: dict[str, Callable[[StoryRecord], str | None]] = {
 
 
 def make_tasks(
-    record: StoryRecord, seed: int = 0, rates: Rates = RATES, follow_ups: bool = False
+    record: StoryRecord, seed: int = 0, rates: Rates = RATES, follow_ups: bool = False, brief: bool = False
 ) -> list[Conversation]:
     """Makes the conversations of one record, in the order of `TASK_NAMES`.
 
@@ -117,29 +119,24 @@ def make_tasks(
       record: the story.
       seed: decides, with the record, which tasks are made and how they are worded.
       rates: how often each is made; see `RATES`.
-      follow_ups: whether a conversation in which a story is told goes on with requests about that story.
+      follow_ups: whether each conversation goes on with requests about its story.
+      brief: whether the story is one to be asked for as "a very short story".
     """
     draws = _draws(record, seed)
     chosen = {name: draws.random() for name in TASK_NAMES}
     wordings = {name: draws.random() for name in TASK_NAMES}
-    answers = {
-        name: answer
-        for name in TASK_NAMES
-        if name not in QUESTIONS and chosen[name] < rates[name] and (answer := find_answer(name, record)) is not None
-    }
-    answers |= _asked(record, chosen, rates)
+    answers = _answers(record, chosen, rates)
     conversations = []
     for name in TASK_NAMES:
         if name in answers:
-            prompt = _prompt(name, record, wordings[name], draws)
+            prompt = _prompt(name, record, wordings[name], draws, brief)
             turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": answers[name]})
             conversations.append(Conversation(name, list(turns)))
     if follow_ups:
         found = {name: answers.get(name) or find_answer(name, record) for name in ABOUT_A_STORY}
         known = {name: answer for name, answer in found.items() if answer is not None}
         for conversation in conversations:
-            if conversation.task in ("words", "story"):
-                conversation.messages.extend(_follow_ups(known, rates, draws))
+            conversation.messages.extend(_follow_ups(known, rates, draws, said={conversation.messages[1]["content"]}))
     return conversations
 
 
@@ -151,6 +148,16 @@ def answer_key(answer: str) -> str:
 def find_answer(task: str, record: StoryRecord) -> str | None:
     """The answer that the task has for this record; None where the record doesn't allow it."""
     return _ANSWERS[task](record)
+
+
+def _answers(record: StoryRecord, chosen: dict[str, float], rates: Rates) -> dict[str, str]:
+    """The tasks that the record gets, with their answers."""
+    answers = {
+        name: answer
+        for name in TASK_NAMES
+        if name not in QUESTIONS and chosen[name] < rates[name] and (answer := find_answer(name, record)) is not None
+    }
+    return answers | _asked(record, chosen, rates)
 
 
 def _asked(record: StoryRecord, chosen: dict[str, float], rates: Rates) -> dict[str, str]:
@@ -181,9 +188,8 @@ def _rate(rates: Rates, name: str, answer: str | None) -> float:
     return rate
 
 
-def _follow_ups(known: dict[str, str], rates: Rates, draws: random.Random) -> Iterator[dict[str, str]]:
-    """Turns about a story that was told, in an order that is drawn; no answer comes twice."""
-    said: set[str] = set()
+def _follow_ups(known: dict[str, str], rates: Rates, draws: random.Random, said: set[str]) -> Iterator[dict[str, str]]:
+    """Turns about the story of a conversation, in an order that is drawn; what was said is not asked for again."""
     for name, answer in sorted(known.items(), key=lambda _: draws.random()):
         chosen, wording = draws.random(), draws.random()
         if chosen < _rate(rates, name, answer) and answer not in said:
@@ -192,10 +198,12 @@ def _follow_ups(known: dict[str, str], rates: Rates, draws: random.Random) -> It
             yield {"role": "assistant", "content": answer}
 
 
-def _prompt(task: str, record: StoryRecord, wording: float, draws: random.Random) -> str:
+def _prompt(task: str, record: StoryRecord, wording: float, draws: random.Random, brief: bool) -> str:
     if task == "story":
-        return _story_request(record, draws).prompt(wording, {name: draws.random() for name in CONDITIONS})
-    return phrase(task, ", ".join(record.words) if task == "words" else record.story, wording)
+        prompt = _story_request(record, draws).prompt(wording, {name: draws.random() for name in CONDITIONS})
+    else:
+        prompt = phrase(task, ", ".join(record.words) if task == "words" else record.story, wording)
+    return very_short(prompt) if brief and task in STORIES else prompt
 
 
 def _story_request(record: StoryRecord, draws: random.Random) -> StoryRequest:

@@ -18,7 +18,7 @@ demo: $(DEMO)/sft.done
 
 demo-full:
 	$(MAKE) demo DEMO=runs/demo-full STORIES=20000 CASES=100 \
-		PRETRAIN_FLAGS=--config.train.max_steps=3000 SFT_FLAGS=--config.train.max_steps=5500
+		PRETRAIN_FLAGS=--config.train.max_steps=2000 SFT_FLAGS=--config.train.max_steps=4500
 
 $(DEMO)/sft.done: $(DEMO)/pretrain.done $(DEMO)/tasks/data.json
 	$(BIN)/python train.py --config=configs/sft.py:demo --workdir=$(DEMO)/sft \

@@ -22,6 +22,12 @@ FEATURES = ("Dialogue", "BadEnding", "Twist", "Foreshadowing", "MoralValue", "Co
 
 # Verses that are words and nothing else, in any order: how many different ones, and how long they are at least.
 CHANTS, CHANT_LENGTH = (1, 1, 2, 2, 3, 3, 4, 5), 6
+CHANTED = (
+    *story_parts.NOUNS,
+    *story_parts.VERBS,
+    *story_parts.ADJECTIVES,
+    *(child.name for child in story_parts.CHILDREN),
+)
 
 # Probabilities: of what a story has, ...
 BAD_ENDING, SPEECH, MORAL, HINT, QUARREL, ATTEMPT = 0.45, 0.52, 0.5, 0.35, 0.3, 0.35
@@ -245,9 +251,8 @@ def _random_sentence(rng: random.Random, story: str) -> str:
 
 
 def _chant(rng: random.Random, n: int) -> str:
-    """Any n words, half of them those that stories are built around or names, said over and over."""
-    pools = (story_parts.WORDS_AND_NAMES, story_parts.ALL_WORDS)
-    return " ".join([_pick(rng, _pick(rng, pools)) for _ in range(n)] * max(2, CHANT_LENGTH // n))
+    """Any n words and names, said over and over."""
+    return " ".join([_pick(rng, CHANTED) for _ in range(n)] * max(2, CHANT_LENGTH // n))
 
 
 def _draw_words(rng: random.Random) -> dict[str, str]:

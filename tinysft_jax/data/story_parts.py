@@ -11,7 +11,6 @@ A line with a double quote is speech. Every step has a line without, so that any
 The first `{F}` of a line may introduce the friend, so it stands outside quotes and has no possessive.
 """
 
-import itertools
 import re
 from dataclasses import dataclass
 
@@ -935,23 +934,3 @@ bad: so there is nothing left for the guests and the party is over
     "There is nothing to eat!" said the guests. They went home, and the party was over. Everyone was angry with {M}.
     moral: we should not take what is for everyone; we should think of others before we eat
 """)
-
-# --- All words --------------------------------------------------------------------------------------------------------
-
-WORDS_AND_NAMES = (*NOUNS, *VERBS, *ADJECTIVES, *(child.name for child in CHILDREN))
-
-
-def _all_words() -> tuple[str, ...]:
-    """Every word that a story can be told with, apart from forms of verbs."""
-    characters = (*CHILDREN, *BEINGS, *FAMILY, *WISE_BEINGS)
-    shared = (*OPENINGS, *PASTIMES, *RETURNS, *HAPPY_CLOSINGS, *SAD_CLOSINGS, *MORALS)
-    texts = [*WORDS_AND_NAMES, *shared, *(f"{character.name} {character.kind}" for character in characters)]
-    for plot in PLOTS:
-        places = (place for _, place in plot.places)
-        texts += [plot.premise, *places, *itertools.chain(*plot.steps.values(), *plot.choices.values())]
-        for ending in plot.endings:
-            texts += [ending.summary, *ending.lines, *ending.morals]
-    return tuple(sorted({word for text in texts for word in re.findall("[A-Za-z]+", re.sub("{.*?}", " ", text))}))
-
-
-ALL_WORDS = _all_words()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinysft_jax.data.reading import TOO_LONG, Piece, read_lines, read_records
-from tinysft_jax.data.records import SEPARATOR, clean_record
+from tinysft_jax.data.records import SEPARATOR, StoryRecord, clean_record
 from tinysft_jax.data.stories import embedded_stories, record_text
 from tinysft_jax.errors import UserError
 
@@ -77,12 +77,14 @@ class EmbeddedSource(Source):
             for number, story in enumerate(embedded_stories(count, split, self.seed), 1):
                 self.position += 1
                 where = f"embedded {split} story {number}"
-                training = split == "train"
-                for record in (story.record, story.sketch) if training else (story.record,):
-                    text = record.story if self.format == "text" else record_text(record)
-                    yield Item(split, where, text, brief=record is story.sketch)
-                for verse in story.verses if training and self.format == "text" else ():
-                    yield Item(split, where, verse)
+                yield Item(split, where, self._text_of(story.record))
+                if split == "train":
+                    yield Item(split, f"{where}, sketch", self._text_of(story.sketch), brief=True)
+                    for verse in story.verses if self.format == "text" else ():
+                        yield Item(split, f"{where}, verse", verse)
+
+    def _text_of(self, record: StoryRecord) -> str:
+        return record.story if self.format == "text" else record_text(record)
 
 
 @dataclass

@@ -181,6 +181,8 @@ def test_embedded_stories_as_tasks_and_as_text(tmp_path: Path):
     told = {said.partition("<|endoftext|>") for task, _, said in conversations(tmp_path / "auto") if task == "words"}
     assert told and {story + end for story, end, _ in told} <= stories
     assert any(follow_ups for *_, follow_ups in told)
+    asked = [prompt for task, prompt, _ in conversations(tmp_path / "auto") if task == "words"]
+    assert {"very short" in prompt for prompt in asked} == {True, False}
 
 
 def test_another_seed_asks_other_questions(tmp_path: Path, records: Path):

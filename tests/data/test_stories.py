@@ -249,6 +249,8 @@ def test_a_sketch_is_a_short_story_with_the_same_character_words_and_mood(some: 
         assert not GLITCH.search(sketch.story) and "\n" not in sketch.story, sketch.story
         assert not (story.record.words and sketch.words) or set(sketch.words) == set(story.record.words)
         assert main_character(sketch.story) in (story.main_character, None)
+        opening, *_ = re.split(r"(?<=[.!?]) ", sketch.story)
+        assert set(map(str.lower, NAMED.findall(opening))) <= {story.main_character.lower()}, sketch.story
         assert is_told(closings[story.happy_ending], sketch.story)
         assert not is_told(closings[not story.happy_ending], sketch.story)
         if sketch.features is not None:

@@ -139,7 +139,9 @@ class Encoder:
         if len(record.story) * MIN_KEPT > self.max_tokens * LONGEST_TOKEN:
             raise _Unused("a story too long for any task")
         # Validation asks one thing at a time: its figures are of one task each.
-        for conversation in make_tasks(record, self.seed, self.rates, item.split == "train", item.brief):
+        for conversation in make_tasks(
+            record, self.seed, self.rates, follow_ups=item.split == "train", brief=item.brief
+        ):
             versions = itertools.chain([conversation.messages], shortened(conversation, record.story))
             yield self._first_that_fits(versions, conversation.task)
 

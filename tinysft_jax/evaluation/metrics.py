@@ -14,6 +14,7 @@ from typing import Any
 from tinysft_jax.data.dialogue import has_dialogue
 from tinysft_jax.data.morals import find_moral
 from tinysft_jax.data.story_request import StoryRequest, parse_request
+from tinysft_jax.data.tasks import STORIES
 from tinysft_jax.errors import UserError
 from tinysft_jax.evaluation.cases import Case
 
@@ -159,7 +160,7 @@ def _extra(name: str) -> Any:
 
 def _request(case: Case) -> StoryRequest:
     """What the story was asked to have; nothing, where no story was asked for."""
-    return parse_request(case.question) if case.task in ("words", "story") else StoryRequest()
+    return parse_request(case.question) if case.task in STORIES else StoryRequest()
 
 
 def _share(hits: list[bool]) -> float | None:

@@ -145,15 +145,15 @@ def test_the_split_has_the_fraction_that_was_asked_for_and_stays_when_a_file_gro
 
 def test_embedded_stories_come_as_records_or_as_text():
     records, texts = list(open_embedded(40, "auto", 0)), list(open_embedded(40, "text", 0))
-    # A story for training is followed by its sketch, and in text by ten verses; one for validation by nothing.
+    # A story for training is followed by its sketch, and in text by twelve verses; one for validation by nothing.
     assert [(item.split, item.brief) for item in records] == [("train", False), ("train", True)] * 40 + [
         ("valid", False)
     ] * 2
-    assert [item.split for item in texts] == ["train"] * 12 * 40 + ["valid"] * 2
+    assert [item.split for item in texts] == ["train"] * 14 * 40 + ["valid"] * 2
     stories = [parse_record(item.text).story for item in records]
-    assert [item.text for item in texts[:480] if "verse" not in item.where] == stories[:80]
-    assert [item.text for item in texts[480:]] == stories[80:]
-    assert all(len(item.text) < 120 for item in texts if "verse" in item.where)
+    assert [item.text for item in texts[:560] if "verse" not in item.where] == stories[:80]
+    assert [item.text for item in texts[560:]] == stories[80:]
+    assert sum("verse" in item.where for item in texts) == 12 * 40
     assert [item.text for item in open_embedded(40, "auto", 1)] != [item.text for item in records]
     assert [item.split for item in open_embedded(1, "auto", 0)] == ["train", "train", "valid"]
 

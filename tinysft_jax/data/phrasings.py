@@ -62,6 +62,7 @@ FOLLOW_UPS: dict[str, tuple[str, ...]] = {
     "what_happened": ("What happened?", "What happens in it?", "And what are its main events?"),
     "happy_ending": ("Does it have a happy ending?", "Does it end well?", "And is the ending a happy one?"),
     "dialogue": ("Is there any dialogue in it?", "Does anybody speak in it?", "And do its characters talk?"),
+    "beginning": ("How does it begin?", "What is its first sentence?", "And how does it start?"),
 }
 
 

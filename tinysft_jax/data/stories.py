@@ -14,15 +14,19 @@ from typing import Literal, NamedTuple, TypeVar
 
 from tinysft_jax.data import story_parts
 from tinysft_jax.data.records import StoryRecord
+from tinysft_jax.data.sentences import sentences
 from tinysft_jax.data.story_parts import Character, Ending, Plot
 
 T = TypeVar("T")
 
 FEATURES = ("Dialogue", "BadEnding", "Twist", "Foreshadowing", "MoralValue", "Conflict")
 
+# Verses that are a sentence again and again.
+ECHOES = 3
 # Verses that are words and nothing else, in any order: how many different ones, and how long they are at least.
 CHANTS, CHANT_LENGTH = (1, 1, 2, 2, 3, 3, 4, 5), 6
 CHANTED = (
+    "moral",
     *story_parts.NOUNS,
     *story_parts.VERBS,
     *story_parts.ADJECTIVES,
@@ -30,7 +34,7 @@ CHANTED = (
 )
 
 # Probabilities: of what a story has, ...
-BAD_ENDING, SPEECH, MORAL, HINT, QUARREL, ATTEMPT = 0.45, 0.52, 0.5, 0.35, 0.3, 0.35
+BAD_ENDING, SPEECH, MORAL, HINT, QUARREL, ATTEMPT = 0.45, 0.52, 0.45, 0.35, 0.3, 0.35
 # ... of "he" where the name could stand, of a line with speech in a story with speech, ...
 PRONOUN, SPOKEN_LINE = 0.35, 0.75
 # ... and of the fields of a record.
@@ -108,8 +112,14 @@ def _story(rng: random.Random, held_out: bool) -> EmbeddedStory:
         if narrator.main_stands_out(told.story):
             break
     record, sketch = (_record(rng, each, tuple(words.values())) for each in (told, narrator.sketch()))
-    verses = (*narrator.verses(), *(_chant(rng, n) for n in CHANTS))
+    echoes = (_echo(rng, each.story) for each in (record, sketch))
+    verses = (*narrator.verses(), *echoes, *(_chant(rng, n) for n in CHANTS))
     return EmbeddedStory(record, main.name, happy, "Dialogue" in told.features, plot.name, sketch, verses)
+
+
+def _last_lines(moral: bool) -> tuple[str, ...]:
+    """A story without a moral says that it ends: so it is a single word that decides."""
+    return story_parts.MORALS if moral else story_parts.THE_END
 
 
 class _Told(NamedTuple):
@@ -180,8 +190,7 @@ class _Narrator:
         )
         line_break = _pick(rng, ("\n\n", "\n\n", "\n"))
         story = beginning + _pick(rng, (line_break, line_break, " ")) + middle + line_break + end
-        if moral:
-            story += _pick(rng, (line_break, " ")) + self._phrase(*self._choose(story_parts.MORALS))
+        story += line_break + self._phrase(*self._choose(_last_lines(moral)))
 
         joint = ", " if self.ending.summary.startswith(("but", "so")) else " "
         summary = self._phrase(self.plot.premise + joint + self.ending.summary + ".")
@@ -194,7 +203,7 @@ class _Narrator:
         moral = _chance(self.rng, MORAL)
         openings = [line for line in story_parts.OPENINGS if "{F" not in line and "{E" not in line]
         told = (openings, story_parts.PASTIMES, story_parts.RETURNS, self._closings())
-        story = self._paragraph(*map(self._choose, told), self._choose(story_parts.MORALS, moral))
+        story = self._paragraph(*map(self._choose, (*told, _last_lines(moral))))
         summaries = story_parts.HAPPY_SUMMARIES if self.ending.happy else story_parts.SAD_SUMMARIES
         return self._told(story, self._phrase(*self._choose(summaries)), {"MoralValue": moral})
 
@@ -244,10 +253,13 @@ class _Narrator:
 
 
 def _random_sentence(rng: random.Random, story: str) -> str:
-    """A sentence of the story, with whole quotes."""
-    sentences = re.split(r'(?<=[.!?])\s+(?=[A-Z"])|(?<=[.!?]")\s+(?=[A-Z"])', story)
-    whole = [sentence for sentence in sentences if sentence.count('"') % 2 == 0 and sentence.count(" ") > 2]
-    return whole[0] if _chance(rng, FIRST_SENTENCE) else _pick(rng, whole)
+    """A sentence of the story, of four words or more."""
+    long = [sentence for sentence in sentences(story) if sentence.count(" ") > 2]
+    return long[0] if _chance(rng, FIRST_SENTENCE) else _pick(rng, long)
+
+
+def _echo(rng: random.Random, story: str) -> str:
+    return " ".join([_random_sentence(rng, story)] * ECHOES)
 
 
 def _chant(rng: random.Random, n: int) -> str:

@@ -47,7 +47,7 @@ class Character:
         """A first mention, as a line."""
         if not self.kind:
             return self.name.replace("the ", "a ", 1)
-        return f"a [little |young |]{self.kind} [named|called] {self.name}"
+        return f"a [little |young |]{self.kind} named {self.name}"
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def verb_forms(verb: str) -> dict[str, str]:
 
 OPENINGS = _lines("""
     One day, {M.intro} [went|walked|ran] to {place}.
-    One [sunny|quiet|cold|bright] [morning|afternoon], {M.intro} [came|hurried|walked] to {place}.
+    One [sunny|quiet|cold|bright] [morning|afternoon], {M.intro} [came|walked] to {place}.
     Once upon a time, there was {M.intro}. {M} [liked to play|spent the day|was] {at}.
     Once there was {M.intro} who lived near {place}.
     Near {place} there lived {M.intro}.
@@ -203,7 +203,7 @@ OPENINGS = _lines("""
     It was raining [softly|a little] when {M.intro} woke up. Soon the rain stopped, and {M} went to {place}.
     Last [week|summer|spring], {M.intro} was {at}.
     The sun was [warm|high|bright] and the [birds were singing|bees were busy]. {M.intro} was {at}.
-    When the [sun came up|night was over], {M.intro} [ran|hurried] to {place}.
+    When the [sun came up|night was over], {M.intro} [ran|went] to {place}.
     {M} woke up early and went to {place}.
     {M} was {at}. It was a [lovely|calm|sunny] day.
     {M} lived near {place} and was there almost every day.
@@ -263,12 +263,13 @@ SAD_SUMMARIES = _lines("""
     {M} [likes|loves] to {verb} with a {adjective} {noun} but is sad.
     {M} has a {adjective} {noun}, likes to {verb} but is sad in the end.
 """)
+# The last words of every story, which begin alike.
 MORALS = _lines("""
     The moral of the story is: {moral}.
-    The moral of the story is that {moral}.
-    {M} learned that {moral}.
-    In the end, {M} learned that {moral}.
-    On that day, {M} learned that {moral}.
+    The moral is that {moral}.
+""")
+THE_END = _lines("""
+    The end.
 """)
 
 # --- Plots ------------------------------------------------------------------------------------------------------------

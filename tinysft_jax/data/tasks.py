@@ -15,6 +15,7 @@ from tinysft_jax.data.dialogue import has_dialogue
 from tinysft_jax.data.morals import find_moral
 from tinysft_jax.data.phrasings import follow_up, phrase, very_short
 from tinysft_jax.data.records import StoryRecord
+from tinysft_jax.data.sentences import sentences
 from tinysft_jax.data.story_request import CONDITIONS, StoryRequest, conditions_of
 
 Rates = Mapping[str, float | Mapping[str, float]]
@@ -39,9 +40,12 @@ MAX_QUESTIONS = 2
 # Their answer is the story.
 STORIES = ("words", "story")
 # What may be asked about the story of a conversation that goes on, at the same rates.
-ABOUT_A_STORY = ("summary", "moral", *QUESTIONS)
+ABOUT_A_STORY = ("summary", "moral", *QUESTIONS, "beginning")
+# How often for its first sentence, which nothing else asks for: a model that can find a sentence and say it again has
+# learned most of how to use one that a story is to contain.
+BEGINNING_RATE = 0.5
 # How often "story" names a condition that the record has; where none is drawn, it names one.
-CONDITION_RATES = {"features": 0.8, "words": 0.5, "summary": 0.4, "random_sentence": 0.7}
+CONDITION_RATES = {"features": 0.9, "words": 0.5, "summary": 0.4, "random_sentence": 0.9}
 
 # Their order gives the task ids of prepared data: new ones come last.
 TASK_NAMES = (*RATES,)
@@ -92,6 +96,10 @@ def _dialogue(record: StoryRecord) -> str | None:
     return "Yes, there is dialogue in this story." if talking else "No, there is no dialogue in this story."
 
 
+def _beginning(record: StoryRecord) -> str | None:
+    return next(sentences(record.story), None)
+
+
 def _story(record: StoryRecord) -> str | None:
     return record.story if any(conditions_of(record)) else None
 
@@ -105,6 +113,7 @@ _ANSWERS: dict[str, Callable[[StoryRecord], str | None]] = {
     "happy_ending": _happy_ending,
     "dialogue": _dialogue,
     "story": _story,
+    "beginning": _beginning,
 }
 
 
@@ -136,7 +145,8 @@ def make_tasks(
         found = {name: answers.get(name) or find_answer(name, record) for name in ABOUT_A_STORY}
         known = {name: answer for name, answer in found.items() if answer is not None}
         for conversation in conversations:
-            conversation.messages.extend(_follow_ups(known, rates, draws, said={conversation.messages[1]["content"]}))
+            said = {conversation.messages[1]["content"]}
+            conversation.messages.extend(_follow_ups(known, {**rates, "beginning": BEGINNING_RATE}, draws, said))
     return conversations
 
 

@@ -76,8 +76,8 @@ def _demo(config: ConfigDict) -> None:
     """Minutes on two CPU cores, after `configs/pretrain.py:demo`."""
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 50
-    config.train.max_steps = 1750
+    config.train.max_steps = 2000
     config.train.batch_size = 2
-    config.train.eval_interval = 875
+    config.train.eval_interval = 1000
     config.train.eval_batches = 8
-    config.train.save_interval = 350
+    config.train.save_interval = 400

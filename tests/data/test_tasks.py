@@ -235,7 +235,7 @@ def test_rates(embedded):
     assert all(asked[question] >= 0.2 * len(embedded) for question in QUESTIONS)
     assert asked["story"] == len(embedded)
     assert asked["words"] == sum(bool(story.record.words) for story, _ in embedded)
-    assert asked["summary"] == sum(story.record.summary is not None for story, _ in embedded)
+    assert 0.5 < asked["summary"] / sum(story.record.summary is not None for story, _ in embedded) < 0.7
 
 
 def test_answers_are_true(embedded):

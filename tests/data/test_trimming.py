@@ -87,8 +87,9 @@ def test_a_shortened_story_is_a_beginning_of_at_least_half_of_it(story, wording)
 def blocks(max_tokens: int, seeds: range):
     """What the record becomes with each seed: the conversations' texts and the ledger."""
     tok = ChatTokenizer("control", 256)
+    rates = {**RATES, "summary": 1.0}
     for seed in seeds:
-        block = Encoder("tinystories-instruct", tok, max_tokens, seed).encode([Item("valid", "here", RECORD)])
+        block = Encoder("tinystories-instruct", tok, max_tokens, seed, rates).encode([Item("valid", "here", RECORD)])
         encoded, texts, start = block.splits["valid"], [], 0
         for length, task in zip(encoded.lengths, encoded.tasks, strict=True):
             assert length <= max_tokens
@@ -132,7 +133,7 @@ def test_no_answer_is_ever_cut_and_everything_is_counted():
 def test_a_long_story_is_trimmed_in_the_prompt_and_the_ledger_says_so(tmp_path: Path):
     path = tmp_path / "stories.txt"
     path.write_text(RECORD)
-    flags = ["--valid_fraction", "0", "--bpe_ranks", "256", "--workers", "1", "--max_tokens", "330"]
+    flags = ["--valid_fraction", "0", "--bpe_ranks", "256", "--workers", "1", "--seed", "2", "--max_tokens", "330"]
     main(["--input", str(path), "--output", str(tmp_path / "data"), *flags])
     ledger = json.loads((tmp_path / "data" / "ledger.json").read_text())["splits"]["train"]["tasks"]
     counts = {task: {name: n for name, n in of.items() if name != "tokens"} for task, of in ledger.items()}

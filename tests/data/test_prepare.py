@@ -114,10 +114,11 @@ def test_chats_of_both_forms(tmp_path: Path):
 
 def test_stories_are_trimmed_and_the_ledger_says_so(tmp_path: Path):
     path = tmp_path / "stories.txt"
-    path.write_text("Summary: A cat.\nStory: " + "A cat sat on a mat. " * 20)
+    records = [f"Summary: Cat {i}.\nStory: {'A cat sat on a mat. ' * 20}\n" for i in range(9)]
+    path.write_text("<|endoftext|>\n".join(records))
     run(path, tmp_path / "data", "--valid_fraction", "0", "--max_tokens", "120")
     summary = json.loads((tmp_path / "data" / "ledger.json").read_text())["splits"]["train"]["tasks"]["summary"]
-    assert (summary["made"], summary["kept"], summary["trimmed"]) == (1, 1, 1)
+    assert 0 < summary["made"] == summary["kept"] == summary["trimmed"]
     assert 100 < summary["tokens"]["longest"] <= 120
 
 
@@ -175,7 +176,7 @@ def test_embedded_stories_as_tasks_and_as_text(tmp_path: Path):
         main(["--embedded", "20", "--output", str(tmp_path / format), "--format", format, "--workers", "1"])
     tasks, text = (json.loads((tmp_path / format / "data.json").read_text()) for format in ("auto", "text"))
     assert tasks["tasks"] == list(TASK_NAMES) and tasks["source"] == {"embedded": {"train": 20, "valid": 1}}
-    assert (text["splits"]["train"]["conversations"], text["splits"]["valid"]["conversations"]) == (240, 1)
+    assert (text["splits"]["train"]["conversations"], text["splits"]["valid"]["conversations"]) == (280, 1)
     # The first token of a document is predicted from nothing, so it is not supervised.
     stories = {whole for _, whole, _ in conversations(tmp_path / "text")}
     told = {said.partition("<|endoftext|>") for task, _, said in conversations(tmp_path / "auto") if task == "words"}

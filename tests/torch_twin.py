@@ -105,10 +105,6 @@ def without_buffers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: tensor for key, tensor in state.items() if not key.endswith(("freqs_cis", "mask"))}
 
 
-def prefixed(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {prefix + key: tensor for key, tensor in state.items()}
-
-
 def save(content: Any, path: Path, **options) -> Path:
     torch.save(content, path, **options)
     return path

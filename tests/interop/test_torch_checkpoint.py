@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch_twin import TorchTwin, prefixed, save, without_buffers
+from torch_twin import TorchTwin, save, without_buffers
 
 from tinysft_jax.errors import UserError
 from tinysft_jax.interop.torch_checkpoint import mlp_ratio, read_torch_checkpoint, rope_theta
@@ -86,11 +87,23 @@ def test_unusual_shape_computes_the_same(tmp_path, hidden, theta, n_heads):
 
 
 @pytest.mark.parametrize(
-    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
+    "before, inside",
+    [
+        ("_orig_mod.", ""),
+        ("module._orig_mod.module.", ""),
+        ("", "_orig_mod."),  # blocks that were compiled one by one
+        ("module.", "_checkpoint_wrapped_module."),
+        ("_fsdp_wrapped_module.", "_fsdp_wrapped_module._checkpoint_wrapped_module._orig_mod."),
+        ("_fpw_module.module.", "_fpw_module."),
+    ],
 )
-def test_prefixes_change_nothing(tmp_path, twin, plain, prefix):
+def test_names_of_wrappers_change_nothing(tmp_path, twin, plain, before, inside):
+    """Of the whole model, of blocks, and of parts of blocks."""
     content = twin.checkpoint()
-    content["model_state_dict"] = prefixed(content["model_state_dict"], prefix)
+    content["model_state_dict"] = {
+        before + re.sub(r"(blocks\.\d\.|attn\.|w1\.)", rf"\g<1>{inside}", key): tensor
+        for key, tensor in content["model_state_dict"].items()
+    }
     description, params = read_torch_checkpoint(save(content, tmp_path / "plain.pt"))
     assert description == plain[0]
     assert_same_params(params, plain[1])
@@ -223,9 +236,9 @@ STATE_FAULTS = {
     ),
     "integer": (lambda s: s.update({"ln_f.bias": torch.ones(16, dtype=torch.int64)}), ["ln_f.bias is torch.int64"]),
     "no tensor": (lambda s: s.update({"ln_f.bias": 3}), ["ln_f.bias is not a dense tensor"]),
-    "both prefixes": (
-        lambda s: s.update({"module.ln_f.bias": s["ln_f.bias"]}),
-        ["ln_f.bias occurs twice"],
+    "with a wrapper's name and without": (
+        lambda s: s.update({"blocks.1._orig_mod.ln_1.bias": s["blocks.1.ln_1.bias"]}),
+        ["blocks.1.ln_1.bias occurs twice, under different names of wrappers"],
     ),
     "layers with other tables": (
         lambda s: s.update({"blocks.1.attn.freqs_cis": s["blocks.1.attn.freqs_cis"][:-1]}),

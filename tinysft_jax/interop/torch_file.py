@@ -40,7 +40,7 @@ class TorchFile:
 
     Attributes:
       path: the file.
-      parameters: the model's tensors, their names without prefixes.
+      parameters: the model's tensors, their names without those of wrappers.
       buffers: what PyTorch stores beside the parameters: each block's `freqs_cis` (rotary table) and `mask`.
       content: all of the file: beside the state, `config`, `step`, `loss`, `model_type`, ...
     """
@@ -84,7 +84,7 @@ def open_torch_file(path: str | Path) -> TorchFile:
         name = bare_name(key) if isinstance(key, str) and key.isprintable() else shown(key)
         group = buffers if _BUFFER.fullmatch(name) else parameters
         if name in group:
-            raise UserError(f"{path}: {name} occurs twice, under different prefixes")
+            raise UserError(f"{path}: {name} occurs twice, under different names of wrappers")
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
             raise UserError(f"{path}: {name} is not a dense tensor")
         if group is parameters and not tensor.is_floating_point():

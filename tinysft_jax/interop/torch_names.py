@@ -1,13 +1,13 @@
 """Where each tensor of the PyTorch model lies in this package's parameters."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-# What torch.compile and DistributedDataParallel put before every key; each can occur more than once, in any order.
-_WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")
+# What wrappers of the whole model or of a part put into keys: torch.compile, DistributedDataParallel, activation
+# checkpointing, FSDP, and FSDP of old. They can occur anywhere, more than once, in any order.
+_WRAPPERS = frozenset({"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module"})
 
 # Name inside a block → path below "blocks". Kernels are [in, out] here and [out, in] in PyTorch.
 _BLOCK_NAMES = {
@@ -60,8 +60,8 @@ def torch_names(n_layers: int) -> dict[str, Place]:
 
 
 def bare_name(key: str) -> str:
-    """A state key without what torch.compile and DistributedDataParallel put before it."""
-    return _WRAPPERS.sub("", key)
+    """A state key without what wrappers put into it, such as `blocks.0._orig_mod.ln_1.bias` of a compiled block."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
 def as_numpy(tensor: Any) -> np.ndarray:

@@ -191,6 +191,10 @@ TENSOR_FAULTS = {
     "a bias": ({"model.layers.0.self_attn.q_proj.bias": np.ones(32, np.float32)}, ["unexpected", "q_proj.bias"]),
     "an untied head": ({"lm_head.weight": np.ones((260, 32), np.float32)}, ["lm_head.weight differs", "untied"]),
     "integers": ({"model.norm.bias": np.ones(32, np.int32)}, ["model.norm.bias is of type I32"]),
+    "with a wrapper's name and without": (
+        {"model.layers.0._orig_mod.input_layernorm.bias": np.ones(32, np.float32)},
+        ["model.layers.0.input_layernorm.bias occurs twice"],
+    ),
     "not finite": ({"model.norm.bias": np.full(32, np.nan, np.float32)}, ["model.norm.bias has 32 values"]),
 }
 
@@ -208,6 +212,16 @@ def test_a_head_that_is_stored_twice_is_no_harm(chat_folder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, folder / "model.safetensors")
     assert read_huggingface(folder)[0].config == read_huggingface(chat_folder)[0].config
+
+
+def test_names_of_wrappers_change_nothing(chat_folder, tmp_path):
+    """transformers saves them where layers were compiled one by one."""
+    model = load(chat_folder)
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = torch.compile(layer)
+    model.save_pretrained(tmp_path)
+    assert "model.layers.0._orig_mod.mlp.up_proj.weight" in load_file(tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, read_huggingface(tmp_path)[1], read_huggingface(chat_folder)[1])
 
 
 def test_damaged_folders_are_refused(chat_folder, tmp_path):

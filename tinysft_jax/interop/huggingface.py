@@ -24,6 +24,7 @@ from tinysft_jax.interop.huggingface_names import (
     pairs_to_halves,
 )
 from tinysft_jax.interop.torch_checkpoint import LANGUAGE
+from tinysft_jax.interop.torch_names import bare_name
 from tinysft_jax.model import GPTConfig
 from tinysft_jax.model_directory import ModelDescription, Params, trim_vocabulary
 from tinysft_jax.tokenizer import ChatTokenizer
@@ -118,27 +119,28 @@ def is_huggingface(path: Path) -> bool:
 
 def _read_params(path: Path, config: GPTConfig) -> Params:
     places = huggingface_names(config.n_layers)
-    with _open_weights(path) as files_by_name:
-        check_names(files_by_name, places, optional=HEAD)
-        slices = {name: file.get_slice(name) for name, file in files_by_name.items()}
+    with _open_weights(path) as stored:
+        check_names(stored, places, optional=HEAD)
+        slices = {name: file.get_slice(key) for name, (file, key) in stored.items()}
         for name, tensor in slices.items():
             if tensor.get_dtype() not in _DTYPES:
                 raise UserError(f"{name} is of type {tensor.get_dtype()}, not a floating-point number")
 
         def read(name: str) -> np.ndarray:
-            tensor = np.asarray(files_by_name[name].get_tensor(name), np.float32)
+            file, key = stored[name]
+            tensor = np.asarray(file.get_tensor(key), np.float32)
             return halves_to_pairs(tensor, config.n_heads) if is_rotated(name) else tensor
 
         params = collect_params(config, places, {name: tuple(s.get_shape()) for name, s in slices.items()}, read)
         table = params["tok_emb"]["embedding"][: config.vocab_size]
-        if HEAD in files_by_name and not np.array_equal(read(HEAD), table):
+        if HEAD in stored and not np.array_equal(read(HEAD), table):
             raise UserError(f"{HEAD} differs from {EMBEDDING}: an untied head")
     return params
 
 
 @contextmanager
-def _open_weights(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields tensor name → the open safetensors file that holds it."""
+def _open_weights(path: Path) -> Iterator[dict[str, tuple[Any, str]]]:
+    """Yields tensor name → the open safetensors file that holds it, and the key under which it does."""
     safetensors = _safetensors()
     names = [WEIGHTS]
     if not (path / WEIGHTS).is_file() and (path / WEIGHTS_INDEX).is_file():
@@ -153,7 +155,13 @@ def _open_weights(path: Path) -> Iterator[dict[str, Any]]:
             opened = [stack.enter_context(safetensors.safe_open(path / name, framework="np")) for name in names]
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"can't read {' or '.join(names)}: {reason(error)}; copy it again") from None
-        yield {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        stored: dict[str, tuple[Any, str]] = {}
+        for file in opened:
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                if (name := bare_name(key)) in stored:
+                    raise UserError(f"{name} occurs twice, in two files or under different names of wrappers")
+                stored[name] = file, key
+        yield stored
 
 
 def _umask() -> int:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from tiny_model import make_model_directory
 from torch_twin import TorchTwin, save, without_buffers
 
@@ -154,6 +155,21 @@ def test_every_path_and_back(convert, fixtures, tmp_path, name):
     logits = load_model(source, dtype=jnp.float32)(jnp.asarray(golden["input_ids"]))
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=2e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(output for _, output in steps)
+
+
+@pytest.mark.parametrize("template", ["control", "text", None])
+def test_a_folder_with_a_tokenizer_and_back(convert, tmp_path, template):
+    """The pad token's row, which the folder has and the model doesn't, comes and goes; the command checks each step."""
+    source = model = make_model_directory(tmp_path / "model", template)
+    for to, output in (("huggingface", "1/stories"), ("model", "1/model"), ("huggingface", "2/stories")):
+        code, out, err = convert(input=source, output=tmp_path / output, to=to, check=True)
+        assert (code, err, "vocabulary 260," in out) == (0, "", True)
+        source = tmp_path / output
+    jax.tree.map(np.testing.assert_array_equal, read_model(model)[1], read_model(tmp_path / "1/model")[1])
+    folders = [{path.name: path.read_bytes() for path in (tmp_path / f"{i}/stories").iterdir()} for i in (1, 2)]
+    assert folders[0] == folders[1]
+    table = load_file(tmp_path / "1/stories/model.safetensors")["model.embed_tokens.weight"]
+    assert table.shape == (261, 32)
 
 
 def test_both_sides_are_checked(convert, fixtures, tmp_path):

@@ -1,7 +1,9 @@
 """Hugging Face folders: what transformers computes from them, and what comes back."""
 
+import dataclasses
 import json
 import logging
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -14,15 +16,18 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
-from tiny_model import make_tokenizer
-from transformers import AutoModelForCausalLM
+from tiny_model import make_model_directory, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tinysft_jax as tsft
+from tinysft_jax.data.dataset import PreparedData
 from tinysft_jax.errors import UserError
 from tinysft_jax.interop.huggingface import is_huggingface, read_huggingface, write_huggingface
-from tinysft_jax.interop.huggingface_names import halves_to_pairs, pairs_to_halves
+from tinysft_jax.interop.huggingface_names import EMBEDDING, halves_to_pairs, pairs_to_halves
 from tinysft_jax.interop.torch_checkpoint import read_torch_checkpoint
-from tinysft_jax.model_directory import ModelDescription, Params, load_model, make_model
+from tinysft_jax.model_directory import ModelDescription, Params, load_model, make_model, read_model, save_model
+from tinysft_jax.tokenizer import ChatTokenizer
+from tinysft_jax.training.state import starting_model
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -75,6 +80,7 @@ def test_what_comes_back_is_the_same_bits(exported):
 
 def test_sizes_agree_and_padding_is_not_exported(exported):
     config = json.loads((exported.folder / "config.json").read_text())
+    assert config["pad_token_id"] is config["eos_token_id"] is None  # no tokenizer is known
     tensors = load_file(exported.folder / "model.safetensors")
     assert config["vocab_size"] == exported.description.config.vocab_size
     assert tensors["model.embed_tokens.weight"].shape == (config["vocab_size"], config["hidden_size"])
@@ -87,37 +93,43 @@ def test_sizes_agree_and_padding_is_not_exported(exported):
     assert len({path.stat().st_mode for path in exported.folder.iterdir()}) == 1  # read by whom config.json is
 
 
-def test_greedy_answers_are_the_same(chat_folder):
-    """20 prompts of different lengths, 50 tokens each."""
-    rng, tokenizer = np.random.default_rng(0), make_tokenizer("control")
-    prompts = [
-        tokenizer.encode_prompt(
-            [
-                {"role": "system", "content": "s"},
-                {"role": "user", "content": "".join(rng.choice(list("abc xyz"), rng.integers(1, 60)))},
-            ]
-        ).tolist()
-        for _ in range(20)
-    ]
+def test_a_batch_is_answered_as_its_prompts_alone(tmp_path):
+    """Prompts of many lengths, answers that end by themselves, and no control token, however likely."""
+    description, params = read_model(make_model_directory(tmp_path / "model", "control", ends=True))
+    ours, rng = make_tokenizer("control"), np.random.default_rng(0)
+    params["tok_emb"]["embedding"][[ours.control_ids["<|user|>"], ours.eot_id], 0] = 3, 1.95
+    (tmp_path / "folder").mkdir()
+    write_huggingface(tmp_path / "folder", params, description)
+    model, theirs = load(tmp_path / "folder"), AutoTokenizer.from_pretrained(tmp_path / "folder")
+
+    def answer(chats: list) -> list[str]:
+        asked = {"add_generation_prompt": True, "padding": True, "return_dict": True, "return_tensors": "pt"}
+        prompts = theirs.apply_chat_template(chats, **asked)
+        answers = model.generate(**prompts, do_sample=False, temperature=None, top_k=None, max_new_tokens=40)
+        return theirs.batch_decode(answers[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    contents = ["".join(rng.choice(list("abc xyz"), rng.integers(1, 60))) for _ in range(20)]
+    chats = [[{"role": "system", "content": "s"}, {"role": "user", "content": content}] for content in contents]
+    together = answer(chats)
+    assert together[:3] == [answer([chat])[0] for chat in chats[:3]]
     expected = tsft.generate(
-        load_model(chat_folder.parent / "model", dtype=jnp.float32), prompts, max_new_tokens=50, temperature=0
+        make_model(description.config, params, dtype=jnp.float32),
+        [ours.encode_prompt(chat).tolist() for chat in chats],
+        max_new_tokens=40,
+        temperature=0,
+        stop_ids=(ours.eot_id,),
+        forbidden_ids=tuple(ours.control_ids.values()),
     )
-    assert {len(answer) for answer in expected} == {50} and len({tuple(answer) for answer in expected}) > 10
-    # Rows end at different places, so the prompts are padded on the left.
-    width = max(map(len, prompts))
-    rows = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    answers = load(chat_folder).generate(
-        rows, attention_mask=mask, do_sample=False, max_new_tokens=50, eos_token_id=None, temperature=None, top_k=None
-    )
-    assert answers[:, width:].tolist() == expected
+    assert together == [ours.decode(ids) for ids in expected]
+    assert len(set(map(len, together))) > 3 and len(set(together)) > 10
 
 
 def test_folder_says_how_to_speak(chat_folder):
     model, tokenizer = load(chat_folder), make_tokenizer("control")
-    assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == tokenizer.eot_id
+    assert model.generation_config.eos_token_id == tokenizer.eot_id
+    assert model.generation_config.pad_token_id == model.config.pad_token_id == tokenizer.vocab_size
     assert (model.generation_config.temperature, model.generation_config.top_k) == (0.7, 50)
-    assert model.config.vocab_size == tokenizer.vocab_size
+    assert model.config.vocab_size == tokenizer.vocab_size + 1
     assert sorted(path.name for path in chat_folder.iterdir()) == [
         "config.json",
         "generation_config.json",
@@ -127,10 +139,90 @@ def test_folder_says_how_to_speak(chat_folder):
     ]
 
 
-def test_tokenizer_comes_back(chat_folder):
-    description, _ = read_huggingface(chat_folder)
-    assert description.chat_template == "control"
-    assert description.tokenizer == {"kind": "gpt2", "bpe_ranks": 256}
+def test_the_pad_token_takes_no_probability_from_others(chat_folder):
+    """Its logit is the mean of all, so its probability is at most one among as many; the others are as they were."""
+    tokens = np.random.default_rng(0).integers(260, size=(4, 64), dtype=np.int32)
+    expected = load_model(chat_folder.parent / "model", dtype=jnp.float32)(jnp.asarray(tokens))
+    with torch.no_grad():
+        logits = load(chat_folder)(torch.from_numpy(tokens).long()).logits.numpy()
+    np.testing.assert_allclose(logits[..., :260], expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits[..., 260], expected.mean(axis=-1), rtol=0, atol=1e-4)
+    assert torch.from_numpy(logits).softmax(dim=-1)[..., 260].max() <= 1 / 261
+
+
+def test_a_folder_of_before_the_pad_token_is_read(chat_folder, tmp_path):
+    folder = shutil.copytree(chat_folder, tmp_path / "folder")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {EMBEDDING: tensors[EMBEDDING][:-1]}, folder / "model.safetensors")
+    for name, change in (
+        ("config.json", lambda content: content.update(vocab_size=260)),
+        ("tokenizer.json", lambda content: content["added_tokens"].pop()),
+    ):
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+    assert_same_model(folder, chat_folder)
+
+
+@pytest.mark.parametrize("template, bpe_ranks, unused", [("text", 300, 3), (None, 256, 1)])
+def test_a_folder_that_was_read_is_written_alike(make_folder, tmp_path, template, bpe_ranks, unused):
+    """With rows above the tokenizer's vocabulary; transformers has a token for each of them."""
+    folder = make_folder(template, bpe_ranks, unused)
+    description, params = read_huggingface(folder)
+    vocab_size = ChatTokenizer(template, bpe_ranks).vocab_size + unused
+    assert description.config.vocab_size == vocab_size
+    write_huggingface(tmp_path, params, description)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        path.name: path.read_bytes() for path in folder.iterdir()
+    }
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert len(theirs) == load(folder).config.vocab_size == theirs.pad_token_id + 1 == vocab_size + 1
+
+
+def tuned_elsewhere(folder: Path, output: Path, added: int, multiple: int | None = None) -> torch.Tensor:
+    """What transformers saves after special tokens were added and rows changed; returns the table."""
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|added{i}|>" for i in range(added)]})
+    if added or multiple:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple)
+    with torch.no_grad():
+        table = model.get_input_embeddings().weight
+        table[-1] += 1
+        table[tokenizer.pad_token_id :, 0] = 9  # all that is above our ids is much likelier than anything else
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return table.detach()
+
+
+@pytest.mark.parametrize("added, multiple, rows", [(0, None, 260), (2, None, 263), (0, 64, 320), (2, 64, 320)])
+def test_a_folder_comes_back_with_our_tokenizer(chat_folder, tmp_path, added, multiple, rows):
+    """Only the pad token's row goes, and only where it is the last."""
+    table = tuned_elsewhere(chat_folder, tmp_path / "tuned", added, multiple)
+    description, params = read_huggingface(tmp_path / "tuned")
+    assert (description.chat_template, description.tokenizer) == ("control", {"kind": "gpt2", "bpe_ranks": 256})
+    assert description.config.vocab_size == rows
+    np.testing.assert_array_equal(params["tok_emb"]["embedding"][:rows], table[:rows])
+    assert not params["tok_emb"]["embedding"][rows:].any()
+
+
+def test_a_model_with_tokens_of_others_can_be_used(chat_folder, chat_data, tmp_path, monkeypatch, capsys):
+    """It fits prepared data, its own or after growing over them, and they are never drawn."""
+    description, params = read_model(make_model_directory(tmp_path / "model", None))
+    (tmp_path / "plain").mkdir()
+    write_huggingface(tmp_path / "plain", params, description)
+    for name, folder in (("chat", chat_folder), ("plain", tmp_path / "plain")):
+        tuned_elsewhere(folder, tmp_path / f"tuned {name}", added=6)
+        description, params = read_huggingface(tmp_path / f"tuned {name}")
+        save_model(tmp_path / f"model {name}", params, description)
+        start, _ = starting_model(str(tmp_path / f"model {name}"), {}, PreparedData(chat_data))
+        assert start.config.vocab_size == description.config.vocab_size > 264
+
+    script = Path(__file__).parents[2] / "sample.py"
+    flags = [f"--checkpoint={tmp_path / 'model chat'}", "--prompt=Hi", "--max_new_tokens=8", "--temperature=0"]
+    monkeypatch.setattr(sys, "argv", [str(script), *flags])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0 and len(capsys.readouterr().out.strip()) == 8
 
 
 @pytest.mark.parametrize("dtype, sharded", [(torch.float32, True), (torch.bfloat16, False), (torch.float16, False)])
@@ -173,7 +265,7 @@ FOREIGN = {
     "wrong size": ({"intermediate_size": 100}, ["gate_proj.weight has shape [128, 32], not [100, 32]"]),
     "fewer layers": ({"num_hidden_layers": 1}, ["unexpected: model.layers.1"]),
     "more layers": ({"num_hidden_layers": 3}, ["missing: model.layers.2"]),
-    "more ids": ({"vocab_size": 300}, ["[260, 32]", "[300, 32]"]),
+    "more ids": ({"vocab_size": 300}, ["[261, 32]", "[300, 32]"]),
     "no theta": ({"rope_parameters": {"rope_theta": "x", "partial_rotary_factor": 1.0}}, ["rope_theta is 'x'"]),
 }
 
@@ -189,7 +281,7 @@ def test_another_architecture_is_refused(chat_folder, tmp_path, change):
 
 TENSOR_FAULTS = {
     "a bias": ({"model.layers.0.self_attn.q_proj.bias": np.ones(32, np.float32)}, ["unexpected", "q_proj.bias"]),
-    "an untied head": ({"lm_head.weight": np.ones((260, 32), np.float32)}, ["lm_head.weight differs", "untied"]),
+    "an untied head": ({"lm_head.weight": np.ones((261, 32), np.float32)}, ["lm_head.weight differs", "untied"]),
     "integers": ({"model.norm.bias": np.ones(32, np.int32)}, ["model.norm.bias is of type I32"]),
     "with a wrapper's name and without": (
         {"model.layers.0._orig_mod.input_layernorm.bias": np.ones(32, np.float32)},
@@ -210,18 +302,18 @@ def test_unsound_tensors_are_refused(chat_folder, tmp_path, fault):
 def test_a_head_that_is_stored_twice_is_no_harm(chat_folder, tmp_path):
     folder = shutil.copytree(chat_folder, tmp_path / "folder")
     tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, folder / "model.safetensors")
-    assert read_huggingface(folder)[0].config == read_huggingface(chat_folder)[0].config
+    save_file(tensors | {"lm_head.weight": tensors[EMBEDDING]}, folder / "model.safetensors")
+    assert_same_model(folder, chat_folder)
 
 
 def test_names_of_wrappers_change_nothing(chat_folder, tmp_path):
     """transformers saves them where layers were compiled one by one."""
-    model = load(chat_folder)
+    model, folder = load(chat_folder), shutil.copytree(chat_folder, tmp_path / "folder")
     for index, layer in enumerate(model.model.layers):
         model.model.layers[index] = torch.compile(layer)
-    model.save_pretrained(tmp_path)
-    assert "model.layers.0._orig_mod.mlp.up_proj.weight" in load_file(tmp_path / "model.safetensors")
-    jax.tree.map(np.testing.assert_array_equal, read_huggingface(tmp_path)[1], read_huggingface(chat_folder)[1])
+    model.save_pretrained(folder)
+    assert "model.layers.0._orig_mod.mlp.up_proj.weight" in load_file(folder / "model.safetensors")
+    assert_same_model(folder, chat_folder)
 
 
 def test_damaged_folders_are_refused(chat_folder, tmp_path):
@@ -243,6 +335,12 @@ def test_damaged_folders_are_refused(chat_folder, tmp_path):
 def test_without_safetensors_the_extra_is_named(chat_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     assert_refused(chat_folder, [r"pip install -e '.[hf]'"])
+
+
+def assert_same_model(folder: Path, other: Path) -> None:
+    (description, params), (wanted, wanted_params) = read_huggingface(folder), read_huggingface(other)
+    assert dataclasses.replace(description, source={}) == dataclasses.replace(wanted, source={})
+    jax.tree.map(np.testing.assert_array_equal, params, wanted_params)
 
 
 def assert_refused(folder: Path, expected: list[str]) -> None:

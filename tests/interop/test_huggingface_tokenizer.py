@@ -1,8 +1,9 @@
 """Hugging Face's tokenizer, made of our files, gives our ids."""
 
-import copy
+import functools
 import json
 import random
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -10,13 +11,13 @@ import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tinysft_jax import chat
-from tinysft_jax.interop.huggingface_tokenizer import recognise, tokenizer_config, tokenizer_json
+from tinysft_jax.interop.huggingface import read_huggingface
 from tinysft_jax.tokenizer import ChatTokenizer
 
-MARKERS = (*chat.ROLE_MARKERS.values(), chat.END_OF_TEXT)
+MARKERS = (*chat.ROLE_MARKERS.values(), chat.END_OF_TEXT, "<|pad|>")
 # Of every kind of character: what the regular expression tells apart, and what it might.
 KINDS = {
     "letters": "abcXYZéßñжδ中文한กาआ",
@@ -65,27 +66,19 @@ def mixed_strings(n: int, seed: int = 0) -> list[str]:
     return [string for string in strings if not any(marker in string for marker in MARKERS)]
 
 
-def save(tokenizer: ChatTokenizer, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer)))
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer, 1024)))
-    (folder / "config.json").write_text(json.dumps({"model_type": "stablelm"}))
-    return folder
-
-
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """Makes our tokenizer and the one that `AutoTokenizer` makes of its files."""
-    made = {}
+def pair(make_folder):
+    """Our tokenizer, and the one that `AutoTokenizer` makes of a folder's files."""
 
     def make(template: str | None, bpe_ranks: int):
-        if (template, bpe_ranks) not in made:
-            ours = ChatTokenizer(template, bpe_ranks)
-            folder = save(ours, tmp_path_factory.mktemp("tokenizer"))
-            made[template, bpe_ranks] = ours, AutoTokenizer.from_pretrained(folder)
-        return made[template, bpe_ranks]
+        return ChatTokenizer(template, bpe_ranks), load(make_folder(template, bpe_ranks))
 
     return make
+
+
+@functools.cache
+def load(folder: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("template, bpe_ranks, n", [("control", 50256, 10_100), ("text", 1000, 3000), (None, 256, 300)])
@@ -95,7 +88,7 @@ def test_strings_have_the_same_ids(pair, template, bpe_ranks, n):
     assert len(strings) > 0.99 * n
     for string, ids in zip(strings, theirs(strings)["input_ids"], strict=True):
         assert ids == ours.encode_text(string), string
-    assert len(theirs) == ours.vocab_size and theirs.eos_token_id == ours.eot_id
+    assert len(theirs) == ours.vocab_size + 1 and theirs.eos_token_id == ours.eot_id
 
 
 def test_every_character_has_the_same_ids(pair):
@@ -124,7 +117,7 @@ def test_spelled_markers_are_text_where_special_tokens_are_split(pair, template)
 def test_spelled_markers_are_control_tokens_otherwise(pair):
     """What the model card warns of."""
     ours, theirs = pair("control", 50256)
-    for marker, id in (*ours.control_ids.items(), (chat.END_OF_TEXT, ours.eot_id)):
+    for marker, id in (*ours.control_ids.items(), (chat.END_OF_TEXT, ours.eot_id), ("<|pad|>", ours.vocab_size)):
         assert theirs(f"a {marker} b")["input_ids"] == [*ours.encode_text("a "), id, *ours.encode_text(" b")]
         assert theirs.convert_tokens_to_ids(marker) == id and marker in theirs.all_special_tokens
 
@@ -151,13 +144,31 @@ def conversations(draw) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("template, bpe_ranks", [("control", 50256), ("control", 300), ("text", 50256), ("text", 1000)])
 @settings(max_examples=60)
-@given(messages=conversations())
-def test_chat_template_lays_out_as_we_do(pair, template, bpe_ranks, messages):
+@given(messages=conversations(), answer=contents)
+def test_chat_template_lays_out_as_we_do(pair, template, bpe_ranks, messages, answer):
+    """The ids of prompts and of chats, and which of them are supervised."""
     ours, theirs = pair(template, bpe_ranks)
     asked = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert asked == ours.encode_prompt(messages).tolist()
-    answered = [*messages, {"role": "assistant", "content": '"Yes."'}]
-    assert theirs.apply_chat_template(answered, return_dict=True)["input_ids"] == ours.encode_chat(answered)[0].tolist()
+    answered = [*messages, {"role": "assistant", "content": answer}]
+    found = theirs.apply_chat_template(answered, return_dict=True, return_assistant_tokens_mask=True)
+    ids, supervised = ours.encode_chat(answered)
+    assert found["input_ids"] == ids.tolist()
+    assert found["assistant_masks"] == supervised.astype(int).tolist()
+
+
+@pytest.mark.parametrize("template", ["control", "text"])
+def test_the_mask_of_a_batch_leaves_out_its_padding(pair, template):
+    """As programs that fine-tune ask for it; what they mask as padding is not the end of an answer."""
+    ours, theirs = pair(template, 300)
+    chats = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}] for text in ("😶", " a" * 20)]
+    batch = theirs.apply_chat_template(chats, return_dict=True, padding=True, return_assistant_tokens_mask=True)
+    for index, messages in enumerate(chats):
+        ids, supervised = ours.encode_chat(messages)
+        fill = len(batch["input_ids"][index]) - len(ids)
+        assert batch["input_ids"][index] == [theirs.pad_token_id] * fill + ids.tolist()
+        assert batch["assistant_masks"][index] == [0] * fill + supervised.astype(int).tolist()
+    assert theirs.pad_token_id == ours.vocab_size != theirs.eos_token_id
 
 
 @pytest.mark.parametrize("roles", [["assistant"], ["user", "user"], ["user", "system"], ["system", "assistant"]])
@@ -172,12 +183,15 @@ def test_model_without_a_chat_template_has_none(pair):
 
 
 @pytest.mark.parametrize("template, bpe_ranks", [("control", 50256), ("control", 300), ("text", 1000), (None, 256)])
-def test_our_files_are_recognised(pair, tmp_path, template, bpe_ranks):
+def test_our_files_are_recognised(make_folder, tmp_path, template, bpe_ranks):
     """As we write them, and as transformers writes them again."""
-    ours, theirs = pair(template, bpe_ranks)
-    theirs.save_pretrained(tmp_path)
-    for content in (tokenizer_json(ours), json.loads((tmp_path / "tokenizer.json").read_text())):
-        assert recognise(content).description() == ours.description()
+    folder = make_folder(template, bpe_ranks)
+    again = shutil.copytree(folder, tmp_path / "again")
+    load(folder).save_pretrained(again)
+    for path in (folder, again):
+        description, ours = read_huggingface(path)[0], ChatTokenizer(template, bpe_ranks)
+        assert (description.chat_template, description.tokenizer) == tuple(ours.description().values())
+        assert description.config.vocab_size == ours.vocab_size
 
 
 OTHERS = {
@@ -189,6 +203,8 @@ OTHERS = {
     "a token more": lambda c: c["model"]["vocab"].update({"zzzz": 300}),
     "another marker": lambda c: c["added_tokens"][1].update(content="<|im_start|>"),
     "a control token that is none": lambda c: c["added_tokens"][1].update(special=False),
+    "a word that is one token": lambda c: c["added_tokens"].append({"id": 305, "content": "cat", "special": False}),
+    "an id that is none": lambda c: c["added_tokens"][1].update(id="301"),
     "few tokens": lambda c: c["model"].update(vocab={"a": 0}),
     "no model": lambda c: c.pop("model"),
     "no pre-tokenizer": lambda c: c.update(pre_tokenizer=None),
@@ -196,9 +212,11 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_other_tokenizers_are_not_taken_for_ours(other):
-    content = copy.deepcopy(tokenizer_json(ChatTokenizer("control", 300)))
-    assert recognise(content) is not None
+def test_other_tokenizers_are_not_taken_for_ours(make_folder, tmp_path, other):
+    """The model is read all the same, with a row for each of their tokens."""
+    folder = shutil.copytree(make_folder("control", 300), tmp_path / "folder")
+    content = json.loads((folder / "tokenizer.json").read_text())
     OTHERS[other](content)
-    assert recognise(content) is None
-    assert recognise([]) is None and recognise({}) is None
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    description, _ = read_huggingface(folder)
+    assert (description.tokenizer, description.chat_template, description.config.vocab_size) == (None, None, 305)

@@ -111,9 +111,13 @@ def test_of_an_unknown_run_nothing_is_said(tmp_path):
 @pytest.mark.parametrize(
     "template, expected, absent",
     [
-        ("control", ["Only `split_special_tokens=True`", "def encode_prompt", "apply_chat_template"], "{"),
-        ("text", ["refuse such content", "`split_special_tokens=True`", "apply_chat_template"], "def encode_prompt"),
-        (None, ["`split_special_tokens=True`", "completes plain text"], "apply_chat_template"),
+        ("control", ["<|pad|>", "Only `split_special_tokens=True`", "def encode_prompt", "apply_chat_template"], "{"),
+        (
+            "text",
+            ["<|pad|>", "refuse such content", "`split_special_tokens=True`", "apply_chat_template"],
+            "def encode_prompt",
+        ),
+        (None, ["<|pad|>", "`split_special_tokens=True`", "completes plain text"], "apply_chat_template"),
     ],
 )
 def test_the_warning_fits_the_template(tmp_path, template, expected, absent):

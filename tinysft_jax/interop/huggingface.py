@@ -1,5 +1,6 @@
 """Writes and reads Hugging Face folders of a model: safetensors and JSON, no pickle."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from tinysft_jax import files
 from tinysft_jax.errors import RunError, UserError, reason
@@ -23,14 +25,17 @@ from tinysft_jax.interop.huggingface_names import (
     is_rotated,
     pairs_to_halves,
 )
+from tinysft_jax.interop.huggingface_tokenizer import PAD, Recognised
 from tinysft_jax.interop.torch_checkpoint import LANGUAGE
 from tinysft_jax.interop.torch_names import bare_name
 from tinysft_jax.model import GPTConfig
-from tinysft_jax.model_directory import ModelDescription, Params, trim_vocabulary
+from tinysft_jax.model_directory import ModelDescription, Params, pad_vocabulary, trim_vocabulary
 from tinysft_jax.tokenizer import ChatTokenizer
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F64", "F32", "F16", "BF16")
+# How to speak unless told otherwise: as `sample.py` does.
+_DRAWING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "max_new_tokens": 200}
 
 
 def write_huggingface(directory: Path, params: Params, description: ModelDescription) -> None:
@@ -46,29 +51,50 @@ def write_huggingface(directory: Path, params: Params, description: ModelDescrip
       RunError: if the disk is full, say.
     """
     save_file = _safetensors().numpy.save_file
-    config, tokenizer = description.config, None
+    tensors, contents = huggingface_tensors(params, description.config), _json_files(description)
     if description.tokenizer is not None:
-        tokenizer = ChatTokenizer.from_description(description.to_json())
+        tensors[EMBEDDING] = _with_pad_row(tensors[EMBEDDING])
     try:
         # The metadata is how transformers tells PyTorch's layout of kernels from others.
-        save_file(huggingface_tensors(params, config), directory / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
         (directory / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
-        eot_id = tokenizer and tokenizer.eot_id
-        content = to_huggingface_config(config, eot_id)
-        if tokenizer is None:  # then a template has no other place
-            content[LANGUAGE] = {"chat_template": description.chat_template}
-        files.write_json(directory / "config.json", content)
-        files.write_json(directory / "generation_config.json", _generation_config(eot_id))
-        if tokenizer:
-            files.write_json(directory / "tokenizer.json", huggingface_tokenizer.tokenizer_json(tokenizer))
-            settings = huggingface_tokenizer.tokenizer_config(tokenizer, config.max_seq_len)
-            files.write_json(directory / "tokenizer_config.json", settings)
+        for name, content in contents.items():
+            files.write_json(directory / name, content)
     except (OSError, _safetensors().SafetensorError) as error:
         raise RunError(f"can't write {directory}: {reason(error)}") from None
 
 
+def _json_files(description: ModelDescription) -> dict[str, dict[str, Any]]:
+    """Name → content of what stands beside the tensors."""
+    config = description.config
+    if description.tokenizer is None:
+        ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        # A template has no other place then.
+        language = {LANGUAGE: {"chat_template": description.chat_template}}
+        return {"config.json": to_huggingface_config(config, ids) | language, "generation_config.json": _DRAWING | ids}
+    tokenizer = ChatTokenizer.from_description(description.to_json())
+    added = huggingface_tokenizer.added_tokens(tokenizer, config.vocab_size)
+    ids = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id, "pad_token_id": added[PAD]}
+    never_drawn = {"suppress_tokens": [id for id in added.values() if id != tokenizer.eot_id]}
+    return {
+        "config.json": to_huggingface_config(dataclasses.replace(config, vocab_size=config.vocab_size + 1), ids),
+        "generation_config.json": _DRAWING | ids | never_drawn,
+        "tokenizer.json": huggingface_tokenizer.tokenizer_json(tokenizer, config.vocab_size),
+        "tokenizer_config.json": huggingface_tokenizer.tokenizer_config(tokenizer, config.max_seq_len),
+    }
+
+
+def _with_pad_row(table: Float[np.ndarray, "vocab dim"]) -> Float[np.ndarray, "vocab_and_pad dim"]:
+    """The table with the pad token's row: the mean of all others.
+
+    Its logit is the mean of theirs, and the exponential of a mean is at most the mean of the exponentials (Jensen). So
+    of all tokens' probability the pad token takes at most an equal share, whatever the model sees, and no first place.
+    """
+    return np.concatenate([table, table.mean(axis=0, keepdims=True, dtype=np.float64).astype(table.dtype)])
+
+
 def huggingface_tensors(params: Params, config: GPTConfig) -> dict[str, np.ndarray]:
-    """The tensors of `model.safetensors`, contiguous float32; the head is tied, so the table stands there once."""
+    """The model's tensors for `model.safetensors`, contiguous float32; the head is tied: the table is there once."""
     params = jax.tree.map(np.asarray, trim_vocabulary(params, config))
     tensors = {}
     for name, place in huggingface_names(config.n_layers).items():
@@ -90,22 +116,29 @@ def read_huggingface(path: Path) -> tuple[ModelDescription, Params]:
     try:
         content = _read_json(path / "config.json")
         config = from_huggingface_config(content)
+        recognised = _read_tokenizer(path, config)
         params = _read_params(path, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    tokenizer = None
-    if (path / "tokenizer.json").is_file():
-        tokenizer = huggingface_tokenizer.recognise(_read_json(path / "tokenizer.json"))
-    if tokenizer and tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
-    stated = content.get(LANGUAGE)
-    is_chat = isinstance(stated, dict) and stated.get("chat_template") == "text"
-    language = (
-        tokenizer.description() if tokenizer else {"chat_template": "text" if is_chat else None, "tokenizer": None}
-    )
-    return ModelDescription(
-        config, **language, source={"kind": "huggingface", "directory": path.resolve().name}
-    ), params
+    source = {"kind": "huggingface", "directory": path.resolve().name}
+    if recognised is None:
+        stated = content.get(LANGUAGE)
+        is_chat = isinstance(stated, dict) and stated.get("chat_template") == "text"
+        return ModelDescription(config, "text" if is_chat else None, None, source), params
+    if recognised.pad_id == config.vocab_size - 1:  # else rows of somebody else's stand after it
+        config = dataclasses.replace(config, vocab_size=config.vocab_size - 1)
+        params = pad_vocabulary(trim_vocabulary(params, config), config)
+    return ModelDescription(config, **recognised.tokenizer.description(), source=source), params
+
+
+def _read_tokenizer(path: Path, config: GPTConfig) -> Recognised | None:
+    """Raises: UserError, if the folder's tokenizer has ids that its model lacks."""
+    if not (path / "tokenizer.json").is_file():
+        return None
+    recognised = huggingface_tokenizer.recognise(_read_json(path / "tokenizer.json"))
+    if recognised and recognised.tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"its tokenizer has {recognised.tokenizer.vocab_size} ids, its model {config.vocab_size}")
+    return recognised
 
 
 def is_huggingface(path: Path) -> bool:
@@ -168,19 +201,6 @@ def _umask() -> int:
     umask = os.umask(0o077)
     os.umask(umask)
     return umask
-
-
-def _generation_config(eot_id: int | None) -> dict[str, Any]:
-    """How to speak unless told otherwise: as `sample.py` does."""
-    return {
-        "do_sample": True,
-        "temperature": 0.7,
-        "top_k": 50,
-        "max_new_tokens": 200,
-        "bos_token_id": eot_id,
-        "eos_token_id": eot_id,
-        "pad_token_id": eot_id,
-    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

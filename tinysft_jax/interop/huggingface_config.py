@@ -28,12 +28,12 @@ _SIZES = (
 )
 
 
-def to_huggingface_config(config: GPTConfig, eot_id: int | None) -> dict[str, Any]:
+def to_huggingface_config(config: GPTConfig, special_ids: dict[str, int | None]) -> dict[str, Any]:
     """The content of `config.json`.
 
     Args:
       config: the shape.
-      eot_id: the id of end-of-text, where the tokenizer is known.
+      special_ids: `bos_token_id` and so on, where the tokenizer is known.
     """
     return {
         "architectures": [ARCHITECTURE],
@@ -56,8 +56,7 @@ def to_huggingface_config(config: GPTConfig, eot_id: int | None) -> dict[str, An
         "use_cache": True,
         "dtype": "float32",
         "torch_dtype": "float32",
-        "bos_token_id": eot_id,
-        "eos_token_id": eot_id,
+        **special_ids,
     }
 
 

@@ -4,12 +4,18 @@
 has one merge that makes it, so merging by GPT-2's list is merging by rank.
 """
 
-from typing import Any
+import operator
+from typing import Any, NamedTuple
 
 from tinysft_jax import chat
 from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer, read_merges
 
-# The turns of a conversation, as `chat.prompt_pieces` lays them out and refuses them.
+# What fills up the rows of a batch. A token of its own: programs that leave padding out of a loss would leave out the
+# end of every answer, too, if end-of-text were used.
+PAD = "<|pad|>"
+
+# The turns of a conversation, as `chat.prompt_pieces` lays them out and refuses them. Between the marks of a generation
+# is what is supervised, for programs that ask transformers for it; they look for the marks in this spelling.
 CHAT_TEMPLATE = """\
 {%- if messages[0]['role'] == 'system' -%}
     {{- '<|system|>' + messages[0]['content'] -}}
@@ -22,9 +28,11 @@ CHAT_TEMPLATE = """\
     {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
         {{- raise_exception('an optional system message, then user and assistant in turn') -}}
     {%- endif -%}
-    {{- '<|' + message['role'] + '|>' + message['content'] -}}
+    {{- '<|' + message['role'] + '|>' -}}
     {%- if message['role'] == 'assistant' -%}
-        {{- '<|endoftext|>' -}}
+        {% generation %}{{- message['content'] + '<|endoftext|>' -}}{% endgeneration %}
+    {%- else -%}
+        {{- message['content'] -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -46,16 +54,33 @@ _TEXT_PRE_TOKENIZER = {
 }
 
 
-def tokenizer_json(tokenizer: ChatTokenizer) -> dict[str, Any]:
-    """The content of `tokenizer.json`."""
+def added_tokens(tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, int]:
+    """Token → id of all that is not text: control tokens, ids without a meaning, and last the pad token.
+
+    Args:
+      tokenizer: the model's.
+      vocab_size: the model's. Ids from the tokenizer's to this one get names, as a tokenizer of Hugging Face's can't
+        leave ids out.
+    """
+    unused = {f"<|unused{id}|>": id for id in range(tokenizer.vocab_size, vocab_size)}
+    return {chat.END_OF_TEXT: tokenizer.eot_id, **tokenizer.control_ids, **unused, PAD: vocab_size}
+
+
+def tokenizer_json(tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, Any]:
+    """The content of `tokenizer.json`.
+
+    Args:
+      tokenizer: the model's.
+      vocab_size: the model's.
+    """
     vocab, merges = _vocabulary(tokenizer.bpe_ranks)
-    special = {chat.END_OF_TEXT: tokenizer.eot_id, **tokenizer.control_ids}
+    added = added_tokens(tokenizer, vocab_size)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": id, "content": content, **flags} for content, id in special.items()],
+        "added_tokens": [{"id": id, "content": content, **flags} for content, id in added.items()],
         "normalizer": None,
         "pre_tokenizer": _TEXT_PRE_TOKENIZER if tokenizer.template == "text" else _BYTE_LEVEL,
         "post_processor": None,
@@ -86,7 +111,8 @@ def tokenizer_config(tokenizer: ChatTokenizer, max_seq_len: int) -> dict[str, An
         "tokenizer_class": "PreTrainedTokenizerFast",  # the one that takes tokenizer.json as it is
         "bos_token": chat.END_OF_TEXT,
         "eos_token": chat.END_OF_TEXT,
-        "pad_token": chat.END_OF_TEXT,
+        "pad_token": PAD,
+        "padding_side": "left",  # an answer goes on where its prompt ends
         "additional_special_tokens": list(tokenizer.control_ids),
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
@@ -94,8 +120,22 @@ def tokenizer_config(tokenizer: ChatTokenizer, max_seq_len: int) -> dict[str, An
     return content | ({"chat_template": CHAT_TEMPLATE} if tokenizer.template else {})
 
 
-def recognise(content: Any) -> ChatTokenizer | None:
+class Recognised(NamedTuple):
+    """What a `tokenizer.json` is.
+
+    Attributes:
+      tokenizer: of this package.
+      pad_id: the id of the pad token, or None if there is none.
+    """
+
+    tokenizer: ChatTokenizer
+    pad_id: int | None
+
+
+def recognise(content: Any) -> Recognised | None:
     """The tokenizer of this package that a `tokenizer.json` is, or None if it is another.
+
+    Special tokens that somebody added above ours are passed over: to our tokenizer their spellings are text.
 
     Args:
       content: of the file, as `tokenizer_json` or transformers wrote it.
@@ -104,19 +144,31 @@ def recognise(content: Any) -> ChatTokenizer | None:
         model = content["model"]
         vocab = {token: id for token, id in model["vocab"].items() if token != chat.END_OF_TEXT}
         merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-        added = {token["content"]: token["id"] for token in content["added_tokens"] if token["special"]}
+        added = {token["content"]: operator.index(token["id"]) for token in content["added_tokens"]}
+        all_special = all(token["special"] for token in content["added_tokens"])  # others would cut our text
         cut, normalizer = _cut(content["pre_tokenizer"]), content["normalizer"]
     except (AttributeError, KeyError, TypeError):
         return None
     n_ranks = len(vocab)
-    if model.get("type") != "BPE" or normalizer is not None or not 256 <= n_ranks <= GPT2_RANKS:
+    if model.get("type") != "BPE" or normalizer is not None or not 256 <= n_ranks <= GPT2_RANKS or not all_special:
         return None
     for template, pre_tokenizer in (("control", _BYTE_LEVEL), ("text", _TEXT_PRE_TOKENIZER), (None, _BYTE_LEVEL)):
         tokenizer = ChatTokenizer(template, n_ranks)
-        special = {chat.END_OF_TEXT: tokenizer.eot_id, **tokenizer.control_ids}
-        if added == special and cut == _cut(pre_tokenizer):
-            return tokenizer if (vocab, merges) == _vocabulary(n_ranks) else None
+        if cut == _cut(pre_tokenizer) and _extends(added, tokenizer):
+            is_ours = (vocab, merges) == _vocabulary(n_ranks)
+            return Recognised(tokenizer, added.get(PAD)) if is_ours else None
     return None
+
+
+def _extends(added: dict[str, int], tokenizer: ChatTokenizer) -> bool:
+    """Whether these are a tokenizer's control tokens, and perhaps others above its vocabulary, none a role's marker."""
+    ours = {chat.END_OF_TEXT: tokenizer.eot_id, **tokenizer.control_ids}
+    others = {token: id for token, id in added.items() if token not in ours}
+    return (
+        ours.items() <= added.items()
+        and all(id >= tokenizer.vocab_size for id in others.values())
+        and not others.keys() & set(chat.ROLE_MARKERS.values())
+    )
 
 
 def _cut(pre_tokenizer: dict[str, Any]) -> list[Any]:

@@ -9,6 +9,7 @@ import jax
 
 from tinysft_jax import chat, files
 from tinysft_jax.errors import UserError
+from tinysft_jax.interop.huggingface_tokenizer import PAD
 from tinysft_jax.interop.run_record import RunRecord
 from tinysft_jax.model_directory import ModelDescription, model_parameter_shapes, trim_vocabulary
 
@@ -40,6 +41,10 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 ```
 
 Without a system message the chat template puts its own first: "SYSTEM"
+
+Prompts of different lengths are padded on the left. To fine-tune further, `apply_chat_template` with
+`return_dict=True, return_assistant_tokens_mask=True` marks the answers, each with its end (in TRL:
+`assistant_only_loss=True`).
 """
 _COMPLETION = """\
 ```python
@@ -51,9 +56,9 @@ print(pipeline("text-generation", "PATH")("Once upon a time")[0]["generated_text
 This model has no chat template: it completes plain text.
 """
 _CONTROL_WARNING = """\
-**Content can forge markers.** Here a text that spells `<|user|>`, `<|assistant|>`, `<|system|>` or `<|endoftext|>` is
-encoded as that control token, in `apply_chat_template` too, so whoever writes a part of a message can pretend to be
-another speaker. Only `split_special_tokens=True` keeps content from forging markers. For text that you don't
+**Content can forge markers.** Here a text that spells `<|user|>`, `<|assistant|>`, `<|system|>`, `<|endoftext|>` or
+`<|pad|>` is encoded as that token, in `apply_chat_template` too, so whoever writes a part of a message can pretend to
+be another speaker. Only `split_special_tokens=True` keeps content from forging markers. For text that you don't
 trust, encode each content so, and put the control tokens between:
 
 ```python
@@ -68,11 +73,11 @@ def encode_prompt(messages):
 """
 _TEXT_WARNING = """\
 **Content can forge markers.** The role markers of this model are plain text, so a text that spells `<|user|>`,
-`<|assistant|>` or `<|system|>` can't be told from them: refuse such content. `<|endoftext|>` is a control token; only
-`split_special_tokens=True` keeps content from forging it.
+`<|assistant|>` or `<|system|>` can't be told from them: refuse such content. `<|endoftext|>` and `<|pad|>` are control
+tokens; only `split_special_tokens=True` keeps content from forging them.
 """
 _PLAIN_WARNING = """\
-**Content can forge markers.** A text that spells `<|endoftext|>` is encoded as that control token; only
+**Content can forge markers.** A text that spells `<|endoftext|>` or `<|pad|>` is encoded as that control token; only
 `split_special_tokens=True` keeps content from forging it.
 """
 
@@ -109,14 +114,16 @@ def write_card(
 
 
 def _shape(description: ModelDescription) -> str:
-    config = description.config
+    config, vocabulary = description.config, f"{description.config.vocab_size:,} tokens"
+    if description.tokenizer is not None:
+        vocabulary += f", and `{PAD}` for padding, which is in this folder only"
     leaves = jax.tree.leaves(trim_vocabulary(model_parameter_shapes(config), config))
     rows = {
         "parameters": f"{sum(math.prod(leaf.shape) for leaf in leaves):,}",
         "architecture": "StableLM: LayerNorm with biases, rotary positions, SwiGLU, a tied head",
         "layers, dim, heads, hidden": f"{config.n_layers}, {config.dim}, {config.n_heads}, {config.hidden_dim}",
         "context": f"{config.max_seq_len:,} tokens",
-        "vocabulary": f"{config.vocab_size:,} tokens",
+        "vocabulary": vocabulary,
         "chat template": description.chat_template or "none",
     }
     return "Made with tinysft-jax.\n\n" + _table(rows)

@@ -58,15 +58,19 @@ def test_by_hand():
         "gold": 1.0,
         "shuffled": 0.75,  # Yes Yes Yes No
     }
-    # The differences of yes_no_correct are 1, 1, 0, -1.
-    assert figures["yes_no_correct"]["difference"]["standard_error"] == pytest.approx((11 / 12 / 4) ** 0.5)
+    # The differences of yes_no_correct are 1, 1, 0, -1; with a case more each way: 3/6 - 2/6 ± 1.96 √(29/36 / 6).
+    ends = [figures["yes_no_correct"]["difference"][end] for end in ("low", "high")]
+    assert ends == pytest.approx([1 / 6 - 1.96 * (29 / 216) ** 0.5, 1 / 6 + 1.96 * (29 / 216) ** 0.5], rel=1e-4)
     assert {figure["cases"] for of in figures.values() for figure in of.values()} <= {4}
 
 
-def test_a_single_case_has_no_floor_and_no_error():
+def test_a_single_case_has_no_floor_and_only_a_share_an_interval():
     figures = build_report({}, answered([Case("moral", "?", "Be kind.", 3)], lambda case: "Be kind."))["tasks"]["moral"]
-    assert figures["moral_correct"] == {
-        column: {"value": 1.0, "cases": 1, "standard_error": None} for column in ("model", "gold")
+    assert figures["moral_correct"].keys() == {"model", "gold"}
+    assert figures["moral_correct"]["model"]["low"] == pytest.approx(0.2065, abs=5e-5)  # 1 / (1 + 1.96²)
+    assert figures["loss"]["model"] == {
+        **{"value": 0.5, "cases": 1, "share": False},
+        **{"standard_error": None, "low": None, "high": None},
     }
 
 
@@ -100,14 +104,6 @@ def test_a_constant_answer_is_no_better_than_the_floor(cases, constant):
     assert compared >= {"words_used", "character_correct", "yes_no_correct", "moral_correct", "rouge_l"}
 
 
-def test_the_difference_is_paired():
-    """Where the model is right in two more cases of ten, the error is that of the ten differences."""
-    cases = [Case("moral", "?", f"Moral {i}.", 2) for i in range(10)]
-    rows = answered(cases, lambda case: case.gold, baseline=lambda case: case.gold if case.gold[-2] > "1" else "no")
-    figure = build_report({}, rows)["tasks"]["moral"]["moral_correct"]["difference"]
-    assert figure == {"value": 0.2, "cases": 10, "standard_error": pytest.approx((0.2 * 0.8 / 9) ** 0.5)}
-
-
 def test_markdown_has_every_figure_and_says_what_it_is(cases):
     report = build_report({"data": "stories"}, answered(cases, lambda case: CONSTANT))
     text = markdown(report)
@@ -115,7 +111,8 @@ def test_markdown_has_every_figure_and_says_what_it_is(cases):
     for task, metrics in report["tasks"].items():
         assert f"\n## {task}\n" in text
         for name, figures in metrics.items():
-            assert f"| {name} | {figures['model']['cases']} | {figures['model']['value']:.3f} ± " in text
+            sign = "[" if figures["model"]["share"] else "± "
+            assert f"| {name} | {figures['model']['cases']} | {figures['model']['value']:.3f} {sign}" in text
             assert f"- **{name}**: " in text
 
 

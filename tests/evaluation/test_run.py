@@ -106,6 +106,31 @@ def test_rescoring_gives_the_same_report(evaluated, tmp_path, capsys):
     assert "rouge_l" in printed and printed.count("--- chat\nQuestion: ") == 2
 
 
+def test_an_output_of_before_is_rescored_with_intervals(tmp_path, capsys):
+    """100 of 100 is no certainty: the share is above 0.963, and the difference to 90 of 100 from 0.034 to 0.162."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    figures = {"stopped": {"model": {"value": 1.0, "cases": 100, "standard_error": 0.0}}}
+    report = {"format_version": 1, "settings": {"seed": 0}, "tasks": {"moral": figures}}
+    (old / "report.json").write_text(json.dumps(report))
+    case = {"task": "moral", "question": "?", "gold": "Be kind.", "tokens": 4}
+    rows = [
+        case | {name: {"text": "Be kind to all.", "stopped": stopped, "nll": 1.0 + i} for name, stopped in speakers}
+        for i in range(100)
+        for speakers in [(("model", True), ("baseline", i < 90))]
+    ]
+    (old / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.main([f"--rescore={old}", f"--output={new}"])
+    shown = ["1.000 [0.963, 1.000]", "0.900 [0.826, 0.945]", "0.100 [0.034, 0.162]"]
+    lines = [line for line in (new / "report.md").read_text().splitlines() if line.startswith("| stopped |")]
+    assert lines == [f"| stopped | 100 | {' | '.join(shown)} |  |  |"]
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in shown)
+    figure = json.loads((new / "report.json").read_text())["tasks"]["moral"]["stopped"]["model"]
+    assert figure["low"] == pytest.approx(100 / (100 + 1.96**2), rel=1e-4) and figure["high"] == 1
+    assert figure["standard_error"] == pytest.approx((1 - figure["low"]) / 2 / 1.96, rel=1e-4)
+
+
 def test_a_model_without_a_template_is_asked_as_fine_tuning_starts_from_it(chat_data, evaluated, tmp_path):
     """Its table grows by the markers' rows; a work directory's step 0 has the same."""
     plain = make_model_directory(tmp_path / "plain", None, 128)

@@ -17,7 +17,7 @@ _LOOKS = {
 
 
 def plot_report(report: dict[str, Any], path: Path) -> None:
-    """Draws loss and correctness, two standard errors to each side, with floor and ceiling.
+    """Draws loss and correctness with 95 % intervals, floor and ceiling.
 
     Args:
       report: the content of `report.json`.
@@ -40,11 +40,10 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
         for column, (marker, colour, below) in _LOOKS.items():
             points = [(row + below, of[column]) for row, of in enumerate(panel.values()) if column in of]
             if points:
-                errors = [2 * (point["standard_error"] or 0) for _, point in points]
                 axes.errorbar(
                     [point["value"] for _, point in points],
                     [row for row, _ in points],
-                    xerr=errors if marker != "|" else None,
+                    xerr=[*zip(*(_reach(point) for _, point in points), strict=True)] if marker != "|" else None,
                     fmt=marker,
                     color=colour,
                     markersize=4 if marker != "|" else 11,
@@ -57,3 +56,10 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
     all_axes[-1].set_xlim(-0.03, 1.03)
     all_axes[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120, format="png")
+
+
+def _reach(point: dict[str, Any]) -> tuple[float, float]:
+    """How far the interval goes down and up from the value."""
+    if point["low"] is None:
+        return 0.0, 0.0
+    return point["value"] - point["low"], point["high"] - point["value"]

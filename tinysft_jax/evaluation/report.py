@@ -7,7 +7,7 @@ from rich.table import Table
 
 from tinysft_jax.evaluation.answers import Answered
 from tinysft_jax.evaluation.cases import Case
-from tinysft_jax.evaluation.figures import Figure, differences, mean
+from tinysft_jax.evaluation.figures import Figure, Values, difference, mean
 from tinysft_jax.evaluation.metrics import CORRECTNESS, Metric, distinct_2, repetition
 
 FORMAT_VERSION = 1
@@ -32,6 +32,12 @@ MEANINGS = {
         for metric in (*CORRECTNESS.values(), distinct_2, repetition)
     },
 }
+
+LEGEND = (
+    "Each is a mean over cases. Where all cases are 0 or 1, as for right and wrong, it is a share and stands with its "
+    "95 % interval: Wilson's, or of a difference of shares that of Bonett and Price (2012). Other means stand ± their "
+    "standard error."
+)
 
 
 def build_report(settings: dict[str, Any], answered: Sequence[Answered]) -> Report:
@@ -78,7 +84,7 @@ def task_figures(answered: Sequence[Answered]) -> dict[str, Figures]:
     return {name: columns for name, columns in figures.items() if columns}
 
 
-def _scores(metric: Metric, cases: Sequence[Case], texts: dict[str, list[str]]) -> dict[str, list[float | None]]:
+def _scores(metric: Metric, cases: Sequence[Case], texts: dict[str, list[str]]) -> dict[str, Values]:
     """Each case's score, by column."""
     if len(cases) > 1:
         # They were drawn in random order: the neighbour is a case at random, and never the same one.
@@ -86,18 +92,18 @@ def _scores(metric: Metric, cases: Sequence[Case], texts: dict[str, list[str]]) 
     return {column: [metric(*pair) for pair in zip(cases, of, strict=True)] for column, of in texts.items()}
 
 
-def _columns(scores: dict[str, list[float | None]], weights: list[float] | None = None) -> Figures:
+def _columns(scores: dict[str, Values], weights: list[float] | None = None) -> Figures:
     """The means, with the paired difference where there is a baseline."""
+    figures = {column: mean(values, weights) for column, values in scores.items()}
     if "baseline" in scores:
-        scores = scores | {"difference": differences(scores["model"], scores["baseline"])}
-    figures = {column: mean(scores[column], weights) for column in COLUMNS if column in scores}
-    return {column: figure for column, figure in figures.items() if figure is not None}
+        figures["difference"] = difference(scores["model"], scores["baseline"], weights)
+    return {column: figure for column in COLUMNS if (figure := figures.get(column)) is not None}
 
 
 def table(report: Report) -> Table:
     """The report for a terminal."""
     columns = _columns_in(report)
-    shown = Table(title="mean ± standard error", title_justify="left")
+    shown = Table(title="share [95 % interval] or mean ± standard error", title_justify="left")
     shown.add_column("", no_wrap=True)
     for column in ("cases", *columns):
         shown.add_column(column, justify="right", no_wrap=True)
@@ -119,7 +125,7 @@ def markdown(report: Report) -> str:
             cells = [metric, _cases(figures), *(_text(figures.get(column)) for column in columns)]
             lines.append(f"| {' | '.join(cells)} |")
     used = {metric for metrics in report["tasks"].values() for metric in metrics}
-    lines += ["", "## What the figures are", "", "Each is a mean over cases ± its standard error.", ""]
+    lines += ["", "## What the figures are", "", LEGEND, ""]
     lines += [f"- **{metric}**: {meaning}." for metric, meaning in MEANINGS.items() if metric in used]
     lines += ["", *(f"- **{column}**: {COLUMNS[column]}." for column in columns)]
     return "\n".join(lines) + "\n"
@@ -138,4 +144,6 @@ def _text(figure: dict[str, Any] | None) -> str:
     if figure is None:
         return ""
     value, error = figure["value"], figure["standard_error"]
+    if figure["share"]:
+        return f"{value:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"

@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     report = write(flags.output, settings, answered, flags.overwrite)
     for each in examples(answered, flags.show):
         print(transcript(each), end="\n\n")
-    Console(width=max(Console().width, 120)).print(reports.table(report))
+    Console(width=max(Console().width, 180)).print(reports.table(report))
     print(f"{flags.output}: {len(answered):,} cases of {len(report['tasks'])} tasks")
 
 

@@ -27,6 +27,7 @@ from tinysft_jax.data.cutting_stock import best_fit_decreasing
 from tinysft_jax.data.dataset import PreparedData
 from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.pipeline import BatchSource, epoch_batches
+from tinysft_jax.data.workers import usable_cpus
 
 MB = 1e6
 Result = dict[str, float]
@@ -55,7 +56,7 @@ def main() -> None:
             "epochs": in_a_fresh_process(memory_by_epoch, *setting, flags.epochs),
         }
     report(results)
-    print(json.dumps({"benchmark": "input_pipeline", **vars(flags), "cpus": os.cpu_count(), "results": results}))
+    print(json.dumps({"benchmark": "input_pipeline", **vars(flags), "cpus": usable_cpus(), "results": results}))
 
 
 def in_a_fresh_process(function: Callable, *args) -> Any:

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from tinysft_jax import cli
 from tinysft_jax.data.stories import embedded_stories, record_text
+from tinysft_jax.data.workers import usable_cpus
 
 MB = 1e6
 STORIES = 20_000
@@ -43,7 +44,7 @@ def main() -> None:
                 results.append({"megabytes": megabytes, "workers": n, **measure(text, Path(directory) / "data", n)})
     report(results)
     same = {size: len({row.pop("manifest") for row in results if row["megabytes"] == size}) == 1 for size in sizes}
-    settings = {**vars(flags), "cpus": os.cpu_count(), "same_bytes_for_any_workers": same}
+    settings = {**vars(flags), "cpus": usable_cpus(), "same_bytes_for_any_workers": same}
     print(json.dumps({"benchmark": "prepare", **settings, "results": results}))
 
 

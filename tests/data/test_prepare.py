@@ -1,6 +1,7 @@
 """Prepare, end to end: what is written, the ledger, and that nothing is written when it fails."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -250,6 +251,14 @@ def test_flags_that_make_no_sense_are_refused_before_any_work(tmp_path: Path, re
     with pytest.raises(UserError, match=complaint):
         run(records / "samples.txt", tmp_path / "data", *flags)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_there_are_as_many_workers_as_cpus_that_may_be_used(monkeypatch, capsys):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7}, raising=False)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "processes that encode (default: 1)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_limit_makes_no_sense_for_embedded_stories(tmp_path: Path):

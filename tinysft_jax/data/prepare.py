@@ -6,7 +6,6 @@ and the memory that it takes does not grow with the input.
 """
 
 import contextlib
-import os
 import sys
 import time
 from argparse import Namespace
@@ -25,7 +24,7 @@ from tinysft_jax.data.ledger import Ledger
 from tinysft_jax.data.progress import progress
 from tinysft_jax.data.shards import ShardWriter
 from tinysft_jax.data.sources import FORMATS, Item, Source, open_embedded, open_files, open_input
-from tinysft_jax.data.workers import map_in_order
+from tinysft_jax.data.workers import map_in_order, usable_cpus
 from tinysft_jax.errors import RunError, UserError
 from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer
 
@@ -134,7 +133,7 @@ def _parser() -> cli.Parser:
         help="what to do at a line or record that is malformed: name it and stop, or leave it out and count it",
     )
     parser.add_argument("--seed", type=int, default=0, help="for the tasks made of a story, and the embedded stories")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that encode")
+    parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes that encode")
     return parser
 
 

@@ -5,6 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from tinysft_jax import cli
+from tinysft_jax.chat import check_not_blank
 from tinysft_jax.errors import UserError
 from tinysft_jax.sampling.options import SamplingOptions
 
@@ -86,8 +87,9 @@ def _check(flags: Namespace) -> None:
             raise UserError(f"--{name} is {value}; it must be 1 or more")
     if flags.num_samples > 1 and flags.prompt is None and flags.input is None:
         raise UserError("--num_samples goes with --prompt or --input")
-    if flags.prompt == "" or flags.system == "":
-        raise UserError(f"{'--prompt' if flags.prompt == '' else '--system'} is empty")
+    for name in ("prompt", "system"):
+        if (text := getattr(flags, name)) is not None:
+            check_not_blank(text, f"--{name}")
     if (flags.input is None) != (flags.output is None):
         raise UserError("--input and --output go together")
     if flags.output is not None:

@@ -19,7 +19,7 @@ TRICKY = st.lists(
     st.sampled_from([*MARKERS, "<|", "|>", "<", ">", '"', '"Hi', "\n", "\n\n", " ", "a", " cat", "🐱", "é"]) | TEXT,
     min_size=1,
 ).map("".join)
-CONTENT = TRICKY.filter(bool)
+CONTENT = TRICKY.filter(lambda text: not chat.is_blank(text))
 
 
 @st.composite

@@ -4,6 +4,7 @@ A conversation becomes a list of pieces. Each piece is encoded on its own and kn
 supervision mask is built beside the ids and never has to be searched for in them.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
@@ -14,6 +15,12 @@ DEFAULT_SYSTEM = "You are a helpful assistant that answers questions about stori
 END_OF_TEXT = "<|endoftext|>"
 ROLE_MARKERS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 TEMPLATES = ("control", "text")
+
+# White space, and the control, format and filling characters that show nothing.
+_VISIBLE = re.compile(
+    r"[^\s\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    r"\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 
 Template = Literal["control", "text"]
 Messages = Sequence[Mapping[str, Any]]
@@ -115,9 +122,23 @@ def parse_chat(line: object) -> list[dict[str, str]]:
 def _check_content(content: object, where: str) -> None:
     if not isinstance(content, str):
         raise UserError(f"{where} must be a string, not {type(content).__name__}")
-    if not content:
-        raise UserError(f"{where} is empty")
+    check_not_blank(content, where)
     check_unicode(content, where)
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text looks empty: it has no character that can be seen."""
+    return _VISIBLE.search(text) is None
+
+
+def check_not_blank(text: str, where: str) -> None:
+    """Refuses text that looks empty.
+
+    Raises:
+      UserError: names `where`.
+    """
+    if is_blank(text):
+        raise UserError(f"{where} is empty: it has no character that can be seen")
 
 
 def check_unicode(text: str, where: str) -> None:

@@ -113,6 +113,21 @@ def test_chats_of_both_forms(tmp_path: Path):
     ]
 
 
+@pytest.mark.parametrize("blank", ["\n", " ", "\u200b", "\ufeff", "\u00ad\t", "\x00"])
+def test_what_looks_empty_is_refused_as_empty(tmp_path: Path, blank):
+    for line in (
+        {"prompt": "Hi", "completion": blank},
+        {"prompt": blank, "completion": "Hi"},
+        {"messages": [{"role": r, "content": c} for r, c in (("system", blank), ("user", "a"), ("assistant", "b"))]},
+    ):
+        path = write_chats(tmp_path / "chats.jsonl", line)
+        with pytest.raises(UserError, match=r"chats\.jsonl:1: (prompt|completion|messages\[0\]\.content) is empty"):
+            run(path, tmp_path / "data")
+    path = tmp_path / "stories.txt"
+    path.write_text(f"{blank}<|endoftext|>Once.<|endoftext|>{blank}", encoding="utf-8")
+    assert run(path, tmp_path / "data", "--valid_fraction", "0")["splits"]["train"]["conversations"] == 1
+
+
 def test_stories_are_trimmed_and_the_ledger_says_so(tmp_path: Path):
     path = tmp_path / "stories.txt"
     records = [f"Summary: Cat {i}.\nStory: {'A cat sat on a mat. ' * 20}\n" for i in range(9)]

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinysft_jax.chat import is_blank
 from tinysft_jax.data.records import SEPARATOR, StoryRecord, parse_record, parse_records, split_records
 
 HEADER = re.compile(r"^(Features|Words|Summary|Random sentence|Story):", re.MULTILINE)
@@ -28,8 +29,8 @@ def test_samples(records):
 
 def texts(without: str) -> st.SearchStrategy[str]:
     """What can stand in a field and come out as it went in."""
-    usable = st.text(st.characters(exclude_characters=without), min_size=1).map(str.strip)
-    return usable.filter(lambda text: text and SEPARATOR not in text and not HEADER.search(text))
+    usable = st.text(st.characters(exclude_characters=f"\ufeff{without}"), min_size=1).map(str.strip)
+    return usable.filter(lambda text: not is_blank(text) and SEPARATOR not in text and not HEADER.search(text))
 
 
 TEXTS = texts(without="\r") | st.sampled_from(
@@ -109,6 +110,14 @@ def test_the_first_of_two_fields_counts_unless_it_is_empty():
     assert (record.words, record.summary, record.story) == (("late",), "The true one.", "A story.")
 
 
+@pytest.mark.parametrize("blank", ["", " \t", "\u200b\ufeff\u00ad", "\x00\x1b", "\u2800\u3164"])
+def test_fields_that_look_empty_are_none(blank):
+    assert parse_record(f"Story:{blank}") is None
+    record = parse_record(f"Words: a,{blank},b\nSummary:{blank}\nRandom sentence:{blank}\nStory: One.")
+    assert record == StoryRecord(None, ("a", "b"), None, None, "One.")
+    assert list(split_records([f"One.{SEPARATOR}{blank}{SEPARATOR}Two."])) == ["One.", "Two."]
+
+
 def test_features_are_unknown_without_their_line():
     assert parse_record("Story: A.").features is None
     assert parse_record("Features:\nStory: A.").features == ()
@@ -125,6 +134,11 @@ def test_a_record_looks_the_same_whatever_the_line_ends(line_end):
     """So that what is computed from a record's text, a hash, doesn't depend on them."""
     text = f"\ufeff{line_end}Words: a{line_end}Story: b{line_end}c{line_end}{SEPARATOR}{line_end}"
     assert list(split_records([text])) == ["Words: a\nStory: b\nc"]
+
+
+def test_byte_order_marks_are_dropped_wherever_files_were_put_together():
+    lines = ["\ufeffStory: One.\n", f"{SEPARATOR}\n", "\ufeffWords: a\n", "\ufeffStory: Tw\ufeffo.\n"]
+    assert [(record.words, record.story) for record in parse_records(lines)] == [((), "One."), (("a",), "Two.")]
 
 
 def test_a_record_is_yielded_before_the_next_one_is_read():

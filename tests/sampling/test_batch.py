@@ -70,6 +70,7 @@ def test_requests_of_a_model_without_template(source, tmp_path):
         ('{"text": "a"}', "object"),
         ('{"prompt": 3}', "text"),
         ('{"prompt": ""}', "empty"),
+        ('{"prompt": "\\u200b "}', "empty"),
         ('{"prompt": "\\ud800"}', "Unicode"),
         ('{"messages": []}', "messages"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "role"),

@@ -48,7 +48,7 @@ def shell(speaker, monkeypatch, capsys, tmp_path):
 
 def test_lines_are_turns_until_quit(shell):
     """Blank lines are none; and a pipe is not told how fast it was."""
-    out, err = shell("Hi", "", "Ho", "/quit", "Ha")
+    out, err = shell("Hi", "", "\u200b\ufeff \u00ad", "Ho", "/quit", "Ha")
     assert len(out) == 2 and all(re.fullmatch(f"[a-z ]{{{N_NEW}}}", line) for line in out) and err == ""
     assert shell("Hi", "Ho")[0] == out
 

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from tinysft_jax.chat import is_blank
+
 SEPARATOR = "<|endoftext|>"
 
 _HEADER = re.compile(r"^(Features|Words|Summary|Random sentence|Story):", re.MULTILINE)
@@ -62,12 +64,12 @@ def split_records(lines: Iterable[str]) -> Iterator[str]:
 
 
 def clean_record(text: str) -> str:
-    """What stands between two separators, as `split_records` yields it; empty if it is only white space."""
+    """What stands between two separators, as `split_records` yields it; empty if nothing of it can be seen."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    # A byte-order mark opens the first record of a file, and another one where files were concatenated.
-    text = text.lstrip("\ufeff\n").rstrip("\n")
-    return text if text.strip() else ""
+    # A byte-order mark opens a file, and stands wherever in a record files were put together.
+    text = text.replace("\ufeff", "").strip("\n")
+    return "" if is_blank(text) else text
 
 
 def parse_record(text: str) -> StoryRecord | None:
@@ -75,7 +77,7 @@ def parse_record(text: str) -> StoryRecord | None:
     _, *parts = _HEADER.split(text)
     fields: dict[str, str] = {}
     for name, content in zip(parts[::2], parts[1::2], strict=True):
-        fields[name] = fields.get(name) or content.strip()
+        fields[name] = fields.get(name) or ("" if is_blank(content) else content.strip())
     if not fields.get("Story"):
         return None
     return StoryRecord(
@@ -103,4 +105,4 @@ def parse_records(lines: Iterable[str], skipped: Counter[str] | None = None) -> 
 
 
 def _items(field: str) -> tuple[str, ...]:
-    return tuple(item for part in field.split(",") if (item := part.strip()))
+    return tuple(part.strip() for part in field.split(",") if not is_blank(part))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tinysft_jax.chat import is_blank
 from tinysft_jax.errors import UserError
 from tinysft_jax.sampling.session import Session
 from tinysft_jax.sampling.text import AnswerStream
@@ -200,5 +201,5 @@ def _lines() -> Iterator[str]:
                 raise
             print("\n(Ctrl-D leaves)")
             continue
-        if line:
+        if not is_blank(line):
             yield line

@@ -8,7 +8,7 @@ from tinysft_jax.sampling.cache import KeptCache
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.options import SamplingOptions
 from tinysft_jax.sampling.prompt import check_prompt
-from tinysft_jax.sampling.text import AnswerStream, Messages, system_message, text_options
+from tinysft_jax.sampling.text import AnswerStream, Messages, encode_request, system_message, text_options
 from tinysft_jax.tokenizer import ChatTokenizer
 
 
@@ -158,7 +158,7 @@ class Session:
     def _encode(self, messages: Messages) -> list[int]:
         if self.is_chat:
             return self._tokenizer.encode_prompt(messages).tolist()
-        return self._tokenizer.encode_text(messages[-1]["content"])
+        return encode_request(self._tokenizer, messages[-1]["content"])
 
     def _remember(self, question: str, pieces: AnswerStream) -> Iterator[str]:
         answer = ""
@@ -171,6 +171,6 @@ class Session:
                 # Markers are plain text there: what follows one would be taken for another turn.
                 for marker in (*chat.ROLE_MARKERS.values(), chat.END_OF_TEXT):
                     answer = answer.partition(marker)[0]
-            if answer:
+            if not chat.is_blank(answer):
                 exchange = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
                 self.messages, self._unanswered = self.messages + exchange, None

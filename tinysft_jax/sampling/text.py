@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 
+from tinysft_jax.chat import check_not_blank
 from tinysft_jax.errors import UserError
 from tinysft_jax.model import GPTConfig
 from tinysft_jax.sampling.options import SamplingOptions
@@ -28,12 +29,13 @@ def encode_request(tokenizer: ChatTokenizer, text: str, system: str | None = Non
     """The ids that ask for an answer to `text`; with a model that has no chat template, for its continuation.
 
     Raises:
-      UserError: if `text` can't be encoded, or there is a system message but no template to put it in.
+      UserError: if `text` is blank or can't be encoded, or there is a system message but no template to put it in.
     """
     if tokenizer.template is not None:
         return tokenizer.encode_prompt([*system_message(system), {"role": "user", "content": text}]).tolist()
     if system is not None:
         raise UserError("this model has no chat template, so it takes no system message; leave out --system")
+    check_not_blank(text, "the text to continue")
     return tokenizer.encode_text(text)
 
 

@@ -65,6 +65,44 @@ def test_hostile_lines_are_skipped_counted_and_the_first_ones_named(tmp_path: Pa
     assert [line.removeprefix("skipped ") for line in printed.err.splitlines()[:5]] == ledger["first_bad"]
 
 
+# What a file holds, and what is said of it: nothing of it is learned as text.
+UNUSABLE = {
+    '{\n  "messages": []\n}\n': "chats.txt holds an object that spans lines; give each object a line of its own",
+    '{"text": "Once"}\n': 'chats.txt:1: a line must be an object with "messages".* --format text',
+    '["Once", "upon"]': "chats.txt:1, element 1: a line must be an object .* --format text",
+    '[{"prompt": "a", "completion": "b"},\n{"prompt": 1}]': "chats.txt:2, element 2: a line must be an object with",
+    '[{"prompt": "a", "completion": "b"}, {a: 1}]': "chats.txt:1, element 2: not valid JSON: Expecting property name",
+    '[{"prompt": "a", "completion": "b"},': "chats.txt:1, element 2: not valid JSON: Expecting value",
+    '[{"prompt": "a", "completion": "b"}, 2 3]': "chats.txt:1, element 2: not valid JSON: neither a comma nor",
+    '[{"prompt": "a", "completion": "b"}]\n{}': "chats.txt:2: not valid JSON: something follows the array",
+    '[{"prompt": "a", "completion": "b"}, ' + "[" * 100_000: "chats.txt:1, element 2: not valid JSON",
+    '[{"prompt": "a", "completion": "b"}, "' + "x" * (MAX_BYTES + 2): "element 2: not valid JSON, or longer than 8 MiB",
+}
+
+
+@pytest.mark.parametrize("content", UNUSABLE, ids=lambda content: content[:50])
+def test_json_that_can_not_be_used_is_refused(tmp_path: Path, content):
+    path = tmp_path / "chats.txt"
+    path.write_text(content)
+    with pytest.raises(UserError, match=UNUSABLE[content]) as caught:
+        run(path, tmp_path / "data")
+    assert len(str(caught.value)) < 600 and list(tmp_path.iterdir()) == [path]
+
+
+def test_elements_that_can_not_be_used_are_skipped_and_counted(tmp_path: Path):
+    path = tmp_path / "chats.json"
+    long = b'{"prompt": "' + b"x" * MAX_BYTES + b'", "completion": "y"}'
+    path.write_bytes(b"[" + b", ".join([GOOD, b"1", b'{"prompt": "caf\xe9", "completion": "y"}', long, GOOD]) + b"]")
+    run(path, tmp_path / "data", "--bad_lines", "skip", "--valid_fraction", "0")
+    ledger = json.loads((tmp_path / "data" / "ledger.json").read_text())
+    counts = ledger["splits"]["train"]
+    assert counts["skipped"] == {"longer than 8 MiB": 1, "not UTF-8 text": 1, "not a conversation": 1}
+    assert counts["read"] == 5 and counts["tasks"]["chat"]["kept"] == 2
+    assert [line.removeprefix(f"{path}:1, ").split(":")[0] for line in ledger["first_bad"]] == [
+        *("element 2", "element 3, byte 16", "element 4")
+    ]
+
+
 @pytest.mark.parametrize("format", ["text", "tinystories-instruct"])
 def test_records_that_are_no_text_stop_or_are_skipped(tmp_path: Path, format):
     path = tmp_path / "stories.txt"

@@ -113,6 +113,20 @@ def test_chats_of_both_forms(tmp_path: Path):
     ]
 
 
+def test_conversations_are_read_as_such_whatever_the_name_and_layout(tmp_path: Path):
+    chats = [{"prompt": f"Hi {i}", "completion": f"Ho\n{i} 🐱"} for i in range(9)]
+    lines = "".join(json.dumps(chat) + "\n" for chat in chats)
+    files = {f"a.{ending}": lines for ending in ("jsonl", "json", "ndjson", "jsonlines", "txt")}
+    files |= {f"array{indent}.json": json.dumps(chats, indent=indent) for indent in (None, 2)}
+    files["together.jsonl"] = lines[: len(lines) // 9 * 4] + "\ufeff" + lines[len(lines) // 9 * 4 :]
+    files["together.json"] = f"\ufeff{json.dumps(chats[:4])}\n\ufeff{json.dumps(chats[4:])}"
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert run(tmp_path / name, tmp_path / f"{name}.data", "--valid_fraction", "0")["format"] == "chat-jsonl"
+        found = conversations(tmp_path / f"{name}.data")
+        assert [learned for *_, learned in found] == [f"Ho\n{i} 🐱<|endoftext|>" for i in range(9)]
+
+
 @pytest.mark.parametrize("blank", ["\n", " ", "\u200b", "\ufeff", "\u00ad\t", "\x00"])
 def test_what_looks_empty_is_refused_as_empty(tmp_path: Path, blank):
     for line in (

@@ -1,6 +1,7 @@
-"""Lines and records of a file, never held when they are too long."""
+"""Lines, records and JSON values of a file, never held when they are too long."""
 
 import io
+import json
 import tracemalloc
 from pathlib import Path
 from unittest import mock
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysft_jax.data import reading
-from tinysft_jax.data.reading import read_lines, read_records
+from tinysft_jax.data.reading import read_json, read_lines, read_records
 
 SEPARATOR = b"<|>"
 PARTS = st.lists(st.sampled_from([b"a", b"\n", b"<", b"|", SEPARATOR, b"bbb"]), max_size=40).map(b"".join)
@@ -34,6 +35,22 @@ def test_lines_are_what_splitting_the_whole_gives(content, max_bytes):
     lines = content.splitlines(keepends=True)
     expected = [(i, line if len(line) <= max_bytes else None) for i, line in enumerate(lines, 1)]
     assert list(read_lines(io.BytesIO(content), max_bytes)) == expected
+
+
+@given(
+    st.lists(st.recursive(st.integers() | st.text(max_size=3), lambda inner: st.lists(inner, max_size=3)), max_size=6),
+    st.sampled_from([None, 0, 2]),
+    st.integers(1, 8),
+)
+def test_elements_are_those_of_the_array(elements, indent, chunk):
+    """However it is laid out and cut into chunks, also where two files were put together; with their lines."""
+    whole = json.dumps(elements, indent=indent, ensure_ascii=False).encode()
+    with mock.patch.object(reading, "_CHUNK", chunk):
+        found = list(read_json(io.BytesIO(b"\xef\xbb\xbf" + whole + b"\n\xef\xbb\xbf" + whole), Path("a.json")))
+    assert [json.loads(value.content) for value in found] == elements * 2
+    assert [value.number for value in found] == [*range(1, 2 * len(elements) + 1)]
+    if indent is None:
+        assert [value.place.split(",")[0] for value in found] == ["1"] * len(elements) + ["2"] * len(elements)
 
 
 @pytest.mark.parametrize("read", [read_lines, lambda file, n: read_records(file, SEPARATOR, n)])

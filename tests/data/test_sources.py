@@ -64,22 +64,53 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path):
         ("a.jsonl", "{}", "chat-jsonl"),
         ("a.txt", RECORD, "tinystories-instruct"),
         ("a.txt", "A Story: of a cat.\n", "text"),
+        ("a.txt", f"\ufeff{RECORD}", "tinystories-instruct"),
+        ("a.txt", "\ufeffStory: A cat.", "tinystories-instruct"),
         ("a.md", "Once upon a time.", "text"),
+        ("a.json", "Once upon a time.", "text"),
+        ("a.JSONL", "{", "chat-jsonl"),
+        ("a.json", '{"messages": [', "chat-jsonl"),
+        *((f"a.{ending}", '\ufeff\n {"messages": []}\nno', "chat-jsonl") for ending in ("json", "ndjson", "txt", "md")),
+        ("a.txt", '{\n  "messages": []\n}', "chat-jsonl"),
+        ("a.txt", '{"text": "' + "long " * 100_000 + '"}', "chat-jsonl"),
+        ("a.txt", '[\n  {"messages": []},\n', "chat-jsonl"),
+        ("a.txt", '[{"messages": []}]', "chat-jsonl"),
+        ("a.txt", '["one", "two"]', "chat-jsonl"),
+        ("a.txt", "{a} b", "text"),
+        ("a.txt", "{'messages': []}", "text"),
+        ("a.txt", "[Laughs] Once upon a time.", "text"),
+        ("a.txt", "[1] Once upon a time.", "text"),
+        ("a.txt", '["Once"] upon a time.', "text"),
+        ("a.txt", "[" * 100_000, "text"),
     ],
 )
 def test_the_format_is_told_from_name_and_content(tmp_path: Path, name, text, format):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     assert open_input(tmp_path / name, "auto", 0.1, None).format == format
     assert open_input(tmp_path / name, "text", 0.1, None).format == "text"
 
 
+def test_a_pair_of_two_formats_is_refused(tmp_path: Path):
+    (tmp_path / "a-train.txt").write_text("Once upon a time.")
+    (tmp_path / "a-valid.txt").write_text('{"messages": []}')
+    with pytest.raises(UserError, match=r"a-train\.txt looks like text and a-valid\.txt looks like chat-jsonl"):
+        open_input(tmp_path, "auto", 0.1, None)
+    assert len(items(tmp_path, "text")) == 2
+
+
 def test_items_know_where_they_stand(tmp_path: Path):
-    chat, story = tmp_path / "a.jsonl", tmp_path / "a.txt"
-    chat.write_text('\ufeff{"a": 1}\n\n{"b": 2}\n', encoding="utf-8")
+    chat, array, story = tmp_path / "a.jsonl", tmp_path / "a.json", tmp_path / "a.txt"
+    chat.write_text('\ufeff{"a": 1}\n\n\ufeff{"b": 2}\n\ufeff\n', encoding="utf-8")
+    array.write_text('\ufeff[\n{"a": 1}, {"b":\n2},\n3]', encoding="utf-8")
     story.write_text(f"{RECORD}<|endoftext|>\n<|endoftext|>\n{RECORD}")
     assert [(item.where, item.text) for item in items(chat)] == [
         (f"{chat}:1", '{"a": 1}\n'),
         (f"{chat}:3", '{"b": 2}\n'),
+    ]
+    assert [(item.where, item.text) for item in items(array)] == [
+        (f"{array}:2, element 1", '{"a": 1}'),
+        (f"{array}:2, element 2", '{"b":\n2}'),
+        (f"{array}:4, element 3", "3"),
     ]
     assert [item.where for item in items(story)] == [f"{story}, record 1", f"{story}, record 2"]
     assert [item.where for item in items(story, "text")] == [f"{story}, document 1", f"{story}, document 2"]

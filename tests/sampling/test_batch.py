@@ -61,6 +61,26 @@ def test_requests_of_a_model_without_template(source, tmp_path):
         read_requests(path, plain, make_config(), "s")
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_requests_in_an_array_are_known_by_their_number(source, tmp_path, indent):
+    records = [json.loads(line) for line in source.read_text().splitlines() if line]
+    (tmp_path / "array.json").write_text("\ufeff" + json.dumps(records, indent=indent), encoding="utf-8")
+    requests = read_requests(tmp_path / "array.json", TOKENIZER, make_config(), "s")
+    assert [request.line for request in requests] == [1, 2, 3, 4]
+    assert [request.ids for request in requests] == [
+        r.ids for r in read_requests(source, TOKENIZER, make_config(), "s")
+    ]
+    for tokenizer in (TOKENIZER, make_tokenizer(None)):
+        (tmp_path / "array.json").write_text(json.dumps([{"prompt": "a"}, {"prompt": " \n"}]))
+        with pytest.raises(UserError, match=r"array\.json:1, element 2: .* is empty"):
+            read_requests(tmp_path / "array.json", tokenizer, make_config())
+
+
+def test_files_that_were_put_together(tmp_path):
+    (tmp_path / "both.jsonl").write_text('\ufeff{"prompt": "a"}\n\ufeff\n\ufeff{"prompt": "b"}\n', encoding="utf-8")
+    assert [request.line for request in read_requests(tmp_path / "both.jsonl", TOKENIZER, make_config())] == [1, 3]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -23,6 +23,12 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["chat.jsonl"]
 
 
+@pytest.mark.parametrize("content", [{"messages": TRANSCRIPT}, [{"messages": TRANSCRIPT}]], ids=["object", "array"])
+def test_other_layouts_of_one_conversation_are_loaded(tmp_path, content):
+    (tmp_path / "chat.json").write_text("\ufeff" + json.dumps(content, indent=2), encoding="utf-8")
+    assert load_transcript(tmp_path / "chat.json") == TRANSCRIPT
+
+
 def test_prepare_reads_what_is_saved(tmp_path):
     save_transcript(tmp_path / "chat.jsonl", TRANSCRIPT)
     output = tmp_path / "data"
@@ -59,6 +65,7 @@ def test_where_nothing_can_be_written(tmp_path, name):
         b"\xff",
         b'{"text": "no chat"}',
         json.dumps({"messages": TRANSCRIPT[:2]}).encode(),
+        json.dumps([{"messages": TRANSCRIPT}] * 2).encode(),
         2 * (json.dumps({"messages": TRANSCRIPT}).encode() + b"\n"),
     ],
     ids=lambda content: str(content[:20]),

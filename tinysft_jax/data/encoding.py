@@ -153,7 +153,9 @@ class Encoder:
         try:
             messages = chat.parse_chat(line)
         except UserError as error:
-            raise BadItem("not a conversation", str(error)) from None
+            is_other = not (isinstance(line, dict) and line.keys() & {"messages", "prompt", "completion"})
+            hint = "; to learn the file as it is, give --format text" if is_other else ""
+            raise BadItem("not a conversation", f"{error}{hint}") from None
         yield self._first_that_fits([messages], "chat")
 
     def _text_examples(self, item: Item) -> Iterator[_Example | _LeftOut]:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from tinysft_jax.data.reading import TOO_LONG, Piece, read_lines, read_records
+from tinysft_jax.data.reading import TOO_LONG, Piece, holds_json, opens_json, read_json, read_records
 from tinysft_jax.data.records import SEPARATOR, StoryRecord, clean_record
 from tinysft_jax.data.stories import embedded_stories, record_text
 from tinysft_jax.errors import UserError
@@ -20,8 +20,11 @@ FORMATS = ("tinystories-instruct", "chat-jsonl", "text")
 EMBEDDED_TRAIN_PER_VALID = 20
 
 _TRAIN_NAME = re.compile(r"(|.*[-_.])train(\.\w+)")
-_STORY_HEADER = re.compile(rb"^Story:", re.MULTILINE)
+_STORY_HEADER = re.compile("^Story:", re.MULTILINE)
 _BYTES_TO_GUESS_FROM = 1 << 16
+_LINES_OF_JSON = (".jsonl", ".ndjson", ".jsonlines", ".jl")
+
+Found = TypeVar("Found")
 
 
 class Item(NamedTuple):
@@ -100,28 +103,28 @@ class FileSource(Source):
 
     def __iter__(self) -> Iterator[Item]:
         for path, split in self.files:
-            texts = self._lines(path) if self.format == "chat-jsonl" else self._records(path)
+            texts = self._values(path) if self.format == "chat-jsonl" else self._records(path)
             for where, text, flaw in itertools.islice(texts, self.limit):
                 yield Item(split or split_of(text, self.valid_fraction), where, text, flaw)
 
-    def _lines(self, path: Path) -> Iterator[tuple[str, str, str | None]]:
-        for piece in self._pieces(path, read_lines):
-            place, text, flaw = _decode(path, piece)
-            if flaw or text.strip():
-                yield (place if flaw else f"{path}:{piece.line}"), text, flaw
+    def _values(self, path: Path) -> Iterator[tuple[str, str, str | None]]:
+        for place, _, content in self._pieces(path, functools.partial(read_json, path=path)):
+            text, flaw, start = _decode(content)
+            where = f"{path}:{place}"
+            yield where if start is None else f"{where}, byte {start + 1}", text, flaw
 
     def _records(self, path: Path) -> Iterator[tuple[str, str, str | None]]:
         # Documents of plain text are separated as records are.
         noun = "document" if self.format == "text" else "record"
         number = 0
         for piece in self._pieces(path, functools.partial(read_records, separator=SEPARATOR.encode())):
-            place, text, flaw = _decode(path, piece)
+            text, flaw, start = _decode(piece.content)
             text = clean_record(text)
             if flaw or text:
                 number += 1
-                yield (place if flaw else f"{path}, {noun} {number}"), text, flaw
+                yield _place(path, piece, start) if flaw else f"{path}, {noun} {number}", text, flaw
 
-    def _pieces(self, path: Path, read: Callable[[BufferedIOBase], Iterator[Piece]]) -> Iterator[Piece]:
+    def _pieces(self, path: Path, read: Callable[[BufferedIOBase], Iterator[Found]]) -> Iterator[Found]:
         before = self.position
         try:
             with path.open("rb") as file:
@@ -133,16 +136,23 @@ class FileSource(Source):
         self.position = before + path.stat().st_size
 
 
-def _decode(path: Path, piece: Piece) -> tuple[str, str, str | None]:
-    """Where a flaw of the piece is, its text, and the flaw or None."""
-    if piece.content is None:
-        return f"{path}:{piece.line}", "", TOO_LONG
+def _decode(content: bytes | None) -> tuple[str, str | None, int | None]:
+    """The text; its flaw, or None; the byte at which that begins, if it is at one."""
+    if content is None:
+        return "", TOO_LONG, None
     try:
-        return "", piece.content.decode("utf-8-sig" if piece.line == 1 else "utf-8"), None
+        return content.decode("utf-8"), None, None
     except UnicodeDecodeError as error:
-        before = piece.content[: error.start]
-        line, byte = piece.line + before.count(b"\n"), len(before) - (before.rfind(b"\n") + 1) + 1
-        return f"{path}:{line}, byte {byte}", "", "not UTF-8 text"
+        return "", "not UTF-8 text", error.start
+
+
+def _place(path: Path, piece: Piece, start: int | None) -> str:
+    """Where in the file a byte of a piece is; None: where the piece begins."""
+    if piece.content is None or start is None:
+        return f"{path}:{piece.line}"
+    before = piece.content[:start]
+    line, byte = piece.line + before.count(b"\n"), start - before.rfind(b"\n")
+    return f"{path}:{line}, byte {byte}"
 
 
 def split_of(text: str, valid_fraction: float) -> str:
@@ -171,7 +181,7 @@ def open_input(path: Path, format: str, valid_fraction: float, limit: int | None
 
     Args:
       path: the file or directory.
-      format: one of FORMATS, or "auto" to tell it from the name and the first lines.
+      format: one of FORMATS, or "auto" to tell it from how the file begins, and from its name.
       valid_fraction: share of a single file's items that are for validation.
       limit: read at most so many items of each file.
 
@@ -196,7 +206,12 @@ def open_files(
     for path, _ in files:
         if not sizes[path.name]:
             raise UserError(f"{path} is empty")
-    format = _guess_format(files[0][0]) if format == "auto" else format
+    if format == "auto":
+        formats = {_guess_format(path): path.name for path, _ in files}
+        if len(formats) > 1:
+            found = " and ".join(f"{name} looks like {format}" for format, name in formats.items())
+            raise UserError(f"{found}; give the --format of both")
+        (format,) = formats
     description |= {"files": sizes, "limit": limit}
     if any(split is None for _, split in files):
         description["valid_fraction"] = valid_fraction
@@ -221,11 +236,13 @@ def _valid_of(train: Path) -> Path:
 
 
 def _guess_format(path: Path) -> str:
-    if path.suffix == ".jsonl":
-        return "chat-jsonl"
+    ending = path.suffix.lower()
     try:
         with path.open("rb") as file:
-            start = file.read(_BYTES_TO_GUESS_FROM)
+            # JSON that is malformed, under the name of JSON, is not text.
+            if ending in _LINES_OF_JSON or holds_json(file) or (ending == ".json" and opens_json(file)):
+                return "chat-jsonl"
+            start = clean_record(file.read(_BYTES_TO_GUESS_FROM).decode("utf-8", "ignore"))
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     return "tinystories-instruct" if _STORY_HEADER.search(start) else "text"

@@ -1,11 +1,11 @@
-"""Requests in a file: JSON lines of conversations to be answered, or of texts to be continued."""
+"""Requests in a file: conversations to be answered, or texts to be continued, as JSON lines or as an array."""
 
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinysft_jax import chat
-from tinysft_jax.data.reading import TOO_LONG, read_lines
+from tinysft_jax.data.reading import TOO_LONG, read_json
 from tinysft_jax.errors import UserError
 from tinysft_jax.model import GPTConfig
 from tinysft_jax.sampling.prompt import check_prompt
@@ -14,7 +14,7 @@ from tinysft_jax.tokenizer import ChatTokenizer
 
 
 class Request(NamedTuple):
-    """What one line asks for.
+    """What one line, or element of an array, asks for.
 
     Attributes:
       line: its number, from 1.
@@ -36,7 +36,7 @@ class Request(NamedTuple):
 
 
 def read_requests(path: Path, tokenizer: ChatTokenizer, config: GPTConfig, system: str | None = None) -> list[Request]:
-    """Reads lines of `{"messages": [...]}`, the last one the user's, or `{"prompt": "..."}`. Blank lines are skipped.
+    """Reads lines of `{"messages": [...]}`, the last one the user's, or `{"prompt": "..."}`, or an array of them.
 
     Args:
       path: the file.
@@ -50,12 +50,11 @@ def read_requests(path: Path, tokenizer: ChatTokenizer, config: GPTConfig, syste
     requests = []
     try:
         with path.open("rb") as file:
-            for number, line in read_lines(file):
-                if line is None or line.strip():
-                    try:
-                        requests.append(_parse_line(number, line, tokenizer, config, system))
-                    except UserError as error:
-                        raise UserError(f"{path}:{number}: {error}") from None
+            for place, number, line in read_json(file, path):
+                try:
+                    requests.append(_parse_line(number, line, tokenizer, config, system))
+                except UserError as error:
+                    raise UserError(f"{path}:{place}: {error}") from None
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     if not requests:
@@ -69,7 +68,7 @@ def _parse_line(
     if line is None:
         raise UserError(TOO_LONG)
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON: {error}") from None
     has_messages = isinstance(record, dict) and "messages" in record

@@ -1,4 +1,4 @@
-"""Conversations in files: chat-jsonl with one line, which `tinysft_jax.data.prepare` reads as well."""
+"""Conversations in files: chat-jsonl with a single one, which `tinysft_jax.data.prepare` reads as well."""
 
 import json
 import os
@@ -24,17 +24,17 @@ def save_transcript(path: Path, messages: Messages, overwrite: bool = False) -> 
 
 
 def load_transcript(path: Path) -> Messages:
-    """Reads a conversation.
+    """Reads a conversation that holds an answer, however its JSON is laid out.
 
     Raises:
-      UserError: if the file is not chat-jsonl with one conversation.
+      UserError: if the file is not chat-jsonl with one such conversation.
     """
     try:
-        lines = [line for line in files.read_text(path, "utf-8-sig").split("\n") if line.strip()]
-        if len(lines) != 1:
-            raise UserError(f"{len(lines)} lines; a conversation to go on with is a single one")
-        return chat.parse_chat(json.loads(lines[0]))
+        found = json.loads(files.read_text(path, "utf-8-sig"))
+        if isinstance(found, list) and len(found) == 1:
+            found = found[0]
+        return chat.parse_chat(found)
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     except (UserError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a conversation in chat-jsonl: {error}") from None
+        raise UserError(f"{path} is not one conversation in chat-jsonl: {error}") from None

@@ -64,6 +64,12 @@ def test_a_last_user_message_is_context_without_an_answer():
         ([{"role": "user", "content": "\u200b\ufeff\u00ad\x00"}], r"messages\[0\].content is empty"),
         ([USER, {"role": "assistant", "content": ""}], r"messages\[1\].content is empty"),
         ([USER, {"role": "assistant", "content": "\n"}], r"messages\[1\].content is empty"),
+        ([USER, {**ANSWER, "weight": 2}], r"messages\[1\].weight is 2; it must be 0 or 1 in .* 'assistant'"),
+        ([USER, {**ANSWER, "weight": 0.5}], r"messages\[1\].weight is 0.5"),
+        ([USER, {**ANSWER, "weight": True}], r"messages\[1\].weight is True"),
+        ([USER, {**ANSWER, "weight": "1"}], r"messages\[1\].weight is '1'"),
+        ([USER, {**ANSWER, "weight": [1]}], r"messages\[1\].weight is \[1\]"),
+        ([{**USER, "weight": 1}, ANSWER], r"messages\[0\].weight is 1; it must be 0 in .* 'user'"),
         ([{"role": "user", "content": None}], r"messages\[0\].content must be a string, not NoneType"),
         ([{"role": "user", "content": "a\ud83d"}], r"messages\[0\].content .* lone surrogate at character 1"),
     ],
@@ -77,6 +83,20 @@ def test_a_conversation_to_learn_from_needs_an_answer():
     for messages in ([USER], [SYSTEM], [SYSTEM, USER]):
         with pytest.raises(UserError, match="at least one assistant"):
             chat.chat_pieces(messages, "control")
+
+
+def test_an_answer_of_weight_0_is_laid_out_and_not_learned():
+    messages = [SYSTEM, USER, {**ANSWER, "weight": 0}, {**USER, "weight": 0}, {**ANSWER, "weight": 1.0}]
+    assert laid_out(chat.chat_pieces(messages, "control"))[4:] == [
+        *("[<|assistant|>]", "A", "[<|endoftext|>]", "[<|user|>]", "U", "[<|assistant|>]", "A*", "[<|endoftext|>]*")
+    ]
+    assert laid_out(chat.chat_pieces(messages, "text")) == [
+        *("<|system|>S<|user|>U<|assistant|>", "A", "[<|endoftext|>]", "<|user|>U<|assistant|>", "A*"),
+        "[<|endoftext|>]*",
+    ]
+    with pytest.raises(UserError, match="whose weight is not 0; there is nothing to learn"):
+        chat.chat_pieces(messages[:3], "control")
+    chat.chat_pieces([USER, {**ANSWER, "weight": None}], "control")  # says nothing
 
 
 def test_a_prompt_must_end_with_the_user():
@@ -99,6 +119,8 @@ def test_parse_chat_reads_both_forms():
     pair = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
     assert chat.parse_chat({"prompt": "U", "completion": "A", "id": 7}) == pair
     assert chat.parse_chat({"messages": [{**USER, "name": "Ann"}, ANSWER], "prompt": "U"}) == pair
+    weighted = [USER, {**ANSWER, "weight": 0}, USER, ANSWER]
+    assert chat.parse_chat({"messages": weighted}) == weighted
 
 
 @pytest.mark.parametrize(

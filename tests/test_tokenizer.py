@@ -135,6 +135,25 @@ def test_text_template_keeps_the_same_promises(messages):
     )
 
 
+@pytest.mark.parametrize("template", ["control", "text"])
+@pytest.mark.parametrize("weights", [(0, 1), (1, 0), (1, 1)])
+def test_a_weight_changes_what_is_learned_and_nothing_else(template, weights):
+    tok = ChatTokenizer(template, 256)
+    turns = [("user", "Hi"), ("assistant", "Ho"), ("user", "And?"), ("assistant", "So.")]
+    plain = [{"role": role, "content": content} for role, content in turns]
+    weighted = [
+        plain[0],
+        plain[1] | {"weight": weights[0]},
+        plain[2] | {"weight": 0},
+        plain[3] | {"weight": weights[1]},
+    ]
+    (ids, supervised), (expected, _) = tok.encode_chat(weighted), tok.encode_chat(plain)
+    assert np.array_equal(ids, expected)
+    said = [answer + "<|endoftext|>" for answer, weight in zip(("Ho", "So."), weights, strict=True) if weight]
+    assert tok.decode(ids[supervised]) == "".join(said)
+    assert np.array_equal(tok.encode_prompt(weighted[:-1]), tok.encode_prompt(plain[:-1]))
+
+
 def test_a_document_is_its_text_and_end_of_text():
     tok = ChatTokenizer(None)
     assert tok.encode_document("Hello world").tolist() == [15496, 995, 50256]

@@ -5,8 +5,7 @@ supervision mask is built beside the ids and never has to be searched for in the
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from tinysft_jax.errors import UserError, shown
@@ -15,6 +14,7 @@ DEFAULT_SYSTEM = "You are a helpful assistant that answers questions about stori
 END_OF_TEXT = "<|endoftext|>"
 ROLE_MARKERS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 TEMPLATES = ("control", "text")
+MESSAGE_FIELDS = ("role", "content", "weight")
 
 # White space, and the control, format and filling characters that show nothing.
 _VISIBLE = re.compile(
@@ -45,10 +45,11 @@ def chat_pieces(messages: Messages, template: Template) -> list[Piece]:
 
     The layout is `<|system|>S<|user|>U<|assistant|>A<|endoftext|>`, and from `<|user|>` on again for every further
     turn. In the template "control" all markers are control tokens; in "text" the role markers are plain text, one
-    string with what stands between two answers, and only end-of-text is a token of its own.
+    string with what stands between two answers, and only end-of-text is a token of its own. An answer of weight 0 is
+    laid out like the others, but neither it nor its end-of-text is supervised.
 
     Raises:
-      UserError: if `messages` is no conversation with an answer, or forges a marker in the template "text".
+      UserError: if `messages` is no conversation with an answer to learn, or forges a marker in the template "text".
     """
     check_messages(messages, needs_answer=True)
     return _lay_out(messages, template)
@@ -71,9 +72,11 @@ def prompt_pieces(messages: Messages, template: Template) -> list[Piece]:
 def check_messages(messages: object, needs_answer: bool = False) -> None:
     """Checks the grammar: an optional system message, then user and assistant in turn, none of them empty.
 
+    A message may have a weight: 0 or 1 for the assistant's, 0 for others, or null, which says nothing.
+
     Args:
       messages: anything.
-      needs_answer: whether at least one assistant message must be there.
+      needs_answer: whether an assistant message must be there whose weight is not 0.
 
     Raises:
       UserError: names the first message that breaks it (counted from 0) and says what is wrong.
@@ -92,20 +95,23 @@ def check_messages(messages: object, needs_answer: bool = False) -> None:
                 "an optional system message, then user and assistant in turn"
             )
         _check_content(message["content"], f"{where}.content")
+        _check_weight(message, where)
         due = ("assistant",) if role == "user" else ("user",)
-    if needs_answer and all(message["role"] != "assistant" for message in messages):
-        raise UserError("messages must hold at least one assistant message; there is nothing to learn")
+    if needs_answer and not any(map(_is_learned, messages)):
+        weighted = " whose weight is not 0" if any(message["role"] == "assistant" for message in messages) else ""
+        raise UserError(f"messages must hold at least one assistant message{weighted}; there is nothing to learn")
 
 
-def parse_chat(line: object) -> list[dict[str, str]]:
+def parse_chat(line: object, needs_answer: bool = True) -> list[dict[str, Any]]:
     """The messages of a decoded chat-jsonl line.
 
     Args:
-      line: `{"messages": [{"role": ..., "content": ...}, ...]}` or `{"prompt": ..., "completion": ...}`. Further keys
-        are ignored.
+      line: `{"messages": [{"role": ..., "content": ..., "weight": ...}, ...]}`, where the weight may be missing, or
+        `{"prompt": ..., "completion": ...}`. Of further fields, `unread_fields` tells.
+      needs_answer: as of `check_messages`.
 
     Raises:
-      UserError: if it is neither, or its messages are no conversation with an answer.
+      UserError: if it is neither, or its messages are no conversation.
     """
     if isinstance(line, dict) and "messages" in line:
         messages = line["messages"]
@@ -115,8 +121,37 @@ def parse_chat(line: object) -> list[dict[str, str]]:
         messages = [{"role": "user", "content": line["prompt"]}, {"role": "assistant", "content": line["completion"]}]
     else:
         raise UserError('a line must be an object with "messages", or with "prompt" and "completion"')
-    check_messages(messages, needs_answer=True)
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    check_messages(messages, needs_answer)
+    return [without_unread(message) for message in messages]
+
+
+def without_unread(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with the fields that mean something here."""
+    return {field: message[field] for field in MESSAGE_FIELDS if message.get(field) is not None}
+
+
+def unread_fields(line: Mapping[str, Any]) -> Iterator[str]:
+    """The fields of a line that `parse_chat` takes and of its messages that it passes over; null is nothing."""
+    read = ("messages",) if "messages" in line else ("prompt", "completion")
+    yield from (field for field, value in line.items() if field not in read and value is not None)
+    for message in line.get("messages", ()):
+        for field, value in message.items():
+            if field not in MESSAGE_FIELDS and value is not None:
+                yield f"messages[].{field}"
+
+
+def _is_learned(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def _check_weight(message: Mapping[str, Any], where: str) -> None:
+    weight = message.get("weight")
+    allowed = (0, 1) if message["role"] == "assistant" else (0,)
+    if weight is not None and (type(weight) not in (int, float) or weight not in allowed):
+        raise UserError(
+            f"{where}.weight is {shown(weight)}; it must be {' or '.join(map(str, allowed))} "
+            f"in a message of the role '{message['role']}'"
+        )
 
 
 def _check_content(content: object, where: str) -> None:
@@ -158,25 +193,27 @@ def _lay_out(messages: Messages, template: Template, answer_next: bool = False) 
         _refuse_forgery(messages)
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
-    pieces = []
+    pieces: list[Piece] = []
+    prompt: list[Piece] = []  # since the last answer
     for message in messages:
-        answer = message["role"] == "assistant"
-        pieces.append(Piece(ROLE_MARKERS[message["role"]], control=True, supervised=False))
-        pieces.append(Piece(message["content"], control=False, supervised=answer))
-        if answer:
-            pieces.append(Piece(END_OF_TEXT, control=True, supervised=True))
+        prompt.append(Piece(ROLE_MARKERS[message["role"]], control=True, supervised=False))
+        if message["role"] != "assistant":
+            prompt.append(Piece(message["content"], control=False, supervised=False))
+            continue
+        learned = _is_learned(message)
+        answer = [Piece(message["content"], False, learned), Piece(END_OF_TEXT, True, learned)]
+        pieces += [*_joined(prompt, template), *answer]
+        prompt = []
     if answer_next:
-        pieces.append(Piece(ROLE_MARKERS["assistant"], control=True, supervised=False))
-    return pieces if template == "control" else list(_join_prompts(pieces))
+        prompt.append(Piece(ROLE_MARKERS["assistant"], control=True, supervised=False))
+    return pieces + _joined(prompt, template)
 
 
-def _join_prompts(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Makes one text of everything between two answers, as checkpoints with markers in plain text were trained."""
-    for supervised, group in groupby(pieces, key=lambda piece: piece.supervised):
-        if supervised:
-            yield from group
-        else:
-            yield Piece("".join(piece.text for piece in group), control=False, supervised=False)
+def _joined(prompt: list[Piece], template: Template) -> list[Piece]:
+    """In the template "text", what stands between two answers as one text, as its checkpoints were trained."""
+    if template == "control" or not prompt:
+        return prompt
+    return [Piece("".join(piece.text for piece in prompt), control=False, supervised=False)]
 
 
 def _refuse_forgery(messages: Messages) -> None:

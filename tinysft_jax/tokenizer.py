@@ -93,7 +93,8 @@ class ChatTokenizer:
 
         Args:
           messages: `{"role": "system" | "user" | "assistant", "content": text}`: an optional system message (without
-            one, the default one is put first), then user and assistant in turn, at least one assistant.
+            one, the default one is put first), then user and assistant in turn, at least one assistant. An
+            assistant's message with `"weight": 0` is not supervised.
 
         Returns:
           The ids, and which of them are supervised: the assistant's tokens and the end-of-text that closes them.

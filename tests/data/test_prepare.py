@@ -127,6 +127,46 @@ def test_conversations_are_read_as_such_whatever_the_name_and_layout(tmp_path: P
         assert [learned for *_, learned in found] == [f"Ho\n{i} 🐱<|endoftext|>" for i in range(9)]
 
 
+def test_an_answer_of_weight_0_is_read_and_not_learned(tmp_path: Path):
+    turns = [{"role": role, "content": role.upper()} for role in ("user", "assistant", "user", "assistant")]
+    turns[1]["weight"] = 0
+    path = write_chats(tmp_path / "chats.jsonl", {"messages": turns})
+    for template in ("control", "text"):
+        run(path, tmp_path / template, "--valid_fraction", "0", "--template", template)
+        ((_, text, learned),) = conversations(tmp_path / template)
+        assert learned == "ASSISTANT<|endoftext|>" and text.count(learned) == 2
+    turns[3]["weight"] = 0
+    write_chats(path, {"messages": turns})
+    with pytest.raises(UserError, match=r"chats\.jsonl:1: .*there is nothing to learn"):
+        run(path, tmp_path / "none")
+    turns[3]["weight"] = 0.5
+    write_chats(path, {"messages": turns})
+    with pytest.raises(UserError, match=r"chats\.jsonl:1: messages\[3\]\.weight is 0\.5; it must be 0 or 1"):
+        run(path, tmp_path / "none")
+
+
+def test_fields_that_are_not_read_are_named_and_counted(tmp_path: Path, capsys):
+    turns = [{"role": "user", "content": "Hi", "name": "Ann"}, {"role": "assistant", "content": "Ho", "train": False}]
+    lines = [{"messages": turns, "id": i, "prompt": None} for i in range(3)]
+    path = write_chats(tmp_path / "chats.jsonl", *lines, {"prompt": "a", "completion": "b", "id": 3, "weight": 0})
+    run(path, tmp_path / "data", "--valid_fraction", "0")
+    expected = {"id": 4, "messages[].name": 3, "messages[].train": 3, "weight": 1}
+    splits = json.loads((tmp_path / "data" / "ledger.json").read_text())["splits"]
+    assert [splits[split]["unread_fields"] for split in ("train", "valid")] == [expected, {}]
+    printed = capsys.readouterr().out
+    assert all(f"not read, {n} times: the field {name}\n" in printed for name, n in expected.items())
+
+
+def test_any_number_of_fields_of_any_length_leaves_a_short_ledger(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(command, "ITEMS_PER_BLOCK", 2)
+    line = {"prompt": "a", "completion": "b", "\x1b[2J": 1}
+    path = write_chats(tmp_path / "chats.jsonl", *(line | {f"{i}{'x' * 1000}{i}": 1} for i in range(500)))
+    run(path, tmp_path / "data", "--valid_fraction", "0")
+    counts = json.loads((tmp_path / "data" / "ledger.json").read_text())["splits"]["train"]["unread_fields"]
+    assert sum(counts.values()) == 1000 and len(json.dumps(counts)) < 4000
+    assert counts[r"'\x1b[2J'"] == 500 and counts["(others)"] == 500 - 19
+
+
 @pytest.mark.parametrize("blank", ["\n", " ", "\u200b", "\ufeff", "\u00ad\t", "\x00"])
 def test_what_looks_empty_is_refused_as_empty(tmp_path: Path, blank):
     for line in (

@@ -81,6 +81,14 @@ def test_files_that_were_put_together(tmp_path):
     assert [request.line for request in read_requests(tmp_path / "both.jsonl", TOKENIZER, make_config())] == [1, 3]
 
 
+def test_what_a_message_says_about_its_training_stays(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"messages": [*turns, turns[0] | {"name": "Ann"}]}))
+    (request,) = read_requests(path, TOKENIZER, make_config())
+    assert request.answered("c")["messages"] == [*turns, turns[0], {"role": "assistant", "content": "c"}]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -135,6 +135,9 @@ def test_a_resumed_conversation_goes_on_where_it_was():
     with pytest.raises(UserError, match="ends without an answer"):
         second.resume(without_system[:-1])
     assert second.transcript == without_system
+    weighted = [without_system[0], without_system[1] | {"weight": 0}]
+    second.resume(weighted)
+    assert second.transcript == weighted, "what is not for training can be gone on with"
 
 
 def test_the_oldest_exchanges_are_forgotten_when_the_context_is_full():

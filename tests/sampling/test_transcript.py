@@ -29,6 +29,12 @@ def test_other_layouts_of_one_conversation_are_loaded(tmp_path, content):
     assert load_transcript(tmp_path / "chat.json") == TRANSCRIPT
 
 
+def test_weights_are_kept_and_matter_to_training_alone(tmp_path):
+    weighted = [message | ({"weight": 0} if message["role"] == "assistant" else {}) for message in TRANSCRIPT]
+    save_transcript(tmp_path / "chat.jsonl", weighted)
+    assert load_transcript(tmp_path / "chat.jsonl") == weighted
+
+
 def test_prepare_reads_what_is_saved(tmp_path):
     save_transcript(tmp_path / "chat.jsonl", TRANSCRIPT)
     output = tmp_path / "data"

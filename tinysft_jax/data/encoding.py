@@ -73,6 +73,10 @@ class _LeftOut(NamedTuple):
     reason: str
 
 
+class _Unread(NamedTuple):
+    field: str
+
+
 @dataclass(frozen=True)
 class Encoder:
     """Encodes blocks of items; small enough to travel to a worker with each of them.
@@ -124,7 +128,9 @@ class Encoder:
                 ledger.skip(item.split, kind, None if isinstance(error, _Unused) else f"{item.where}: {reason(error)}")
                 continue
             for example in found:
-                if isinstance(example, _LeftOut):
+                if isinstance(example, _Unread):
+                    ledger.pass_over(item.split, example.field)
+                elif isinstance(example, _LeftOut):
                     ledger.left_out[item.split, example.task, example.reason] += 1
                 else:
                     supervised = int(np.count_nonzero(example.supervised))
@@ -145,7 +151,7 @@ class Encoder:
             versions = itertools.chain([conversation.messages], shortened(conversation, record.story))
             yield self._first_that_fits(versions, conversation.task)
 
-    def _chat_examples(self, item: Item) -> Iterator[_Example | _LeftOut]:
+    def _chat_examples(self, item: Item) -> Iterator[_Example | _LeftOut | _Unread]:
         try:
             line = json.loads(item.text)
         except (ValueError, RecursionError) as error:
@@ -157,6 +163,7 @@ class Encoder:
             hint = "; to learn the file as it is, give --format text" if is_other else ""
             raise BadItem("not a conversation", f"{error}{hint}") from None
         yield self._first_that_fits([messages], "chat")
+        yield from map(_Unread, chat.unread_fields(line))
 
     def _text_examples(self, item: Item) -> Iterator[_Example | _LeftOut]:
         """A document, in consecutive pieces where it is longer than max_tokens.

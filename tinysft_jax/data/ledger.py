@@ -6,8 +6,14 @@ from typing import Any
 
 from rich.table import Table
 
+from tinysft_jax.errors import shown
+
 # How many of the bad lines are named.
 NAMED_BAD_LINES = 5
+# How many of a split's fields that are not read are named, and up to what length as they are.
+NAMED_FIELDS = 20
+LONGEST_FIELD = 100
+OTHER_FIELDS = "(others)"
 
 
 @dataclass
@@ -22,6 +28,8 @@ class Ledger:
       left_out: (split, task, reason) -> conversations that were made but are not in the data set.
       lengths: (split, task, tokens) -> kept conversations of that length.
       supervised: (split, task) -> supervised tokens of the kept.
+      unread: (split, field) -> how often a field was passed over, of lines or of their messages; in the order in which
+        they came up, those after the first few as OTHER_FIELDS.
     """
 
     read: Counter[str] = field(default_factory=Counter)
@@ -31,6 +39,7 @@ class Ledger:
     left_out: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     lengths: Counter[tuple[str, str, int]] = field(default_factory=Counter)
     supervised: Counter[tuple[str, str]] = field(default_factory=Counter)
+    unread: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
     def kept(self) -> int:
@@ -49,11 +58,20 @@ class Ledger:
         if bad is not None and len(self.bad) < NAMED_BAD_LINES:
             self.bad.append(bad)
 
+    def pass_over(self, split: str, name: str, times: int = 1) -> None:
+        """Enters a field that is not read. A file may have any number of them, and of any length."""
+        name = name if name.isprintable() and len(name) <= LONGEST_FIELD else shown(name)
+        if (split, name) not in self.unread and sum(s == split for s, _ in self.unread) >= NAMED_FIELDS:
+            name = OTHER_FIELDS
+        self.unread[split, name] += times
+
     def add(self, part: "Ledger") -> None:
         """Adds what another ledger holds, of items that come after those of this one."""
         self.bad = (self.bad + part.bad)[:NAMED_BAD_LINES]
+        for (split, name), times in part.unread.items():
+            self.pass_over(split, name, times)
         for entry in fields(self):
-            if entry.name != "bad":
+            if entry.name not in ("bad", "unread"):
                 getattr(self, entry.name).update(getattr(part, entry.name))
 
     def to_json(self, splits: tuple[str, ...], tasks: tuple[str, ...]) -> dict[str, Any]:
@@ -64,6 +82,7 @@ class Ledger:
                 split: {
                     "read": self.read[split],
                     "skipped": {reason: n for (s, reason), n in sorted(self.skipped.items()) if s == split},
+                    "unread_fields": {name: n for (s, name), n in sorted(self.unread.items()) if s == split},
                     "tasks": {
                         task: self._conversations(split, task) | {"tokens": self._tokens(split, task)} for task in tasks
                     },
@@ -93,7 +112,7 @@ class Ledger:
         return [conversations, tokens]
 
     def reasons(self) -> list[str]:
-        """Why things are not in the data set, one phrase a reason with the number of them."""
+        """Why records and conversations are not in the data set, one phrase a reason with the number of them."""
         skipped, left_out = Counter[str](), Counter[str]()
         for (_, reason), n in self.skipped.items():
             skipped[reason] += n
@@ -103,6 +122,13 @@ class Ledger:
             *(f"skipped {n:,} records: {reason}" for reason, n in sorted(skipped.items())),
             *(f"left out {n:,} conversations: {reason}" for reason, n in sorted(left_out.items())),
         ]
+
+    def unread_fields(self) -> list[str]:
+        """What was not read of the records that were, one phrase a field."""
+        times = Counter[str]()
+        for (_, name), n in self.unread.items():
+            times[name] += n
+        return [f"not read, {n:,} times: the field {name}" for name, n in sorted(times.items())]
 
     def _conversations(self, split: str, task: str) -> dict[str, Any]:
         left_out = {reason: n for (s, t, reason), n in sorted(self.left_out.items()) if (s, t) == (split, task)}

@@ -180,8 +180,8 @@ def main(arguments: list[str] | None = None) -> None:
     for table in ledger.tables(SPLITS, encoder.task_names):
         Console().print(table)
     print("read", " and ".join(f"{ledger.read[split]:,} {split}" for split in SPLITS), "records")
-    for reason in ledger.reasons():
-        print(reason)
+    for line in (*ledger.reasons(), *ledger.unread_fields()):
+        print(line)
     for bad in ledger.bad:
         print(f"skipped {bad}", file=sys.stderr)
     for split in SPLITS:

@@ -34,7 +34,7 @@ class HeldOut(NamedTuple):
 
     Attributes:
       case: what it is scored by.
-      ids: the conversation up to the end of the assistant's first answer.
+      ids: the conversation up to the end of the first answer that is supervised.
       supervised: which of them are that answer.
     """
 

@@ -26,7 +26,7 @@ class Request(NamedTuple):
     line: int
     ids: list[int]
     text: str | None
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
 
     def answered(self, answer: str) -> dict[str, Any]:
         """The conversation with its answer, as chat-jsonl has it."""
@@ -81,7 +81,7 @@ def _parse_line(
     else:
         messages = record["messages"] if has_messages else [{"role": "user", "content": record["prompt"]}]
         chat.check_messages(messages)
-        messages = [{"role": message["role"], "content": message["content"]} for message in messages]
+        messages = [chat.without_unread(message) for message in messages]
         if messages[0]["role"] != "system":
             messages = system_message(system) + messages
         request = Request(number, tokenizer.encode_prompt(messages).tolist(), None, messages)

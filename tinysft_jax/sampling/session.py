@@ -87,7 +87,7 @@ class Session:
             raise UserError("this model has no chat template, so it has no conversation to go on with")
         if transcript[-1]["role"] != "assistant":
             raise UserError("the conversation ends without an answer; only one that ends with an answer can go on")
-        self._tokenizer.encode_chat(transcript)  # refuses markers that the template can't tell from its own
+        self._encode([*transcript, {"role": "user", "content": "a"}])  # refuses what the template can't lay out
         self.reset()
         self.messages, self._system = transcript, None
         if transcript[0]["role"] == "system":

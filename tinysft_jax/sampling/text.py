@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from tinysft_jax.chat import check_not_blank
 from tinysft_jax.errors import UserError
@@ -10,7 +11,7 @@ from tinysft_jax.model import GPTConfig
 from tinysft_jax.sampling.options import SamplingOptions
 from tinysft_jax.tokenizer import ChatTokenizer, StreamDecoder
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 
 def text_options(options: SamplingOptions, tokenizer: ChatTokenizer, config: GPTConfig) -> SamplingOptions:

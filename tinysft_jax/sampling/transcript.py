@@ -33,7 +33,10 @@ def load_transcript(path: Path) -> Messages:
         found = json.loads(files.read_text(path, "utf-8-sig"))
         if isinstance(found, list) and len(found) == 1:
             found = found[0]
-        return chat.parse_chat(found)
+        messages = chat.parse_chat(found, needs_answer=False)
+        if all(message["role"] != "assistant" for message in messages):
+            raise UserError("nothing is answered in it")
+        return messages
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     except (UserError, ValueError, RecursionError) as error:

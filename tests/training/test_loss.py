@@ -1,3 +1,5 @@
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ from jax.sharding import NamedSharding
 from tinysft_jax.model import head_logits
 from tinysft_jax.sharding import batch_sharding, make_mesh, spec
 from tinysft_jax.training import loss
-from tinysft_jax.training.loss import supervised_nll
+from tinysft_jax.training.loss import supervised_nll, supervised_sums
 
 VOCAB = 300
 
@@ -65,6 +67,21 @@ def test_any_mesh_gives_the_same(sizes):
     assert_equal_to_plain(lambda *_: (value, jax.device_get(gradients)), arguments)
 
 
+@pytest.mark.parametrize("sizes", [None, (8, 1, 1), (2, 2, 2)])
+def test_sums_of_groups_are_those_of_each_group_alone(sizes):
+    hidden, table, targets, weights = arguments = inputs(some_weights("fractional"))
+    groups = np.random.default_rng(1).integers(0, 3, weights.shape).astype(np.int32)
+    groups[groups == 2] = 3  # nothing is of group 2
+    expected = [
+        [function(jnp.where(groups == group, weights, 0)) for group in range(4)]
+        for function in (lambda weights: plain_nll(hidden, table, targets, weights), jnp.sum)
+    ]
+    with jax.set_mesh(make_mesh(*sizes)) if sizes else contextlib.nullcontext():
+        sums = jax.jit(lambda *a: supervised_sums(*a, 4, VOCAB))(*arguments, groups)
+    np.testing.assert_allclose(sums, expected, rtol=1e-6)
+    np.testing.assert_allclose(sums[0].sum(), supervised_nll(*arguments, VOCAB), rtol=1e-6)
+
+
 def test_cost_follows_the_supervised_tokens():
     """The loop over chunks turns as often as supervised positions need, which is what the compiled program counts."""
     turns = []
@@ -78,6 +95,6 @@ def test_cost_follows_the_supervised_tokens():
         weights = np.zeros(512, np.float32)
         weights[:n_supervised] = 1
         hidden, _, targets, weights = inputs(np.random.default_rng(0).permutation(weights).reshape(8, 64))
-        loss._over_chunks(hidden, targets, weights, add, 0)
+        loss._over_chunks(add, 0, hidden, targets, weights)
         jax.effects_barrier()
         assert len(turns) == chunks

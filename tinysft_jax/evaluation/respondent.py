@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
@@ -21,7 +22,7 @@ from tinysft_jax.sampling.options import SamplingOptions
 from tinysft_jax.sampling.text import text_options
 from tinysft_jax.sharding import make_mesh
 from tinysft_jax.tokenizer import ChatTokenizer
-from tinysft_jax.training.loss import supervised_nll
+from tinysft_jax.training.loss import supervised_sums
 from tinysft_jax.training.state import starting_model
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -91,14 +92,10 @@ def _make_weigh(model: GPT) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
     @jax.jit
     def weigh(state, batch):
         model = nnx.merge(graph, state)
-        hidden = model.hidden(batch["tokens"])
-        table = model.tok_emb.embedding[...]
-
-        def row(inputs):
-            hidden, targets, weights = (each[None] for each in inputs)
-            return supervised_nll(hidden, table, targets, weights, model.config.vocab_size)
-
-        return jax.lax.map(row, (hidden, batch["targets"], batch["weights"]))
+        hidden, table = model.hidden(batch["tokens"]), model.tok_emb.embedding[...]
+        rows = jax.lax.broadcasted_iota(jnp.int32, batch["tokens"].shape, 0)
+        targets, weights = batch["targets"], batch["weights"]
+        return supervised_sums(hidden, table, targets, weights, rows, len(rows), model.config.vocab_size)[0]
 
     return lambda batch: np.asarray(weigh(state, batch))
 

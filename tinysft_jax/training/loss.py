@@ -1,6 +1,7 @@
 """Cross-entropy at the supervised positions, without ever computing the other positions' logits."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -39,26 +40,67 @@ def supervised_nll(
       vocab_size: rows of `embedding` that are tokens.
     """
     axes = batch_axes()
-    if not axes:
-        return _nll(vocab_size, (), hidden, embedding, targets, weights)
+    return _sum_over_shards(functools.partial(_nll, vocab_size, axes), axes, hidden, embedding, targets, weights)
 
-    def shard(hidden, embedding, targets, weights):
+
+def supervised_sums(
+    hidden: Float[Array, "B T D"],
+    embedding: Float[Array, "V D"],
+    targets: Int32[Array, "B T"],
+    weights: Float[Array, "B T"],
+    groups: Int32[Array, "B T"],
+    n_groups: int,
+    vocab_size: int,
+) -> Float[Array, "2 G"]:
+    """`supervised_nll` of each of several groups of positions, at the same cost; not to be differentiated.
+
+    Args:
+      hidden: as there, like all but the groups.
+      embedding: the padded table.
+      targets: the token to predict at each position.
+      weights: of each position.
+      groups: which group each position belongs to.
+      n_groups: how many groups there are.
+      vocab_size: rows of `embedding` that are tokens.
+
+    Returns:
+      Each group's Σ weight · −log p(target), and each group's Σ weight.
+    """
+    axes = batch_axes()
+
+    def sums(hidden, embedding, targets, weights, groups):
+        def add(sums, chunk_inputs):
+            h, targets, weights, groups = chunk_inputs
+            values = jnp.stack([_chunk_nll(vocab_size, embedding, h, targets, weights)[0], weights])
+            # No scatter: on a GPU it would add in an order that changes from run to run.
+            is_member = groups[:, None] == jnp.arange(n_groups)[None, :]
+            return sums + jnp.sum(jnp.where(is_member[None], values[:, :, None], 0), axis=1)
+
+        return _over_chunks(add, _zeros((2, n_groups), jnp.float32, axes), hidden, targets, weights, groups)
+
+    return _sum_over_shards(sums, axes, hidden, embedding, targets, weights, groups)
+
+
+def _sum_over_shards(function: Callable[..., jax.Array], axes: Axes, hidden, embedding, *positions) -> jax.Array:
+    """`function` of the table and each shard's positions, summed; of all positions where nothing divides them."""
+    if not axes:
+        return function(hidden, embedding, *positions)
+
+    def shard(hidden, embedding, *positions):
         # The table is the same on every shard; saying that its use varies sums its gradient over the shards.
-        embedding = _varying(embedding, axes)
-        return jax.lax.psum(_nll(vocab_size, axes, hidden, embedding, targets, weights), axes)
+        return jax.lax.psum(function(hidden, _varying(embedding, axes), *positions), axes)
 
     batch, whole = PartitionSpec(axes), PartitionSpec()
-    return jax.shard_map(shard, in_specs=(batch, whole, batch, batch), out_specs=whole, axis_names=set(axes))(
-        hidden, embedding, targets, weights
-    )
+    in_specs = (batch, whole, *(batch for _ in positions))
+    return jax.shard_map(shard, in_specs=in_specs, out_specs=whole, axis_names=set(axes))(hidden, embedding, *positions)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _nll(vocab_size: int, axes: Axes, hidden, embedding, targets, weights):
-    def add(start_and_loss, chunk_inputs):
-        return start_and_loss + _chunk_nll(vocab_size, embedding, *chunk_inputs)[0]
+    def add(loss, chunk_inputs):
+        return loss + jnp.sum(_chunk_nll(vocab_size, embedding, *chunk_inputs)[0])
 
-    return _over_chunks(hidden, targets, weights, add, _zeros((), jnp.float32, axes))
+    return _over_chunks(add, _zeros((), jnp.float32, axes), hidden, targets, weights)
 
 
 def _nll_forward(vocab_size: int, axes: Axes, hidden, embedding, targets, weights):
@@ -73,7 +115,7 @@ def _nll_forward(vocab_size: int, axes: Axes, hidden, embedding, targets, weight
         d_logits = d_logits.astype(h.dtype)
         d_embedding += jnp.einsum("cv,cd->vd", d_logits, h, preferred_element_type=jnp.float32)
         d_h = jnp.einsum("cv,vd->cd", d_logits, embedding.astype(h.dtype))
-        return loss + nll, d_embedding, jax.lax.dynamic_update_slice(d_hidden, d_h, (start, 0)), start + CHUNK
+        return loss + jnp.sum(nll), d_embedding, jax.lax.dynamic_update_slice(d_hidden, d_h, (start, 0)), start + CHUNK
 
     rows = -(-n // CHUNK) * CHUNK
     empty = (
@@ -82,7 +124,7 @@ def _nll_forward(vocab_size: int, axes: Axes, hidden, embedding, targets, weight
         _zeros((rows, hidden.shape[-1]), hidden.dtype, axes),
         jnp.zeros((), jnp.int32),
     )
-    loss, d_embedding, d_ordered, _ = _over_chunks(hidden, targets, weights, add, empty)
+    loss, d_embedding, d_ordered, _ = _over_chunks(add, empty, hidden, targets, weights)
     inverse = jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32))
     return loss, (d_ordered[inverse].reshape(hidden.shape), d_embedding.astype(embedding.dtype), weights)
 
@@ -109,17 +151,19 @@ def _supervised_first(weights: Float[Array, "B T"]) -> Int32[Array, " n"]:
     return jnp.argsort(weights.reshape(-1) == 0, stable=True).astype(jnp.int32)
 
 
-def _over_chunks(hidden, targets, weights, add, carry):
+def _over_chunks(add, carry, hidden, targets, weights, *more):
     """Folds `add` over the chunks that hold supervised positions; the last one is filled up with weight 0."""
     n = weights.size
     order = jnp.pad(_supervised_first(weights), (0, -n % CHUNK))
     flat_hidden, flat_targets, flat_weights = hidden.reshape(n, -1), targets.reshape(n), weights.reshape(n)
+    flat_more = [each.reshape(n) for each in more]
     count = jnp.sum(flat_weights != 0, dtype=jnp.int32)
 
     def body(i, carry):
         index = jax.lax.dynamic_slice(order, (i * CHUNK,), (CHUNK,))
         is_supervised = i * CHUNK + jnp.arange(CHUNK) < count
-        return add(carry, (flat_hidden[index], flat_targets[index], flat_weights[index] * is_supervised))
+        chunk = flat_hidden[index], flat_targets[index], flat_weights[index] * is_supervised
+        return add(carry, (*chunk, *(each[index] for each in flat_more)))
 
     with jax.named_scope(SCOPE):
         return jax.lax.fori_loop(0, (count + CHUNK - 1) // CHUNK, body, carry)
@@ -131,10 +175,10 @@ def _chunk_nll(
     h: Float[Array, "c D"],
     targets: Int32[Array, " c"],
     weights: Float[Array, " c"],
-) -> tuple[Float[Array, ""], Float[Array, "c V"]]:
-    """A chunk's loss and its gradient by the logits: weight · (softmax − one-hot of the target)."""
+) -> tuple[Float[Array, " c"], Float[Array, "c V"]]:
+    """Each position's weight · −log p(target), and its gradient by the logits: weight · (softmax − one-hot)."""
     logits = head_logits(h, embedding, vocab_size)
     log_p = jax.nn.log_softmax(logits)
     is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
-    loss = -jnp.sum(weights * jnp.sum(jnp.where(is_target, log_p, 0), axis=-1))
-    return loss, weights[:, None] * (jnp.exp(log_p) - is_target)
+    nll = -(weights * jnp.sum(jnp.where(is_target, log_p, 0), axis=-1))
+    return nll, weights[:, None] * (jnp.exp(log_p) - is_target)

@@ -37,8 +37,8 @@ def _demo(config: ConfigDict) -> None:
     config.optimizer.warmup_steps = 50
     config.train.max_steps = 600
     config.train.batch_size = 2
-    config.train.eval_interval = 300
-    config.train.eval_batches = 32
+    config.train.eval_interval = 150
+    config.train.eval_batch_size = 8
     config.train.save_interval = 200
 
 

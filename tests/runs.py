@@ -1,16 +1,29 @@
 """Small runs, and how to compare them."""
 
+import functools
 import importlib.util
+import math
 import os
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from orbax.checkpoint import v1 as ocp
 
+from tinysft_jax.sharding import make_mesh
 from tinysft_jax.training.metrics import read_metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def mesh_of(*sizes: int):
+    """A mesh over the first devices, as many as it takes."""
+    devices = jax.devices()[: math.prod(sizes)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: len(devices))
+        patch.setattr(jax, "make_mesh", functools.partial(jax.make_mesh, devices=devices))
+        return make_mesh(*sizes)
 
 
 def load_config(name: str, preset: str = ""):

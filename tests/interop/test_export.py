@@ -50,7 +50,7 @@ def test_a_run_exports_its_best_model(finished):
     metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     content = torch.load(finished / "model.pt", weights_only=True)
     best = min((m for m in metrics if m["step"] and "sft/val_loss" in m), key=lambda m: m["sft/val_loss"])
-    assert (content["step"], content["loss"]) == (best["step"], best["sft/val_loss"])
+    assert (content["step"], content["loss"]) == (best["step"], metrics[-1]["sft/final_val_loss"])
     card = (finished / "huggingface" / "README.md").read_text()
     assert card.count("# work\n") == 1 and "| train.batch_size | 8 |" in card and "conversations" in card
     assert (finished / "huggingface" / "loss.png").read_bytes() == (finished / "loss.png").read_bytes()

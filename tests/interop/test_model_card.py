@@ -75,6 +75,16 @@ def test_a_run_and_its_evaluation(workdir, tmp_path):
     ]
 
 
+def test_the_final_evaluation_is_told_in_place_of_the_sample_by_which_the_model_was_chosen(workdir, tmp_path):
+    with (workdir / "metrics.jsonl").open("a") as file:
+        line = '"sft/final_val_loss": 2.5, "sft/final_val_loss/moral": 1.25, "sft/final_val_rows": 1184}'
+        file.write(f'\n{{"step": 30, {line}\n')
+    text = card(tmp_path / "folder", "stories", load_description(workdir / "model"), read_run(workdir))
+    for part in ("1,184 packed rows", "| final_val_loss | 2.5000 |", "| final_val_loss/moral | 1.2500 |"):
+        assert part in text
+    assert "| val_loss" not in text
+
+
 @pytest.mark.parametrize("content", [None, '{"format_version": 1, "source": 1, "splits": 2}'])
 def test_data_that_is_gone_or_damaged_is_no_obstacle(workdir, tmp_path, content):
     (tmp_path / "data" / "data.json").unlink()

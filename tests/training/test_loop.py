@@ -50,7 +50,7 @@ def test_a_run_learns_and_leaves_what_it_should(finished):
     settings = json.loads((finished / "config.json").read_text())
     assert settings["config"]["train"]["batch_size"] == 8 and "jax" in settings["packages"]
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
-    last = read_metrics(finished)[-2]
+    last = next(line for line in read_metrics(finished) if line["step"] == 12)
     assert 0 < last["sft/supervised_tokens_per_second"] < last["sft/tokens_per_second"]
     assert 0 <= last["sft/padding_fraction"] < 0.5
 
@@ -207,7 +207,7 @@ def test_an_evaluation_made_good_counts_after_a_kill(chat_data, tmp_path, monkey
         patch.setattr(loop._Run, "_train", killed)
         loop.train(tiny_config(chat_data), tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Evaluator, "losses", scripted(*({"sft/val_loss": loss} for loss in (1.0, 2.0, 3.0))))
+        patch.setattr(loop.Evaluator, "losses", scripted(*({"sft/val_loss": loss} for loss in (1.0, 2.0, 3.0, 1.5))))
         loop.train(tiny_config(chat_data), tmp_path)
     assert os.readlink(tmp_path / "model") == "models/5"
     assert losses(tmp_path, "sft/val_loss") == {0: 9.0, 5: 1.0, 10: 2.0, 12: 3.0}
@@ -228,15 +228,23 @@ def test_a_run_continues_without_what_it_started_from(chat_data, finished, tmp_p
         np.testing.assert_array_equal(one[path], other[path])
 
 
-def test_a_continued_run_remembers_its_best_model(chat_data, tmp_path, monkeypatch):
-    scripted = iter([5.0, 1.0, 2.0, 3.0])  # at the steps 0, 5, 10 and 12
-    monkeypatch.setattr(loop.Evaluator, "losses", lambda *_: {"sft/val_loss": next(scripted)})
+def test_a_continued_run_remembers_its_best_model(chat_data, finished, tmp_path, monkeypatch):
+    """And evaluates that one at the end, not the last."""
+    scripted, honest = iter([5.0, 1.0, 2.0, 3.0]), loop.Evaluator.losses  # at the steps 0, 5, 10 and 12
+
+    def losses_of(*arguments):
+        loss = next(scripted, None)
+        return honest(*arguments) if loss is None else {"sft/val_loss": loss}
+
+    monkeypatch.setattr(loop.Evaluator, "losses", losses_of)
     with monkeypatch.context() as patch:
         stop_at(6, patch)
         with pytest.raises(Interrupted):
             loop.train(tiny_config(chat_data), tmp_path)
     loop.train(tiny_config(chat_data), tmp_path)
     assert os.readlink(tmp_path / "model") == "models/5"
+    # All evaluations see the whole split here.
+    assert losses(tmp_path, "sft/final_val_loss") == {12: pytest.approx(losses(finished, "sft/val_loss")[5], rel=1e-6)}
 
 
 def test_an_evaluation_that_was_cut_short_is_done_again(chat_data, finished, tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def test_a_run_with_skipped_steps_continues_exactly(chat_data, tmp_path, poison,
 
 
 def test_an_evaluation_that_is_no_number_is_not_the_best(chat_data, tmp_path, monkeypatch):
-    scripted = iter([5.0, float("nan"), 4.0, float("nan")])  # at the steps 0, 5, 10 and 12
+    scripted = iter([5.0, float("nan"), 4.0, float("nan"), 4.5])  # at the steps 0, 5, 10 and 12, and of the kept model
     monkeypatch.setattr(loop.Evaluator, "losses", lambda *_: {"sft/val_loss": next(scripted)})
     loop.train(tiny_config(chat_data), tmp_path)
     assert os.readlink(tmp_path / "model") == "models/10"

@@ -1,4 +1,3 @@
-import functools
 import math
 
 import jax
@@ -7,12 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from runs import mesh_of
 
 from tinysft_jax.data.dataset import PreparedData
 from tinysft_jax.data.packing import PackingPlan, plan_epoch
 from tinysft_jax.data.pipeline import BatchSource
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.sharding import batch_sharding, global_batch, make_mesh
+from tinysft_jax.sharding import batch_sharding, global_batch
+from tinysft_jax.training.loss import supervised_nll
 from tinysft_jax.training.optimizer import make_optimizer, warmup_cosine
 from tinysft_jax.training.state import create_state, state_shapes
 from tinysft_jax.training.step import make_eval_step, make_train_step
@@ -30,10 +31,12 @@ def split(chat_data):
 
 def sums_and_gradient(batch):
     """Σ weight · nll and Σ weight of one batch, and the gradient of their quotient."""
-    eval_step = make_eval_step(GRAPH)
 
     def mean_loss(params, batch):
-        nll, weight = eval_step(params, batch)
+        model = nnx.merge(GRAPH, params)
+        hidden, table = model.hidden(batch["tokens"], batch["segment_ids"], batch["positions"]), model.tok_emb
+        nll = supervised_nll(hidden, table.embedding[...], batch["targets"], batch["weights"], CONFIG.vocab_size)
+        weight = jnp.sum(batch["weights"])
         return nll / weight, (nll, weight)
 
     (_, sums), gradient = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(PARAMS, batch)
@@ -79,15 +82,6 @@ def test_a_batch_without_targets_is_harmless(split):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def mesh_of(*sizes: int):
-    """A mesh over the first devices, as many as it takes."""
-    devices = jax.devices()[: math.prod(sizes)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "device_count", lambda: len(devices))
-        patch.setattr(jax, "make_mesh", functools.partial(jax.make_mesh, devices=devices))
-        return make_mesh(*sizes)
-
-
 def losses_on(mesh_sizes, split, n_steps: int, between=None, dtype=jnp.float32) -> tuple[list[float], int]:
     """Losses of the first steps of a run on a mesh, and how often the step was compiled."""
     mesh = mesh_of(*mesh_sizes)
@@ -105,7 +99,8 @@ def losses_on(mesh_sizes, split, n_steps: int, between=None, dtype=jnp.float32) 
             state, metrics = step(state, global_batch(mesh, source[index % len(source)]))
             losses.append(float(metrics["loss"]))
             if between:
-                between(state["params"], global_batch(mesh, source[0]))
+                batch = source[0]
+                between(state["params"], global_batch(mesh, batch | {"tasks": batch["segment_ids"] % 2}))
     return losses, step._cache_size()
 
 
@@ -172,7 +167,7 @@ def test_the_step_lowers_for_accelerators(platform, mesh_sizes):
 
 def test_the_step_compiles_once(split):
     """Over 30 steps, with evaluation in between."""
-    eval_step = jax.jit(make_eval_step(GRAPH))
+    eval_step = jax.jit(make_eval_step(GRAPH, 2))
     _, compilations = losses_on((8, 1, 1), split, 30, between=eval_step)
     assert compilations == 1 and eval_step._cache_size() == 1
 

@@ -63,7 +63,7 @@ def alone(chat_data, tmp_path_factory) -> Path:
 
 
 def assert_same_run(workdir: Path, alone: Path) -> None:
-    for key in ("sft/train_loss", "sft/val_loss"):
+    for key in ("sft/train_loss", "sft/val_loss", "sft/final_val_loss"):
         assert losses(workdir, key).keys() == losses(alone, key).keys()
         np.testing.assert_allclose([*losses(workdir, key).values()], [*losses(alone, key).values()], rtol=1e-5)
     assert os.readlink(workdir / "model") == os.readlink(alone / "model")
@@ -101,3 +101,12 @@ def test_one_process_asked_to_stop_stops_both_and_one_device_goes_on(chat_data, 
     assert code == 0 and f"continuing at step {stopped_at} of 20" in text
     assert [*losses(tmp_path)] == [*range(1, 21)]
     np.testing.assert_allclose([*losses(tmp_path).values()], [*losses(alone).values()], rtol=1e-5)
+
+
+def test_two_processes_evaluate_a_kept_model_that_is_in_no_memory(chat_data, tmp_path):
+    """Without a learning rate the first model is kept, and read again at the end, by both."""
+    changes = {"optimizer__learning_rate": 0, "train__max_steps": 2, "train__eval_interval": 1}
+    endings = run(chat_data, tmp_path, mesh__data=1, mesh__fsdp=2, mesh__tensor=2, **changes)
+    assert [code for code, _ in endings] == [0, 0], endings
+    assert os.readlink(tmp_path / "model") == "models/1"
+    assert losses(tmp_path, "sft/final_val_loss") == {2: pytest.approx(losses(tmp_path, "sft/val_loss")[2], rel=1e-6)}

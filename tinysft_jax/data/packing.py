@@ -75,6 +75,10 @@ class PackingPlan:
         """The conversations of row `index`."""
         return self.order[self.row_starts[index] : self.row_starts[index + 1]]
 
+    def first(self, n_rows: int) -> "PackingPlan":
+        """A plan of the first rows alone."""
+        return PackingPlan.create(self.order[: self.row_starts[n_rows]], self.row_starts[: n_rows + 1])
+
 
 class Packing:
     """Which lengths share a row, settled once for all epochs; an epoch draws the conversations.

@@ -50,13 +50,17 @@ class BatchSource:
     def __getitem__(self, index) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
-        rows = range(self.batch_size * int(index), self.batch_size * (int(index) + 1))[self.part]
+        rows = self.rows(index)
         batch = _empty_batch(len(rows), self.seq_len)
         for place, row in enumerate(rows):
             if row < len(self.plan):
                 _fill_row(batch, place, [self.split.conversation(i) for i in self.plan.row(row).tolist()])
         self.split.check_ids(batch["tokens"])
         return batch
+
+    def rows(self, index) -> range:
+        """The plan's rows in batch `index`, this part of it; those that the plan doesn't have are empty."""
+        return range(self.batch_size * int(index), self.batch_size * (int(index) + 1))[self.part]
 
 
 def epoch_batches(source: BatchSource, start: int = 0, num_workers: int = 0) -> Iterator[Batch]:

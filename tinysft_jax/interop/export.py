@@ -15,6 +15,7 @@ from tinysft_jax.interop.run_record import RunRecord, read_run
 from tinysft_jax.interop.torch_checkpoint import read_torch_checkpoint
 from tinysft_jax.interop.torch_export import write_torch_checkpoint
 from tinysft_jax.model_directory import ModelDescription, Params, read_model, write_model
+from tinysft_jax.training.metrics import ALL_TASKS, FINAL
 
 KINDS = ("model", "torch", "huggingface")
 
@@ -112,7 +113,8 @@ def _with_progress(description: ModelDescription, run: RunRecord | None) -> Mode
     """The description with the best model's step and loss as its source's, where the run is known."""
     if run is None or run.step is None:
         return description
-    progress = {"step": run.step, "loss": run.losses.get("sft/val_loss", math.nan)}
+    loss = run.losses.get(FINAL, run.losses.get(ALL_TASKS, math.nan))
+    progress = {"step": run.step, "loss": loss}
     return dataclasses.replace(description, source=description.source | progress)
 
 

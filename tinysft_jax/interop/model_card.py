@@ -144,6 +144,8 @@ def _training(run: RunRecord) -> list[str]:
         parts += [
             f"The model of step {run.step:,}, the best by validation loss." if run.losses else f"Step {run.step:,}."
         ]
+    if run.rows is not None:
+        parts += [f"Evaluated on {run.rows:,} packed rows of the validation split:"]
     if run.losses:
         parts += [_table({key.removeprefix("sft/"): f"{value:.4f}" for key, value in sorted(run.losses.items())})]
     if run.plot:

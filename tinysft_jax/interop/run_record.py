@@ -8,7 +8,7 @@ from typing import Any
 from tinysft_jax import files
 from tinysft_jax.data.description import read_description
 from tinysft_jax.errors import UserError
-from tinysft_jax.training.metrics import read_metrics
+from tinysft_jax.training.metrics import ALL_TASKS, FINAL, FINAL_ROWS, read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,8 @@ class RunRecord:
       packages: name → version.
       data: `data.json` of the prepared data set, or None if it can't be read (any more).
       step: at which the best model was saved, or None.
-      losses: validation losses of that step, by metric name.
+      losses: its validation losses, by metric name: of the final evaluation, or where there was none, of its step.
+      rows: of the validation split that the final evaluation saw, or None.
       plot: the curves, or None.
     """
 
@@ -29,6 +30,7 @@ class RunRecord:
     data: dict[str, Any] | None
     step: int | None
     losses: dict[str, float]
+    rows: int | None
     plot: Path | None
 
 
@@ -46,7 +48,9 @@ def read_run(path: Path) -> RunRecord | None:
         raise UserError(f"{path / 'config.json'}: 'config' or 'packages' is not what a run writes; copy it again")
     settings = _flat(config)
     step = _best_step(path)
-    lines = [line for line in read_metrics(path) if line.get("step") == step]
+    metrics = read_metrics(path)
+    final = next((line for line in metrics if isinstance(line.get(FINAL_ROWS), int)), {})
+    lines = [final] if final else [line for line in metrics if line.get("step") == step]
     return RunRecord(
         settings=settings,
         packages=packages,
@@ -56,8 +60,9 @@ def read_run(path: Path) -> RunRecord | None:
             key: value
             for line in lines
             for key, value in line.items()
-            if key.startswith("sft/val_loss") and isinstance(value, float)
+            if key.startswith((ALL_TASKS, FINAL)) and isinstance(value, float)
         },
+        rows=final.get(FINAL_ROWS),
         plot=path / "loss.png" if (path / "loss.png").is_file() else None,
     )
 

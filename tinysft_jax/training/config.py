@@ -11,6 +11,7 @@ from tinysft_jax.attention import ATTENTION_BACKENDS
 from tinysft_jax.errors import UserError
 from tinysft_jax.interop.export import parse_export
 from tinysft_jax.model import REMAT_POLICIES, default_dtype
+from tinysft_jax.training.evaluate import FINAL_EVALS
 from tinysft_jax.training.optimizer import DECAYED
 from tinysft_jax.training.profile import parse_window
 
@@ -44,7 +45,9 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "train.grad_accumulation_steps": int,
     "train.log_interval": int,
     "train.eval_interval": int,
+    "train.eval_batch_size": int,
     "train.eval_batches": int,
+    "train.final_eval": str,
     "train.save_interval": int,
     "train.keep_checkpoints": int,
     "train.max_skipped_steps": int,
@@ -68,6 +71,7 @@ _AT_LEAST_1 = (
     "train.grad_accumulation_steps",
     "train.log_interval",
     "train.eval_interval",
+    "train.eval_batch_size",
     "train.save_interval",
     "train.keep_checkpoints",
     "train.max_skipped_steps",
@@ -83,6 +87,7 @@ _AT_LEAST_0 = (
 )
 _CHOICES = {
     "optimizer.decayed": DECAYED,
+    "train.final_eval": FINAL_EVALS,
     "train.dtype": DTYPES,
     "train.attention": ATTENTION_BACKENDS,
     "train.remat": REMAT_POLICIES,

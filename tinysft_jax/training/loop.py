@@ -21,14 +21,14 @@ from tinysft_jax.data.pipeline import Batch, BatchSource, epoch_batches
 from tinysft_jax.errors import Interrupted, RunError, UserError, reason
 from tinysft_jax.interop.export import export_run
 from tinysft_jax.model import GPT
-from tinysft_jax.model_directory import ModelDescription, Params
+from tinysft_jax.model_directory import ModelDescription, Params, load_params
 from tinysft_jax.sharding import batch_sharding, batch_shards, global_batch, make_mesh, process_part
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.checkpoint import Checkpoints, save_best, set_models_aside
 from tinysft_jax.training.config import check_config, check_keys, check_run, compute_dtype, resolved
-from tinysft_jax.training.evaluate import ALL_TASKS, Evaluator
+from tinysft_jax.training.evaluate import Evaluator, evaluation_rows, n_evaluations
 from tinysft_jax.training.interrupt import StopRequest
-from tinysft_jax.training.metrics import MetricLine, MetricLog, Rates, read_metrics
+from tinysft_jax.training.metrics import ALL_TASKS, FINAL, FINAL_ROWS, MetricLine, MetricLog, Rates, read_metrics
 from tinysft_jax.training.optimizer import make_optimizer, warmup_cosine
 from tinysft_jax.training.plot import plot_loss
 from tinysft_jax.training.profile import ProfileWindow
@@ -72,7 +72,8 @@ def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verif
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise RunError(
-            f"not enough memory: {reason(error)}; raise train.grad_accumulation_steps or set train.remat=full"
+            f"not enough memory: {reason(error)}; raise train.grad_accumulation_steps, set train.remat=full or lower "
+            "train.eval_batch_size"
         ) from None
 
 
@@ -102,9 +103,8 @@ class _Run:
             }
         )
         processes.check_shared(workdir)
-        self.evaluator = Evaluator(
-            self.data, config.train.batch_size, config.data.seq_len, config.train.eval_batches, self.part
-        )
+        self.evaluator = Evaluator(self.data, config.data.seq_len, config.train.eval_batch_size, config.seed, mesh)
+        self.eval_rows, self.final_rows = evaluation_rows(config, self.total_steps, self.evaluator.n_rows)
         self.step, self.best_loss, self.best_step, self.evaluated_step = 0, math.inf, 0, -1
         self.skipped = SkippedSteps(workdir, config.train.max_skipped_steps)
         self.notes: list[str] = []  # to be said once the run has begun
@@ -140,10 +140,19 @@ class _Run:
         self.is_changed = before != self.identity
         self.evaluated_step, self.best_step = progress["evaluated_step"], progress["best_step"]
         self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
+        self._keep_sample(progress.get("eval_rows", 0))
         self.skipped.total, self.skipped.in_a_row = progress["skipped_steps"]
         description = ModelDescription.from_json(progress["model"], where)
         check_same_language(description, ChatTokenizer.from_description(self.data.description), str(where))
         return description
+
+    def _keep_sample(self, rows_before: int) -> None:
+        """Goes on with the validation sample of before, unless another is asked for."""
+        split_rows = self.evaluator.n_rows
+        self.eval_rows, self.final_rows = evaluation_rows(self.config, self.total_steps, split_rows, rows_before)
+        if self.eval_rows != rows_before:
+            self.best_loss = math.inf
+            self.notes.append("the validation sample is not what it was: the best model is looked for anew")
 
     def _build(self, params: Params | None) -> None:
         """The state and the compiled functions."""
@@ -175,7 +184,9 @@ class _Run:
             donate_argnums=0,
         )
         self.eval_step = jax.jit(
-            make_eval_step(graph), in_shardings=(self.shardings["params"], rows), out_shardings=everywhere
+            make_eval_step(graph, len(self.data.tasks)),
+            in_shardings=(self.shardings["params"], rows),
+            out_shardings=everywhere,
         )
 
     @property
@@ -201,11 +212,17 @@ class _Run:
                 self.log = MetricLog(self.workdir, self._kept_metrics(), self.config.wandb.to_dict(), settings)
             for note in self.notes:
                 self.progress.say(note)
+            times = n_evaluations(self.total_steps, self.config.train.eval_interval)
+            self.progress.say(self.evaluator.describe(self.eval_rows, self.final_rows, times))
             # A stop may have cut it short.
             if self._is_time_to_evaluate() and self.evaluated_step != self.step:
                 self._evaluate()
             self._train()
             self.checkpoints.wait()
+            if not self.best_step:  # without validation data nothing tells which model is best: the last one is
+                self.best_step = self.step
+                self._save_model()
+            self._evaluate_kept()
         finally:
             self.progress.close()
             self.checkpoints.close()
@@ -296,17 +313,21 @@ class _Run:
         return plan.order[starts[0] : starts[-1]].tolist()
 
     def _kept_metrics(self) -> list[MetricLine]:
-        """The lines of steps that are done; an evaluation's only if the checkpoint knows of it."""
+        """The lines of steps that are done; an evaluation's only if the checkpoint knows of it.
+
+        That of the final evaluation only if it is of this run and its sample.
+        """
 
         def is_kept(line: MetricLine) -> bool:
             is_known = ALL_TASKS not in line or self.evaluated_step == self.step
+            if FINAL_ROWS in line and (self.is_changed or line[FINAL_ROWS] != self.final_rows):
+                return False
             return line["step"] < self.step or (line["step"] == self.step and is_known)
 
         return [line for line in read_metrics(self.workdir) if is_kept(line)]
 
     def _evaluate(self) -> None:
-        stops = functools.partial(self.stop.agreed, self.mesh)
-        losses = self.evaluator.losses(self.eval_step, self.model_params, self.mesh, stops)
+        losses = self._losses(self.model_params, self.eval_rows)
         if ALL_TASKS not in losses:
             return
         self.evaluated_step = self.step
@@ -318,14 +339,39 @@ class _Run:
         if self.log:
             plot_loss(read_metrics(self.workdir), self.workdir / "loss.png")
 
+    def _evaluate_kept(self) -> None:
+        """Evaluates the model that was kept on a larger sample, if no start of this run before has done it."""
+        if processes.first_decides(any(FINAL_ROWS in line for line in read_metrics(self.workdir))):
+            return
+        params = self.model_params
+        if self.best_step != self.step:
+            params = load_params(self.workdir / "model", self.description.config)
+            params = jax.device_put(params, self.shardings["params"])
+        losses = self._losses(params, self.final_rows)
+        if self.stop.exit_code is not None:
+            raise Interrupted(
+                f"stopped amid the final evaluation; all {self.step:,} steps are done and saved, "
+                "run the same command to finish",
+                self.stop.exit_code,
+            )
+        if ALL_TASKS not in losses:
+            return
+        self.progress.say(f"kept model (step {self.best_step:,}): validation loss {losses[ALL_TASKS]:.4f}")
+        final = {key.replace(ALL_TASKS, FINAL): loss for key, loss in losses.items() if math.isfinite(loss)}
+        self._write(self.step, final | {FINAL_ROWS: self.final_rows})
+
+    def _losses(self, params: Params, n_rows: int) -> dict[str, float]:
+        return self.evaluator.losses(self.eval_step, params, n_rows, functools.partial(self.stop.agreed, self.mesh))
+
     def _save(self) -> None:
         progress = {
             "format_version": FORMAT_VERSION,
             "run": self.identity,
             "rows": self.step * self.config.train.batch_size,
-            "best_loss": self.best_loss if self.best_step else None,
+            "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
             "best_step": self.best_step,
             "evaluated_step": self.evaluated_step,
+            "eval_rows": self.eval_rows,
             "skipped_steps": [self.skipped.total, self.skipped.in_a_row],
             "model": self.description.to_json(),
         }
@@ -339,9 +385,6 @@ class _Run:
             self.log.write(step, metrics)
 
     def _finish(self) -> None:
-        if not self.best_step:  # without validation data nothing tells which model is best: the last one is
-            self.best_step = self.step
-            self._save_model()
         if processes.is_first():
             print_summary(read_metrics(self.workdir), self.best_step)
             self.progress.say(f"best model (step {self.best_step:,}): {self.workdir / 'model'}")

@@ -14,6 +14,11 @@ from tinysft_jax import files
 from tinysft_jax.errors import UserError, reason
 from tinysft_jax.model import GPTConfig
 
+# Validation losses: over all tasks; "/<task>" is appended for one of them.
+ALL_TASKS = "sft/val_loss"
+FINAL = "sft/final_val_loss"  # of the kept model, at the end
+FINAL_ROWS = "sft/final_val_rows"  # of the sample that it was evaluated on
+
 # Dense bfloat16 FLOP/s of one device, as its maker publishes them.
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from tinysft_jax.training.evaluate import ALL_TASKS
-from tinysft_jax.training.metrics import MetricLine
+from tinysft_jax.training.metrics import ALL_TASKS, MetricLine
 
 
 def plot_loss(lines: list[MetricLine], path: Path) -> None:

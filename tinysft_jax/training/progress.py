@@ -7,8 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tinysft_jax.training.evaluate import ALL_TASKS
-from tinysft_jax.training.metrics import MetricLine
+from tinysft_jax.training.metrics import ALL_TASKS, FINAL, FINAL_ROWS, MetricLine
 
 # A path may hold brackets, and a line that someone greps should stay one line.
 _PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}
@@ -71,7 +70,7 @@ class TrainingProgress:
 
 
 def print_summary(lines: list[MetricLine], best_step: int) -> None:
-    """A table of the validation loss before training and at the best model, for each task.
+    """A table of the validation loss, for each task: before training, at the best step, of the kept model at the end.
 
     Args:
       lines: of `metrics.jsonl`.
@@ -81,10 +80,17 @@ def print_summary(lines: list[MetricLine], best_step: int) -> None:
     before, best = evaluated.get(0), evaluated.get(best_step)
     if before is None or best is None:
         return
-    table = Table(title="validation loss (nats a supervised token)", min_width=44)
-    for column in ("task", "before", f"step {best_step:,}"):
-        table.add_column(column, justify="left" if column == "task" else "right")
-    for key in sorted((key for key in best if key.startswith(ALL_TASKS)), key=lambda key: (key == ALL_TASKS, key)):
-        name = "all" if key == ALL_TASKS else key.removeprefix(f"{ALL_TASKS}/")
-        table.add_row(name, f"{before.get(key, float('nan')):.3f}", f"{best[key]:.3f}")
+    final = next((line for line in lines if FINAL_ROWS in line), {})
+    columns = {
+        "before": (before, ALL_TASKS),
+        f"step {best_step:,}": (best, ALL_TASKS),
+        f"kept model, {final.get(FINAL_ROWS, 0):,} rows": (final, FINAL),
+    }
+    table = Table("task", title="validation loss (nats a supervised token)", min_width=44)
+    for name in columns:
+        table.add_column(name, justify="right")
+    tasks = {key.removeprefix(prefix) for line, prefix in columns.values() for key in line if key.startswith(prefix)}
+    for task in sorted(tasks, key=lambda task: (task == "", task)):
+        losses = [line.get(prefix + task) for line, prefix in columns.values()]
+        table.add_row(task[1:] or "all", *("–" if loss is None else f"{loss:.3f}" for loss in losses))
     Console().print(table)

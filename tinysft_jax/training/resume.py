@@ -23,6 +23,7 @@ _PROGRESS: Schema = {
     "best_loss": REAL_OR_NULL,
     "best_step": COUNT,
     "evaluated_step": NUMBER,
+    "eval_rows": COUNT,
     "skipped_steps": _COUNTS,
     "model": {},
 }
@@ -38,7 +39,7 @@ def check_progress(progress: Any, where: Path) -> None:
         check(progress, {"format_version": NUMBER})
         if progress["format_version"] > FORMAT_VERSION:
             raise UserError("it is of a newer program; upgrade tinysft-jax")
-        check(progress, _PROGRESS)
+        check({"eval_rows": 0} | progress, _PROGRESS)  # which programs before did not write
     except UserError as error:
         raise RunError(f"can't continue from {where}: {error}") from None
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from tinysft_jax.model import GPT
 from tinysft_jax.sharding import constrain
-from tinysft_jax.training.loss import supervised_nll
+from tinysft_jax.training.loss import supervised_nll, supervised_sums
 from tinysft_jax.training.optimizer import Schedule, moving_average
 
 # params: nested dicts of float32; opt_state: optax's; step: int32[], steps that changed it; average: of params, if one
@@ -69,20 +70,29 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(graph: nnx.GraphDef) -> Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
-    """`eval_step(params, batch) -> (Σ weight · nll, Σ weight)`, to be jitted."""
+def make_eval_step(graph: nnx.GraphDef, n_tasks: int) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
+    """`eval_step(params, batch) -> [2, n_tasks]`, each task's Σ weight · nll and Σ weight; to be jitted.
+
+    Args:
+      graph: the GPT's structure (`nnx.split`).
+      n_tasks: the batch's `tasks` are below it.
+    """
 
     def eval_step(params, batch):
-        return _sum_nll(graph, params, batch), jnp.sum(batch["weights"])
+        model = nnx.merge(graph, params)
+        return supervised_sums(*_head_inputs(model, batch), batch["tasks"], n_tasks, model.config.vocab_size)
 
     return eval_step
 
 
 def _sum_nll(graph: nnx.GraphDef, params, batch: dict[str, jax.Array]) -> jax.Array:
     model = nnx.merge(graph, params)
+    return supervised_nll(*_head_inputs(model, batch), model.config.vocab_size)
+
+
+def _head_inputs(model: GPT, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
     hidden = model.hidden(batch["tokens"], batch["segment_ids"], batch["positions"])
-    table = model.tok_emb.embedding[...]
-    return supervised_nll(hidden, table, batch["targets"], batch["weights"], model.config.vocab_size)
+    return hidden, model.tok_emb.embedding[...], batch["targets"], batch["weights"]
 
 
 def _sum_over_micro_batches(value_and_grad, graph, params, batch, accumulation: int):

@@ -40,7 +40,7 @@ def main() -> None:
     from tinysft_jax.training.loop import train
 
     processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    train(CONFIG.value, Path(WORKDIR.value), ACCEPT_CHANGES.value, VERIFY.value)
+    train(CONFIG.value, Path(WORKDIR.value).expanduser(), ACCEPT_CHANGES.value, VERIFY.value)
 
 
 if __name__ == "__main__":

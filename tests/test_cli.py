@@ -1,6 +1,8 @@
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,18 +49,80 @@ def test_help_shows_defaults_that_are_there():
     assert "None" not in text and "how many (default: 0)" in text
 
 
-def test_a_reader_that_leaves_early_is_no_error():
-    program = "from tinysft_jax import cli; cli.run(lambda: [print('line') for _ in range(100_000)])"
-    command = f'{sys.executable} -c "{program}" | head -1; exit ${{PIPESTATUS[0]}}'
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+def shell(program: str, redirection: str, **arguments) -> subprocess.CompletedProcess:
+    """A program in Python, with what the shell puts behind its command line; exits as the program does."""
+    command = f'{sys.executable} -c "$PROGRAM" {redirection}; exit ${{PIPESTATUS[0]}}'
+    environ = os.environ | {"PROGRAM": f"import sys\nfrom tinysft_jax import cli\n{program}"}
+    return subprocess.run(["bash", "-c", command], env=environ, capture_output=True, text=True, timeout=60, **arguments)
+
+
+TALKS = """
+def main():
+    for stream in (sys.stdout, sys.stderr) * 50_000:
+        print("line", file=stream)
+    with open(OUTPUT, "w") as file:
+        file.write("done")
+"""
+
+
+@pytest.mark.parametrize(
+    "redirection", ["2>&1 | head -1", "| head -1", ">&-", "2>&-", ">&- 2>&- <&-", ">/dev/full 2>&1"]
+)
+def test_no_command_depends_on_who_reads_along(tmp_path, redirection):
+    """What a command writes is in files; its output may be cut short, closed, or go to a disk that is full."""
+    output = tmp_path / "output"
+    result = shell(f"OUTPUT = {str(output)!r}\n{TALKS}\ncli.run(main)", redirection)
+    assert result.returncode == 0 and "Error" not in result.stderr
+    assert output.read_text() == "done"
+
+
+def test_a_closed_stream_does_not_write_into_files(tmp_path):
+    """The next file to be opened would get the number of standard output."""
+    program = "import os\ndef main():\n    with open(OUTPUT, 'w') as file:\n        os.system('echo hello')\n"
+    output = tmp_path / "output"
+    assert shell(f"OUTPUT = {str(output)!r}\n{program}\ncli.run(main)", ">&- 2>&-").returncode == 0
+    assert output.read_text() == ""
+
+
+def test_a_command_that_is_for_its_output_ends_with_its_reader():
+    prints = "def main():\n    while True:\n        print('line')\ncli.run(main, prints_its_product=True)"
+    result = shell(prints, "| head -1")
     assert (result.returncode, result.stdout, result.stderr) == (0, "line\n", "")
+    shows = prints.replace("print(", "from rich.console import Console; Console().print(")
+    result = shell(shows, "| head -1")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "line\n", "")
+    result = shell(prints, "> /dev/full")
+    assert result.returncode == 3 and result.stderr.startswith("error: can't write to standard output: No space left")
 
 
-def test_sigterm_cleans_up():
-    program = (
-        "import os, signal\nfrom tinysft_jax import cli\n"
-        "def main():\n    try:\n        os.kill(os.getpid(), signal.SIGTERM)\n    finally:\n        print('cleaned')\n"
-        "cli.run(main)"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stdout, result.stderr) == (143, "cleaned\n", "terminated\n")
+STOPS = """
+import os, signal
+def main():
+    try:
+        os.kill(os.getpid(), NUMBER)
+        print("went on")
+    finally:
+        print("cleaned")
+"""
+
+
+@pytest.mark.parametrize(("name", "code", "line"), [("SIGTERM", 143, "terminated"), ("SIGHUP", 129, "hung up")])
+def test_what_stops_a_command_lets_it_clean_up(name, code, line):
+    result = shell(f"{STOPS}\nNUMBER = signal.{name}\ncli.run(main)", "")
+    assert (result.returncode, result.stdout, result.stderr) == (code, "cleaned\n", f"{line}\n")
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    result = shell(f"{STOPS}\nNUMBER = signal.SIGHUP\nsignal.signal(NUMBER, signal.SIG_IGN)\ncli.run(main)", "")
+    assert (result.returncode, result.stdout) == (0, "went on\ncleaned\n")
+
+
+@pytest.mark.parametrize(
+    "command", ["train.py --config=configs/sft.py --workdir=x", "sample.py --checkpoint=x --prompt=a"]
+)
+def test_a_platform_that_is_not_there_is_one_line(command):
+    environ = os.environ | {"JAX_PLATFORMS": "cuda"}
+    root = Path(__file__).parents[1]
+    result = subprocess.run([sys.executable, *command.split()], cwd=root, env=environ, capture_output=True, text=True)
+    assert result.returncode == 2 and "JAX can't use the platform of JAX_PLATFORMS=cuda: " in result.stderr
+    assert result.stderr.count("\n") == 1 and not (root / "x").exists()

@@ -23,7 +23,7 @@ class Interrupted(BaseException):
     Like KeyboardInterrupt it is no error, and not to be caught as one.
 
     Attributes:
-      exit_code: 130 for Ctrl-C, 143 for SIGTERM.
+      exit_code: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP (a closed terminal).
     """
 
     def __init__(self, message: str, exit_code: int):

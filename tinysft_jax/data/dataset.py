@@ -36,7 +36,7 @@ class PreparedData:
     """
 
     def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
+        self.directory = Path(directory).expanduser()
         self.description: dict[str, Any] = read_description(self.directory)
         self.verify(hashes=False)
 

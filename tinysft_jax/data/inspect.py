@@ -9,7 +9,6 @@ import itertools
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -142,7 +141,7 @@ def _share(part: int, whole: int) -> str:
 
 def _parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m tinysft_jax.data.inspect", description="A packed row, as training reads it.")
-    parser.add_argument("--data", type=Path, metavar="DIR", required=True, help="a prepared data set")
+    parser.add_argument("--data", type=cli.path, metavar="DIR", required=True, help="a prepared data set")
     parser.add_argument("--split", choices=SPLITS, default="train", help="which part of it")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--row", type=int, metavar="I", help="which row of the epoch, from 0 (the first)")
@@ -195,4 +194,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, prints_its_product=True)

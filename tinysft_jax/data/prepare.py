@@ -28,6 +28,8 @@ from tinysft_jax.data.workers import map_in_order, usable_cpus
 from tinysft_jax.errors import RunError, UserError
 from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer
 
+CONTENT = ("data.json", "ledger.json", "manifest.json", *SPLITS)
+
 # A block ends with either.
 ITEMS_PER_BLOCK = 256
 CHARACTERS_PER_BLOCK = 1 << 20
@@ -56,7 +58,7 @@ def prepare(source: Source, encoder: Encoder, output: Path, workers: int = 1, ov
     """
     ledger = Ledger()
     try:
-        with files.new_directory(output, overwrite, "data.json") as directory:
+        with files.new_directory(output, overwrite, CONTENT) as directory:
             writers = {split: ShardWriter(directory / split) for split in SPLITS}
             blocks = map_in_order(encoder.encode, _blocks_of(source), workers)
             with contextlib.closing(blocks), progress("preparing", source.size, "tokens") as show:
@@ -112,11 +114,13 @@ def _blocks_of(items: Iterable[Item]) -> Iterator[list[Item]]:
 def _parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m tinysft_jax.data.prepare", description="Text to a prepared data set.")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", type=Path, metavar="PATH", help="a file, or a directory with a train and valid pair")
+    source.add_argument(
+        "--input", type=cli.path, metavar="PATH", help="a file, or a directory with a train and valid pair"
+    )
     source.add_argument("--embedded", type=int, metavar="N", help="that many stories of the embedded corpus")
     source.add_argument("--hub", metavar="REPOSITORY", help="roneneldan/TinyStoriesInstruct from the Hugging Face Hub")
     parser.add_argument("--revision", help="commit, branch or tag of the --hub repository instead of a known commit")
-    parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="the data set to write")
+    parser.add_argument("--output", type=cli.path, metavar="DIR", required=True, help="the data set to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="of the input")
     parser.add_argument(
@@ -167,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command; `arguments` are the command line's unless given."""
     flags = _parser().parse_args(arguments)
     _check(flags)
-    files.check_output(flags.output, flags.overwrite, "data.json")
+    files.check_output(flags.output, flags.overwrite, CONTENT)
     source = _open_source(flags)
     template = None if source.format == "text" else flags.template
     tokenizer = ChatTokenizer(template, flags.bpe_ranks)

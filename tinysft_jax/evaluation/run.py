@@ -22,7 +22,8 @@ from tinysft_jax.evaluation.plot import plot_report
 from tinysft_jax.sampling.options import SamplingOptions
 from tinysft_jax.tokenizer import ChatTokenizer
 
-MARKER = "report.json"
+CONTENT = ("report.json", "report.md", "report.png", "answers.jsonl")
+MARKER, *_ = CONTENT
 
 
 def evaluate(flags: Namespace) -> tuple[dict[str, Any], list[Answered]]:
@@ -38,8 +39,10 @@ def evaluate(flags: Namespace) -> tuple[dict[str, Any], list[Answered]]:
     options = SamplingOptions(data.description["max_tokens"], flags.temperature, seed=flags.seed)
 
     # Only now what takes seconds to import.
+    from tinysft_jax import processes
     from tinysft_jax.evaluation.respondent import Respondent
 
+    processes.check_devices()
     checkpoints = {"model": flags.checkpoint} | ({"baseline": flags.baseline} if flags.baseline else {})
     respondents = {name: Respondent(path, data, held_out) for name, path in checkpoints.items()}
     answers = {name: respondent.answers(options, flags.batch_size) for name, respondent in respondents.items()}
@@ -69,7 +72,7 @@ def write(output: Path, settings: dict[str, Any], answered: list[Answered], over
     """
     report = reports.build_report(settings, answered)
     try:
-        with files.new_directory(output, overwrite, MARKER) as directory:
+        with files.new_directory(output, overwrite, CONTENT) as directory:
             files.write_json(directory / MARKER, report)
             files.write_text(directory / "report.md", reports.markdown(report))
             plot_report(report, directory / "report.png")
@@ -83,9 +86,13 @@ def _parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m tinysft_jax.evaluation.run", description="What a model can do, in figures.")
     parser.add_argument("--checkpoint", metavar="PATH", help="a model directory, a work directory or a .pt file")
     parser.add_argument("--baseline", metavar="PATH", help="another one, to compare with")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="a prepared data set; its validation split is asked")
-    parser.add_argument("--rescore", type=Path, metavar="DIR", help="make the report of an earlier output's answers")
-    parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="the report's directory")
+    parser.add_argument(
+        "--data", type=cli.path, metavar="DIR", help="a prepared data set; its validation split is asked"
+    )
+    parser.add_argument(
+        "--rescore", type=cli.path, metavar="DIR", help="make the report of an earlier output's answers"
+    )
+    parser.add_argument("--output", type=cli.path, metavar="DIR", required=True, help="the report's directory")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--cases", type=int, default=100, help="questions of each task, at most")
     parser.add_argument("--seed", type=int, default=0, help="which ones, and of drawn answers")
@@ -110,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command; `arguments` are the command line's unless given."""
     flags = _parser().parse_args(arguments)
     _check(flags)
-    files.check_output(flags.output, flags.overwrite, MARKER)
+    files.check_output(flags.output, flags.overwrite, CONTENT)
     metrics.require_libraries()
     settings, answered = evaluate(flags) if flags.rescore is None else rescore(flags.rescore)
     report = write(flags.output, settings, answered, flags.overwrite)

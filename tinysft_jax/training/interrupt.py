@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks a run to stop after its step, the second ends it at once."""
+"""Ctrl-C, SIGTERM and a closed terminal: the first asks a run to stop after its step, another one ends it at once."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
 class StopRequest:
@@ -45,7 +45,12 @@ class StopRequest:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._previous = {number: signal.signal(number, self._note) for number in EXIT_CODES}
+        self._previous = {
+            number: signal.signal(number, self._note)
+            for number in EXIT_CODES
+            # Under nohup, a closed terminal is no reason to stop.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        }
         self._counter = threading.Thread(target=self._count, name="signals", daemon=True)
         self._counter.start()
         return self
@@ -66,6 +71,8 @@ class StopRequest:
         while received := self._reader.recv(1):
             if (code := EXIT_CODES.get(received[0])) is None:
                 continue
+            if asked and received[0] == signal.SIGHUP:
+                continue  # terminal and shell both send it, and some service managers do after SIGTERM
             if asked:
                 # What is half-written is aside, and finished files stay.
                 _say("left at once; the same command continues from the last checkpoint")

@@ -2,7 +2,6 @@
 
 import os
 from argparse import Namespace
-from pathlib import Path
 
 from tinysft_jax import cli
 from tinysft_jax.chat import check_not_blank
@@ -20,12 +19,14 @@ def main() -> None:
         top_p=flags.top_p,
         min_p=flags.min_p,
         repetition_penalty=flags.repetition_penalty,
+        max_length=flags.max_length,
         seed=flags.seed,
     )
 
     # Only now what takes seconds to import.
     import jax
 
+    from tinysft_jax import processes
     from tinysft_jax.model import default_dtype
     from tinysft_jax.model_directory import make_model, read_model
     from tinysft_jax.sampling.batch import answer_file
@@ -37,13 +38,14 @@ def main() -> None:
     from tinysft_jax.sharding import make_mesh
     from tinysft_jax.tokenizer import ChatTokenizer
 
+    processes.check_devices()
     description, params = read_model(flags.checkpoint)
     tokenizer = ChatTokenizer.from_description(description.to_json())
-    if flags.input is not None:
-        requests = read_requests(flags.input, tokenizer, description.config, flags.system)
-    model = make_model(description.config, params, dtype=default_dtype())
+    model = make_model(description.config, params, dtype=default_dtype(), trained_length=description.trained_length)
     decoder = Decoder(model, make_mesh() if flags.input is not None and jax.device_count() > 1 else None)
+    length = decoder.max_length(options)
     if flags.input is not None:
+        requests = read_requests(flags.input, tokenizer, description.config, flags.system, length)
         answer_file(decoder, tokenizer, options, requests, flags.output, flags.num_samples, flags.batch_size)
     elif flags.prompt is not None:
         print_answers(decoder, tokenizer, options, flags.prompt, flags.system, flags.num_samples)
@@ -59,11 +61,18 @@ def _parser() -> cli.Parser:
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--prompt", help="answer this; a model without a chat template continues it")
     mode.add_argument("--interactive", action="store_true", help="chat, line by line; /help lists the commands")
-    mode.add_argument("--input", type=Path, metavar="FILE", help="answer its lines, conversations or prompts in JSON")
+    mode.add_argument(
+        "--input", type=cli.path, metavar="FILE", help="answer its lines, conversations or prompts in JSON"
+    )
     mode.add_argument("--test", action="store_true", help="show what the model can do, one request of each kind")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the answers to --input go")
+    parser.add_argument("--output", type=cli.path, metavar="FILE", help="where the answers to --input go")
     parser.add_argument("--system", help="the system message (default: the one the model was trained with)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="length of an answer, at most")
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        help="tokens of question and answer together, at most (default: what the model was trained to)",
+    )
     parser.add_argument("--temperature", type=float, default=0.7, help="0 always takes the most likely token")
     parser.add_argument("--top_k", type=int, default=50, help="draw among the k most likely tokens; 0: off")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest this probable; 1: off")
@@ -100,4 +109,4 @@ def _check(flags: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, prints_its_product=True)

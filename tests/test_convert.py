@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,46 @@ def test_a_folder_with_a_tokenizer_and_back(convert, tmp_path, template):
     assert folders[0] == folders[1]
     table = load_file(tmp_path / "1/stories/model.safetensors")["model.embed_tokens.weight"]
     assert table.shape == (261, 32)
+
+
+@pytest.mark.parametrize("template", ["control", "text", None])
+def test_the_length_of_training_goes_along(convert, tmp_path, template):
+    source = make_model_directory(tmp_path / "model", template)
+    description = json.loads((source / "model.json").read_text()) | {"trained_length": 100}
+    (source / "model.json").write_text(json.dumps(description))
+    for to, output in (("huggingface", "folder"), ("torch", "a.pt"), ("model", "again")):
+        assert convert(input=source, output=tmp_path / output, to=to)[0] == 0
+        source = tmp_path / output
+    assert json.loads((tmp_path / "again" / "model.json").read_text())["trained_length"] == 100
+    assert json.loads((tmp_path / "folder" / "tokenizer_config.json").read_text())["model_max_length"] == 100
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["max_position_embeddings"] == 256
+
+
+@pytest.mark.parametrize("to", ["model", "huggingface", "torch"])
+def test_a_path_with_brackets_works_or_is_refused(convert, tmp_path, to):
+    """Orbax takes them for a pattern; the other forms are written without it."""
+    model = make_model_directory(tmp_path / "model", "control")
+    output = tmp_path / "a[1]" / ("b*.pt" if to == "torch" else "b*")
+    result = convert(input=model, output=output, to=to)
+    if to == "model":
+        assert_one_line(result, 2, "contains * [ ]", "choose another path")
+        assert not (tmp_path / "a[1]").exists()
+        (tmp_path / "a[1]").mkdir()
+        output = Path(shutil.copytree(model, output))  # it can be read from there
+    assert convert(input=output, output=tmp_path / "back")[0] == 0
+    jax.tree.map(np.testing.assert_array_equal, read_model(model)[1], read_model(tmp_path / "back")[1])
+
+
+@pytest.mark.parametrize("to", ["model", "huggingface"])
+def test_overwrite_spares_what_is_not_the_commands_own(convert, tmp_path, to):
+    model = make_model_directory(tmp_path / "model", "control")
+    assert convert(input=model, output=tmp_path / "out", to=to)[0] == 0
+    (tmp_path / "out" / ".git").mkdir()
+    assert_one_line(
+        convert(input=model, output=tmp_path / "out", to=to, overwrite=True), 2, "'.git'", "would delete it"
+    )
+    (tmp_path / "out" / ".git").rmdir()
+    assert convert(input=model, output=tmp_path / "out", to=to, overwrite=True)[0] == 0
 
 
 def test_both_sides_are_checked(convert, fixtures, tmp_path):

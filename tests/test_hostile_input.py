@@ -382,10 +382,9 @@ def test_replacing_a_model_does_not_follow_its_links(model, tmp_path):
     content = {path: path.read_bytes() for path in every_file(outside)}
     (model / "params").rename(tmp_path / "moved")
     (model / "params").symlink_to(outside)
-    (model / "more").symlink_to("../outside")
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(load_model(model))))
     save_model(model, params, load_description(model), overwrite=True)
-    assert not (model / "params").is_symlink() and not (model / "more").is_symlink()
+    assert not (model / "params").is_symlink()
     assert {path: path.read_bytes() for path in every_file(outside)} == content
     load_model(model)
 

@@ -94,3 +94,9 @@ def test_bfloat16_computes_nearly_the_same():
     full, half = (GPT(CONFIG, rngs=nnx.Rngs(0), dtype=dtype)(tokens) for dtype in (jnp.float32, jnp.bfloat16))
     assert half.dtype == jnp.float32
     assert 0 < np.abs(full - half).max() < 0.02
+
+
+def test_64_bit_mode_is_refused():
+    """Its random numbers, and so the answers for a seed, would be others."""
+    with jax.enable_x64(True), pytest.raises(UserError, match=r"64-bit mode .* turn it off"):
+        GPT(GPTConfig(vocab_size=8, dim=8, n_layers=1, n_heads=2), rngs=nnx.Rngs(0))

@@ -59,6 +59,8 @@ def test_an_existing_directory_is_not_replaced_unasked(saved, params):
         ({"model": {"vocab_size": 260}}, "exactly the keys"),
         ({"model": [1]}, "must be objects"),
         ({"chat_template": "llama"}, "chat_template"),
+        ({"trained_length": 33}, "trained_length is 33; it must be from 1 to the context, 32"),
+        ({"trained_length": "long"}, "trained_length is 'long'"),
     ],
 )
 def test_a_description_that_cannot_be_is_refused(saved, changes, complaint):

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_capability_cases(sample, chat_model):
     code, out, err = sample(f"--checkpoint={chat_model}", "--test", "--max_new_tokens=20")
     assert (code, err) == (0, "")
     assert out.count("User: ") == out.count("Assistant: ") == 5
-    assert out.count("too long for the model's context of 256") == 4
+    assert out.count("leave no room for an answer: 256 are the most") == 4
     assert "uses all of these words" in out
 
 
@@ -165,3 +166,47 @@ def test_the_command_in_a_process_of_its_own(chat_model):
     done = subprocess.run(command, input=b"Hi\n\xff\n/quit\nHi\n", capture_output=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, b"")
     assert len(done.stdout.splitlines()) >= 2
+
+
+@pytest.fixture(scope="module")
+def shorter_model(tmp_path_factory, chat_model) -> Path:
+    """A model that was trained to 100 of its 256 positions."""
+    path = tmp_path_factory.mktemp("models") / "shorter"
+    shutil.copytree(chat_model, path)
+    description = json.loads((path / "model.json").read_text()) | {"trained_length": 100}
+    (path / "model.json").write_text(json.dumps(description))
+    return path
+
+
+def test_answers_end_where_the_models_training_did(sample, shorter_model):
+    """A question takes 71 tokens with the default system message."""
+    arguments = (f"--checkpoint={shorter_model}", "--temperature=0")
+    code, out, err = sample(*arguments, "--prompt=Hi")
+    assert code == 0 and "1 answer cut off at 100 tokens, the question's included" in err and "up to 256" in err
+    code, longer, err = sample(*arguments, "--prompt=Hi", "--max_length=256")
+    assert (code, err) == (0, "") and longer.startswith(out[:-1]) and len(longer) > 2 * len(out)
+    assert sample(*arguments, "--prompt=Hi", "--max_new_tokens=5")[2] == ""
+    code, _, err = sample(*arguments, "--prompt=Hi", "--max_length=257")
+    assert code == 2 and "the model's context is 256" in err
+    code, _, err = sample(*arguments, f"--prompt={'long ' * 10}")
+    assert code == 2 and "it may end at 100 (see --max_length; the model's context is 256)" in err
+    code, _, err = sample(*arguments, "--interactive", stdin="Hi\n/reset\nHi\n")
+    assert code == 0 and err.count("1 answer cut off at 100 tokens") == 2
+
+
+def test_a_file_of_requests_says_how_many_answers_were_cut_off(sample, shorter_model, tmp_path):
+    requests, output = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    requests.write_text('{"prompt": "Hi"}\n{"prompt": "Ho"}\n')
+    arguments = (f"--checkpoint={shorter_model}", f"--input={requests}")
+    code, _, err = sample(*arguments, f"--output={output}")
+    assert code == 0 and "2 answers cut off at 100 tokens" in err
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["finish"] for answer in answers] == ["length", "length"]
+
+
+def test_the_length_that_a_model_was_trained_to_is_generates_default(shorter_model):
+    import tinysft_jax as tsft
+
+    model = tsft.load_model(shorter_model)
+    assert len(tsft.generate(model, [[1] * 40], max_new_tokens=200, temperature=0)[0]) == 60
+    assert len(tsft.generate(model, [[1] * 40], max_new_tokens=200, temperature=0, max_length=120)[0]) == 80

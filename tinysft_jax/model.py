@@ -142,14 +142,25 @@ class GPT(nnx.Module):
       dtype: of matmuls and activations; norms, softmax and logits are float32 all the same.
       attention: "auto", "xla" or "cudnn"; see `attention.segment_attention`.
       remat: what the backward pass recomputes of each block: "none"; "dots": all but matmuls; "full": all.
+      trained_length: tokens of the longest sequence that it was trained on, where generation stops; None: its context.
     """
 
     def __init__(
-        self, config: GPTConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, attention: str = "auto", remat: str = "none"
+        self,
+        config: GPTConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        attention: str = "auto",
+        remat: str = "none",
+        trained_length: int | None = None,
     ):
+        if jax.config.jax_enable_x64:
+            raise UserError("JAX's 64-bit mode (JAX_ENABLE_X64) is on: this model computes in 32 bits; turn it off")
         if remat not in REMAT_POLICIES:
             raise UserError(f"train.remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
+        self.trained_length = trained_length or config.max_seq_len
         self.tok_emb = nnx.Embed(
             config.padded_vocab_size,
             config.dim,

@@ -15,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 from tinysft_jax import files, processes
 from tinysft_jax.errors import RunError, UserError, reason, shown
 from tinysft_jax.model import GPT, LARGEST_SIZE, GPTConfig
-from tinysft_jax.quiet import ORBAX_ERRORS, quiet_orbax
+from tinysft_jax.quiet import ORBAX_ERRORS, alone, quiet_orbax
 
 FORMAT_VERSION = 1
 
@@ -31,12 +31,18 @@ class ModelDescription:
       chat_template: "control", "text", or None for a model that completes plain text.
       tokenizer: `{"kind": "gpt2", "bpe_ranks": N}`, or None where it is not known.
       source: where the parameters came from, for people.
+      trained_length: tokens of the longest sequence that it was trained on, as far as that is known; else its context.
     """
 
     config: GPTConfig
     chat_template: str | None
     tokenizer: dict[str, Any] | None
     source: dict[str, Any]
+    trained_length: int | None = None
+
+    def __post_init__(self):
+        if self.trained_length is None:
+            object.__setattr__(self, "trained_length", self.config.max_seq_len)
 
     def to_json(self) -> dict[str, Any]:
         content = dataclasses.asdict(self)
@@ -64,7 +70,23 @@ class ModelDescription:
             raise UserError(f"{where}: chat_template {shown(template)} is not 'control', 'text' or null")
         if not isinstance(tokenizer, dict | None):
             raise UserError(f"{where}: 'tokenizer' must be an object or null")
-        return cls(config, template, tokenizer, source)
+        try:
+            length = parse_trained_length(content, config)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        return cls(config, template, tokenizer, source, length)
+
+
+def parse_trained_length(content: dict[str, Any], config: GPTConfig) -> int | None:
+    """A description's `trained_length`, or None if it has none.
+
+    Raises:
+      UserError: if it can't be.
+    """
+    length, context = content.get("trained_length"), config.max_seq_len
+    if length is not None and (type(length) is not int or not 1 <= length <= context):
+        raise UserError(f"trained_length is {shown(length)}; it must be from 1 to the context, {context}")
+    return length
 
 
 def _number(field: dataclasses.Field, value: Any) -> int | float:
@@ -88,6 +110,7 @@ def save_model(path: Path, params: Params, description: ModelDescription, overwr
     Raises:
       UserError: if `path` exists (without `overwrite`) or can't be written.
     """
+    files.check_pattern_free(Path(path))
     with files.new_directory(Path(path), overwrite) as directory:
         write_model(directory, params, description)
 
@@ -117,7 +140,7 @@ def load_description(path: Path) -> ModelDescription:
 
 
 def load_params(path: Path, config: GPTConfig) -> Params:
-    """Reads the parameters to host memory, the table padded as in memory.
+    """Reads the parameters to host memory, the table padded as in memory. Each process reads for itself.
 
     Returns:
       Nested dicts of float32 NumPy arrays.
@@ -128,7 +151,7 @@ def load_params(path: Path, config: GPTConfig) -> Params:
     directory = Path(path).resolve() / "params"
     wanted = model_parameter_shapes(config)
     try:
-        with quiet_orbax():
+        with quiet_orbax(), alone():
             if not ocp.is_orbax_checkpoint(directory):
                 raise UserError(f"{path} has no readable params/; convert or copy the model again")
             stored = ocp.metadata(directory).metadata
@@ -154,12 +177,12 @@ def load_model(path: str | Path, **options) -> GPT:
       UserError: if it can't be read; one line says why.
     """
     description, params = read_model(path)
-    return make_model(description.config, params, **options)
+    return make_model(description.config, params, trained_length=description.trained_length, **options)
 
 
 def read_model(path: str | Path) -> tuple[ModelDescription, Params]:
     """The description and host parameters of what `load_model` takes."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_file():
         from tinysft_jax.interop.torch_checkpoint import read_torch_checkpoint  # needs torch, an extra
 

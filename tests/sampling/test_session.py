@@ -23,6 +23,7 @@ class Parrot(Decoder):
 
     def __init__(self, *answers: bytes, context: int = 120):
         self.config = GPTConfig(vocab_size=300, dim=8, n_layers=1, n_heads=1, max_seq_len=context)
+        self.trained_length = context
         byte_ids = {bytes([byte]): i for i in range(256) for byte in TOKENIZER.decode_bytes([i])}
         self.answers = [[byte_ids[bytes([byte])] for byte in answer] for answer in answers]
         self.prompts, self.rows = [], []

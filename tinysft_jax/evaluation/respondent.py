@@ -45,6 +45,7 @@ class Respondent:
     def __init__(self, checkpoint: str, data: PreparedData, held_out: Sequence[HeldOut]):
         description, self._params = starting_model(checkpoint, {}, data)
         self._config, self._checkpoint = description.config, checkpoint
+        self._trained_length = description.trained_length
         self._tokenizer, self._held_out = ChatTokenizer.from_description(data.description), held_out
         self._longest = max(len(each.ids) for each in held_out)
         if self._longest > self._config.max_seq_len:
@@ -63,7 +64,8 @@ class Respondent:
         Raises:
           RunError: if a loss is not finite.
         """
-        model = make_model(self._config, self._params, dtype=default_dtype())
+        trained_length = max(self._trained_length, self._longest)  # each question can be answered
+        model = make_model(self._config, self._params, dtype=default_dtype(), trained_length=trained_length)
         decoder = Decoder(model, make_mesh() if jax.device_count() > 1 else None)
         options = text_options(options, self._tokenizer, self._config)
         weigh = _make_weigh(model)

@@ -29,9 +29,23 @@ from tinysft_jax.interop.huggingface_tokenizer import PAD, Recognised
 from tinysft_jax.interop.torch_checkpoint import LANGUAGE
 from tinysft_jax.interop.torch_names import bare_name
 from tinysft_jax.model import GPTConfig
-from tinysft_jax.model_directory import ModelDescription, Params, pad_vocabulary, trim_vocabulary
+from tinysft_jax.model_directory import (
+    ModelDescription,
+    Params,
+    pad_vocabulary,
+    parse_trained_length,
+    trim_vocabulary,
+)
 from tinysft_jax.tokenizer import ChatTokenizer
 
+# What a folder holds, besides the model card; the first tells it from a work directory.
+CONTENT = (
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F64", "F32", "F16", "BF16")
 # How to speak unless told otherwise: as `sample.py` does.
@@ -67,20 +81,24 @@ def write_huggingface(directory: Path, params: Params, description: ModelDescrip
 def _json_files(description: ModelDescription) -> dict[str, dict[str, Any]]:
     """Name → content of what stands beside the tensors."""
     config = description.config
+    stated = {"trained_length": description.trained_length}
     if description.tokenizer is None:
         ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-        # A template has no other place then.
-        language = {LANGUAGE: {"chat_template": description.chat_template}}
-        return {"config.json": to_huggingface_config(config, ids) | language, "generation_config.json": _DRAWING | ids}
+        stated["chat_template"] = description.chat_template  # which has no other place then
+        return {
+            "config.json": to_huggingface_config(config, ids) | {LANGUAGE: stated},
+            "generation_config.json": _DRAWING | ids,
+        }
     tokenizer = ChatTokenizer.from_description(description.to_json())
     added = huggingface_tokenizer.added_tokens(tokenizer, config.vocab_size)
     ids = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id, "pad_token_id": added[PAD]}
     never_drawn = {"suppress_tokens": [id for id in added.values() if id != tokenizer.eot_id]}
     return {
-        "config.json": to_huggingface_config(dataclasses.replace(config, vocab_size=config.vocab_size + 1), ids),
+        "config.json": to_huggingface_config(dataclasses.replace(config, vocab_size=config.vocab_size + 1), ids)
+        | {LANGUAGE: stated},
         "generation_config.json": _DRAWING | ids | never_drawn,
         "tokenizer.json": huggingface_tokenizer.tokenizer_json(tokenizer, config.vocab_size),
-        "tokenizer_config.json": huggingface_tokenizer.tokenizer_config(tokenizer, config.max_seq_len),
+        "tokenizer_config.json": huggingface_tokenizer.tokenizer_config(tokenizer, description.trained_length),
     }
 
 
@@ -118,17 +136,20 @@ def read_huggingface(path: Path) -> tuple[ModelDescription, Params]:
         config = from_huggingface_config(content)
         recognised = _read_tokenizer(path, config)
         params = _read_params(path, config)
+        stated = content.get(LANGUAGE)
+        stated = stated if isinstance(stated, dict) else {}
+        length = parse_trained_length(stated, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     source = {"kind": "huggingface", "directory": path.resolve().name}
     if recognised is None:
-        stated = content.get(LANGUAGE)
-        is_chat = isinstance(stated, dict) and stated.get("chat_template") == "text"
-        return ModelDescription(config, "text" if is_chat else None, None, source), params
+        template = "text" if stated.get("chat_template") == "text" else None
+        return ModelDescription(config, template, None, source, length), params
     if recognised.pad_id == config.vocab_size - 1:  # else rows of somebody else's stand after it
         config = dataclasses.replace(config, vocab_size=config.vocab_size - 1)
         params = pad_vocabulary(trim_vocabulary(params, config), config)
-    return ModelDescription(config, **recognised.tokenizer.description(), source=source), params
+    language = recognised.tokenizer.description()
+    return ModelDescription(config, **language, source=source, trained_length=length), params
 
 
 def _read_tokenizer(path: Path, config: GPTConfig) -> Recognised | None:

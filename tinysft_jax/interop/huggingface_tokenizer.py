@@ -100,12 +100,12 @@ def tokenizer_json(tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(tokenizer: ChatTokenizer, max_seq_len: int) -> dict[str, Any]:
+def tokenizer_config(tokenizer: ChatTokenizer, max_length: int) -> dict[str, Any]:
     """The content of `tokenizer_config.json`.
 
     Args:
       tokenizer: the model's.
-      max_seq_len: the model's context.
+      max_length: tokens that the model was trained to.
     """
     content = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the one that takes tokenizer.json as it is
@@ -115,7 +115,7 @@ def tokenizer_config(tokenizer: ChatTokenizer, max_seq_len: int) -> dict[str, An
         "padding_side": "left",  # an answer goes on where its prompt ends
         "additional_special_tokens": list(tokenizer.control_ids),
         "clean_up_tokenization_spaces": False,
-        "model_max_length": max_seq_len,
+        "model_max_length": max_length,
     }
     return content | ({"chat_template": CHAT_TEMPLATE} if tokenizer.template else {})
 

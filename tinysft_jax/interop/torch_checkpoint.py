@@ -15,7 +15,7 @@ from tinysft_jax.interop.collect import check_names, collect_params
 from tinysft_jax.interop.torch_file import TorchFile, open_torch_file
 from tinysft_jax.interop.torch_names import EMBEDDING, HEAD, as_numpy, torch_names
 from tinysft_jax.model import LARGEST_SIZE, GPTConfig
-from tinysft_jax.model_directory import ModelDescription, Params
+from tinysft_jax.model_directory import ModelDescription, Params, parse_trained_length
 from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer
 
 if TYPE_CHECKING:
@@ -58,9 +58,11 @@ def _describe(file: TorchFile, config: GPTConfig, assumed: dict[str, int | float
     if assumed:
         source["assumed"] = assumed
     language = usual_language(config, file.content.get("model_type") == "sft")
-    if isinstance(stated := file.content.get(LANGUAGE), dict):
+    stated = file.content.get(LANGUAGE)
+    stated = stated if isinstance(stated, dict) else {}
+    if "tokenizer" in stated:
         language = ChatTokenizer.from_description(stated).description()
-    return ModelDescription(config, **language, source=source)
+    return ModelDescription(config, **language, source=source, trained_length=parse_trained_length(stated, config))
 
 
 def _is_plain(value: object) -> bool:

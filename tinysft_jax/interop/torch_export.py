@@ -62,6 +62,9 @@ def torch_content(params: Params, description: ModelDescription) -> dict[str, An
     is_chat = description.chat_template is not None
     language = {"chat_template": description.chat_template, "tokenizer": description.tokenizer}
     unknown = language | {"tokenizer": None}
+    stated = {} if language in (usual_language(config, is_chat), unknown) else language
+    if description.trained_length < config.max_seq_len:
+        stated = stated | {"trained_length": description.trained_length}
     return {
         "model_state_dict": torch_state(params, config),
         "optimizer_state_dict": {},
@@ -69,7 +72,7 @@ def torch_content(params: Params, description: ModelDescription) -> dict[str, An
         "loss": source.get("loss", math.nan),
         "config": {key: getattr(config, key) for key in CONFIG_KEYS},
         **({"model_type": "sft"} if is_chat else {}),
-        **({LANGUAGE: language} if language not in (usual_language(config, is_chat), unknown) else {}),
+        **({LANGUAGE: stated} if stated else {}),
     }
 
 

@@ -1,5 +1,6 @@
 """A file of answers that is there when it is complete, and can be left and gone on with before that."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tinysft_jax import locks
 from tinysft_jax.errors import UserError
 
 FORMAT_VERSION = 1
@@ -41,6 +43,9 @@ class AnswerFile:
 
     def __enter__(self) -> "AnswerFile":
         self._file = self.partial.open("r+b" if self.partial.exists() else "w+b")
+        with contextlib.suppress(OSError):  # a file system without locks
+            if not locks.take(self._file.fileno()):
+                raise UserError(f"another run of this command is writing {self.partial}; wait for it, or stop it")
         header, found = json.dumps(self._settings).encode() + b"\n", self._file.readline()
         if found.endswith(b"\n"):
             self._check(found)

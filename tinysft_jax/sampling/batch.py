@@ -60,7 +60,7 @@ def answer_file(
         "num_samples": num_samples,
     }
     options, total = text_options(options, tokenizer, decoder.config), len(requests) * num_samples
-    file = AnswerFile(output, settings, batch_size)
+    file, lengths = AnswerFile(output, settings, batch_size), []
     try:
         with file, _progress(file.n_done, total) as show:
             for first in range(file.n_done, total, batch_size):
@@ -72,8 +72,11 @@ def answer_file(
                     | {"tokens": len(ids), "finish": "length" if decoder.is_full(request.ids, ids, options) else "stop"}
                     for (request, sample), ids in zip(asked, answers, strict=True)
                 )
+                lengths += [len(request.ids) + len(ids) for (request, _), ids in zip(asked, answers, strict=True)]
                 show(rows.stop, sum(map(len, answers)))
             file.finish()
+        if note := decoder.note_on_length(lengths, options):
+            print(note, file=sys.stderr)
     except OSError as error:
         raise RunError(f"can't write {output}: {reason(error)}; the same command continues") from None
     except (KeyboardInterrupt, Interrupted) as stop:

@@ -1,13 +1,13 @@
 """Generation: prompts of any lengths in, the model's continuations out, all at once or as they are made."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool
+from jaxtyping import Bool, Int32
 
 from tinysft_jax.errors import UserError
 from tinysft_jax.model import GPT, LayerCache
@@ -40,6 +40,7 @@ def generate(
     min_p: float | int = 0.0,
     repetition_penalty: float | int = 1.0,
     forbidden_ids: Sequence[int] = (),
+    max_length: int | None = None,
     batch_size: int = 32,
 ) -> list[list[int]]:
     """Continues prompts of any lengths.
@@ -48,8 +49,8 @@ def generate(
 
     Args:
       model: the model; its `dtype` is what is computed in.
-      prompts: token ids; none empty, each shorter than the model's context.
-      max_new_tokens: new ids a prompt, at most; the end of the context can make them fewer.
+      prompts: token ids; none empty, each shorter than `max_length`.
+      max_new_tokens: new ids a prompt, at most; `max_length` can make them fewer.
       temperature: logits are divided by it; 0 is greedy.
       top_k: draw among the k most likely ids; 0: off.
       top_p: draw among the most likely ids that together have this probability; 1: off.
@@ -58,6 +59,8 @@ def generate(
       min_p: draw only ids that are at least this fraction as likely as the most likely one; 0: off.
       repetition_penalty: above 1, ids that occurred become less likely; 1: off.
       forbidden_ids: ids that never come out.
+      max_length: ids of a prompt and its continuation together, at most, up to the model's context; None: the length
+        that the model was trained to.
       batch_size: prompts decoded together; memory grows with it, the result does not depend on it.
 
     Returns:
@@ -73,6 +76,7 @@ def generate(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        max_length=max_length,
         seed=seed,
         stop_ids=tuple(map(int, stop_ids)),
         forbidden_ids=tuple(map(int, forbidden_ids)),
@@ -93,6 +97,7 @@ class Decoder:
 
     def __init__(self, model: GPT, mesh: Mesh | None = None):
         self.config, self._dtype, self._mesh = model.config, model.dtype, mesh
+        self.trained_length = model.trained_length
         params = nnx.to_pure_dict(nnx.state(model.unstacked()))
         # Vectors (the norms' scales and biases) stay float32, as they take part in float32 arithmetic.
         params = jax.tree.map(lambda leaf: leaf.astype(model.dtype) if leaf.ndim > 1 else leaf, params)
@@ -119,7 +124,7 @@ class Decoder:
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
         names = [f"prompt {row}" for row in range(len(prompts))] if len(prompts) > 1 else ["the prompt"]
-        prompts = [check_prompt(prompt, name, self.config) for prompt, name in zip(prompts, names, strict=False)]
+        prompts = [self.check_prompt(prompt, name, options) for prompt, name in zip(prompts, names, strict=False)]
         answers, forbidden = [[] for _ in prompts], forbidden_ids(options, self.config)
         by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # neighbours share a bucket
         for first in range(0, len(prompts), batch_size):
@@ -144,7 +149,7 @@ class Decoder:
             the iterator was left.
           row: chooses the random numbers.
         """
-        ids, forbidden = check_prompt(prompt, "the prompt", self.config).tolist(), forbidden_ids(options, self.config)
+        ids, forbidden = self.check_prompt(prompt, "the prompt", options).tolist(), forbidden_ids(options, self.config)
         kept = KeptCache() if kept is None else kept
 
         def chunks() -> Iterator[list[int]]:
@@ -163,6 +168,37 @@ class Decoder:
     def is_full(self, prompt: Prompt, answer: list[int], options: SamplingOptions) -> bool:
         """Whether an answer ended because there was no room for more, not with a stop id."""
         return len(prompt) + len(answer) >= self._limit(len(prompt), options)
+
+    def note_on_length(self, lengths: Iterable[int], options: SamplingOptions) -> str:
+        """A line for the user if answers ended where the model's training did, before its context; else empty.
+
+        Args:
+          lengths: of each prompt and its answer together.
+          options: how they were drawn.
+        """
+        trained, context = self.trained_length, self.config.max_seq_len
+        n = sum(length >= trained for length in lengths)
+        if options.max_length is not None or trained == context or not n:
+            return ""
+        return (
+            f"({n:,} answer{'s' if n > 1 else ''} cut off at {trained:,} tokens, the question's included: the model "
+            f"was not trained to more; --max_length goes on, up to {context:,})"
+        )
+
+    def max_length(self, options: SamplingOptions) -> int:
+        """Positions that prompt and answer may take together.
+
+        Raises:
+          UserError: if the options ask for more than the model's context.
+        """
+        length, context = options.max_length or self.trained_length, self.config.max_seq_len
+        if length > context:
+            raise UserError(f"max_length is {length}, and the model's context is {context}; choose up to that")
+        return length
+
+    def check_prompt(self, prompt: Prompt, name: str, options: SamplingOptions) -> Int32[np.ndarray, " n"]:
+        """The ids of a prompt that can be continued; see `prompt.check_prompt`."""
+        return check_prompt(prompt, name, self.config, self.max_length(options))
 
     def _advance(
         self, state: loop.DecodeState, options: SamplingOptions, forbidden: Bool[np.ndarray, " V"], n_steps: int
@@ -229,7 +265,7 @@ class Decoder:
 
     def _limit(self, n_prompt: int, options: SamplingOptions) -> int:
         """The position at which an answer has to end."""
-        return min(n_prompt + options.max_new_tokens, self.config.max_seq_len)
+        return min(n_prompt + options.max_new_tokens, self.max_length(options))
 
     def _slots(self, n: int) -> int:
         """`n`, rounded up so that few shapes are ever compiled."""

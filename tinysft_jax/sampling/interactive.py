@@ -86,6 +86,8 @@ class Shell:
                 if stopped.is_set():
                     break
         print(" (stopped)" if stopped.is_set() else "", flush=True)
+        if self._session.note:
+            print(self._session.note, file=sys.stderr)
         if self._console.is_terminal and self._session.last:
             self._console.print(_figures(self._session.last), style="dim")
 

@@ -22,6 +22,7 @@ class SamplingOptions:
       repetition_penalty: logits of tokens that stand in the prompt or the answer so far are divided by it where they
         are positive and multiplied where they are negative (CTRL, https://arxiv.org/abs/1909.05858, section 4.1); 1
         switches it off. Stop ids are exempt: a chat is full of them.
+      max_length: positions that prompt and answer may take together; None: the length that the model was trained to.
       seed: of the random numbers. Those of a row depend on the seed and the row's index only.
       stop_ids: tokens that end an answer and are not part of it.
       forbidden_ids: tokens that are never drawn.
@@ -36,6 +37,7 @@ class SamplingOptions:
     top_p: float | int = 1.0
     min_p: float | int = 0.0
     repetition_penalty: float | int = 1.0
+    max_length: int | None = None
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     forbidden_ids: tuple[int, ...] = ()
@@ -45,6 +47,9 @@ class SamplingOptions:
             value = getattr(self, name)
             if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not 0 <= value <= highest:
                 raise UserError(f"{name} is {value!r}; it must be a whole number from 0 to {highest}")
+        length = self.max_length
+        if length is not None and (not isinstance(length, numbers.Integral) or isinstance(length, bool) or length < 1):
+            raise UserError(f"max_length is {length!r}; it must be a positive whole number")
         ranges = {"temperature": (0, math.inf), "top_p": (0, 1), "min_p": (0, 1), "repetition_penalty": (0.01, 100)}
         for name, (lowest, highest) in ranges.items():
             value = getattr(self, name)

@@ -12,18 +12,19 @@ from tinysft_jax.sampling.options import SamplingOptions
 Prompt = Sequence[int] | np.ndarray
 
 
-def check_prompt(prompt: Prompt, name: str, config: GPTConfig) -> Int32[np.ndarray, " n"]:
+def check_prompt(prompt: Prompt, name: str, config: GPTConfig, length: int | None = None) -> Int32[np.ndarray, " n"]:
     """The ids of a prompt that can be continued.
 
     Args:
       prompt: token ids.
       name: what to call it.
       config: the model's shape.
+      length: positions that prompt and answer may take together; None: the context.
 
     Raises:
-      UserError: if it is empty, holds no token ids or leaves no room in the context.
+      UserError: if it is empty, holds no token ids or leaves no room for an answer.
     """
-    ids, vocab_size, context = np.asarray(prompt), config.vocab_size, config.max_seq_len
+    ids, vocab_size, length = np.asarray(prompt), config.vocab_size, length or config.max_seq_len
     if not ids.size:
         raise UserError(f"{name} is empty; give at least one token")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
@@ -31,10 +32,11 @@ def check_prompt(prompt: Prompt, name: str, config: GPTConfig) -> Int32[np.ndarr
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if outside.size:
         raise UserError(f"{name} holds the id {outside[0]}; the model's ids are 0 to {vocab_size - 1}")
-    if len(ids) >= context:
-        raise UserError(
-            f"{name} has {len(ids)} tokens, and the model's context is {context}: no room for an answer; shorten it"
-        )
+    if len(ids) >= length:
+        limit = f"the model's context is {length}"
+        if length < config.max_seq_len:
+            limit = f"it may end at {length} (see --max_length; the model's context is {config.max_seq_len})"
+        raise UserError(f"{name} has {len(ids)} tokens, and {limit}: no room for an answer; shorten it")
     return ids.astype(np.int32)
 
 

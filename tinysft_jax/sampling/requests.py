@@ -35,7 +35,9 @@ class Request(NamedTuple):
         return {"messages": [*self.messages, {"role": "assistant", "content": answer}]}
 
 
-def read_requests(path: Path, tokenizer: ChatTokenizer, config: GPTConfig, system: str | None = None) -> list[Request]:
+def read_requests(
+    path: Path, tokenizer: ChatTokenizer, config: GPTConfig, system: str | None = None, length: int | None = None
+) -> list[Request]:
     """Reads lines of `{"messages": [...]}`, the last one the user's, or `{"prompt": "..."}`, or an array of them.
 
     Args:
@@ -43,6 +45,7 @@ def read_requests(path: Path, tokenizer: ChatTokenizer, config: GPTConfig, syste
       tokenizer: the model's.
       config: the model's shape.
       system: the system message of requests that have none.
+      length: tokens that a request and its answer may take together; None: the model's context.
 
     Raises:
       UserError: if the file can't be read, or a line can't be answered; names the first such line.
@@ -52,7 +55,9 @@ def read_requests(path: Path, tokenizer: ChatTokenizer, config: GPTConfig, syste
         with path.open("rb") as file:
             for place, number, line in read_json(file, path):
                 try:
-                    requests.append(_parse_line(number, line, tokenizer, config, system))
+                    request = _parse_line(number, line, tokenizer, system)
+                    check_prompt(request.ids, "the request", config, length)
+                    requests.append(request)
                 except UserError as error:
                     raise UserError(f"{path}:{place}: {error}") from None
     except OSError as error:
@@ -62,9 +67,7 @@ def read_requests(path: Path, tokenizer: ChatTokenizer, config: GPTConfig, syste
     return requests
 
 
-def _parse_line(
-    number: int, line: bytes | None, tokenizer: ChatTokenizer, config: GPTConfig, system: str | None
-) -> Request:
+def _parse_line(number: int, line: bytes | None, tokenizer: ChatTokenizer, system: str | None) -> Request:
     if line is None:
         raise UserError(TOO_LONG)
     try:
@@ -77,13 +80,10 @@ def _parse_line(
     if tokenizer.template is None:
         if has_messages:
             raise UserError('this model has no chat template: it continues a "prompt", and takes no "messages"')
-        request = Request(number, encode_request(tokenizer, record["prompt"], system), record["prompt"], [])
-    else:
-        messages = record["messages"] if has_messages else [{"role": "user", "content": record["prompt"]}]
-        chat.check_messages(messages)
-        messages = [chat.without_unread(message) for message in messages]
-        if messages[0]["role"] != "system":
-            messages = system_message(system) + messages
-        request = Request(number, tokenizer.encode_prompt(messages).tolist(), None, messages)
-    check_prompt(request.ids, "the request", config)
-    return request
+        return Request(number, encode_request(tokenizer, record["prompt"], system), record["prompt"], [])
+    messages = record["messages"] if has_messages else [{"role": "user", "content": record["prompt"]}]
+    chat.check_messages(messages)
+    messages = [chat.without_unread(message) for message in messages]
+    if messages[0]["role"] != "system":
+        messages = system_message(system) + messages
+    return Request(number, tokenizer.encode_prompt(messages).tolist(), None, messages)

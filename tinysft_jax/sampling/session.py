@@ -7,7 +7,6 @@ from tinysft_jax.errors import UserError
 from tinysft_jax.sampling.cache import KeptCache
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.options import SamplingOptions
-from tinysft_jax.sampling.prompt import check_prompt
 from tinysft_jax.sampling.text import AnswerStream, Messages, encode_request, system_message, text_options
 from tinysft_jax.tokenizer import ChatTokenizer
 
@@ -34,6 +33,7 @@ class Session:
         self._decoder, self._tokenizer, self._kept = decoder, tokenizer, KeptCache()
         self.options = text_options(options, tokenizer, decoder.config)
         self.last: AnswerStream | None = None
+        self._prompt_length = 0
         self.opening = ""
         self._system: str | None = None
         if system is not None:
@@ -59,8 +59,15 @@ class Session:
         if not self.is_chat:
             raise UserError("this model has no chat template, so it takes no system message")
         shortest = self._encode([*system_message(text), {"role": "user", "content": "a"}])
-        check_prompt(shortest, "a question after this system message", self._decoder.config)
+        self._decoder.check_prompt(shortest, "a question after this system message", self.options)
         self._system = text
+
+    @property
+    def note(self) -> str:
+        """What the user should know of the last answer; see `Decoder.note_on_length`."""
+        if self.last is None:
+            return ""
+        return self._decoder.note_on_length([self._prompt_length + self.last.n_tokens], self.options)
 
     @property
     def transcript(self) -> Messages:
@@ -134,6 +141,7 @@ class Session:
         prompt, forgotten = self._fit(history, {"role": "user", "content": text})
         stream = self._decoder.stream(prompt, self.options, self._kept, row=attempt)
         # From here on nothing is refused.
+        self._prompt_length = len(prompt)
         self.last, self.messages, self.forgotten = AnswerStream(self._tokenizer, stream), history, forgotten
         self._unanswered, self._attempt, self.opening = text, attempt, "" if self.is_chat else text
         return self._remember(text, self.last)
@@ -146,9 +154,9 @@ class Session:
         """
         if not self.is_chat:
             return self._encode([question]), 0
-        # An answer of a quarter of the context is room enough; a message that leaves less may still stand alone.
-        context = self._decoder.config.max_seq_len
-        longest = context - min(self.options.max_new_tokens, context // 4)
+        # An answer of a quarter of the room is enough; a message that leaves less may still stand alone.
+        room = self._decoder.max_length(self.options)
+        longest = room - min(self.options.max_new_tokens, room // 4)
         for start in range(0, len(history) + 1, 2):
             prompt = self._encode([*system_message(self._system), *history[start:], question])
             if len(prompt) <= longest:

@@ -1,5 +1,7 @@
 """`sample.py --prompt` and `--test`: single answers, printed."""
 
+import sys
+
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.options import SamplingOptions
 from tinysft_jax.sampling.text import AnswerStream, encode_request, text_options
@@ -49,9 +51,14 @@ def print_answers(
         for text in pieces:
             print(text, end="", flush=True)
         print(flush=True)
-        return
-    for number, answer in enumerate(decoder.generate([ids] * num_samples, options), start=1):
-        print(f"[{number}] {opening}{tokenizer.decode(answer)}")
+        lengths = [len(ids) + pieces.n_tokens]
+    else:
+        answers = decoder.generate([ids] * num_samples, options)
+        for number, answer in enumerate(answers, start=1):
+            print(f"[{number}] {opening}{tokenizer.decode(answer)}")
+        lengths = [len(ids) + len(answer) for answer in answers]
+    if note := decoder.note_on_length(lengths, options):
+        print(note, file=sys.stderr)
 
 
 def print_capabilities(
@@ -60,10 +67,13 @@ def print_capabilities(
     """Prints a request of each kind that the model should have learnt, and its answer."""
     options = text_options(options, tokenizer, decoder.config)
     requests = {kind: encode_request(tokenizer, text, system) for kind, text in CAPABILITIES.items()}
-    context = decoder.config.max_seq_len
-    fitting = [kind for kind, ids in requests.items() if len(ids) < context]
+    length = decoder.max_length(options)
+    fitting = [kind for kind, ids in requests.items() if len(ids) < length]
     answers = decoder.generate([requests[kind] for kind in fitting], options)
     texts = dict(zip(fitting, map(tokenizer.decode, answers), strict=True))
     for kind, text in CAPABILITIES.items():
-        too_long = f"({len(requests[kind])} tokens are too long for the model's context of {context})"
+        too_long = f"({len(requests[kind])} tokens leave no room for an answer: {length} are the most)"
         print(f"--- {kind}\nUser: {text}\nAssistant: {texts.get(kind, too_long)}\n")
+    lengths = [len(requests[kind]) + len(answer) for kind, answer in zip(fitting, answers, strict=True)]
+    if note := decoder.note_on_length(lengths, options):
+        print(note, file=sys.stderr)

@@ -36,7 +36,13 @@ def load_config(name: str, preset: str = ""):
 def tiny_config(data: Path, **changes):
     """A run of 12 steps; `changes` are by dotted key, dots written as two underscores."""
     config = load_config("sft")
-    config.update({"data": {"path": str(data), "seq_len": 64}, "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2}})
+    config.update(
+        {
+            "init_from": "random",
+            "data": {"path": str(data), "seq_len": 64},
+            "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
+        }
+    )
     config.model.update({"dim": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 64})
     config.train.update({"max_steps": 12, "batch_size": 8, "log_interval": 1, "eval_interval": 5, "save_interval": 4})
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})

@@ -29,10 +29,10 @@ def test_what_is_there_is_replaced_only_when_asked_and_only_by_a_whole_one(tmp_p
     (tmp_path / "out" / "old").write_text("1")
     with pytest.raises(UserError, match="--overwrite"), files.new_directory(tmp_path / "out"):
         pass
-    with pytest.raises(RuntimeError), files.new_directory(tmp_path / "out", overwrite=True, marker="old"):
+    with pytest.raises(RuntimeError), files.new_directory(tmp_path / "out", overwrite=True, content=("old", "new")):
         raise RuntimeError
     assert os.listdir(tmp_path / "out") == ["old"]
-    with files.new_directory(tmp_path / "out", overwrite=True, marker="old") as directory:
+    with files.new_directory(tmp_path / "out", overwrite=True, content=("old", "new")) as directory:
         (directory / "new").write_text("2")
     assert os.listdir(tmp_path / "out") == ["new"] and os.listdir(tmp_path) == ["out"]
 
@@ -47,10 +47,31 @@ def test_nothing_of_another_kind_is_replaced(tmp_path):
     for name in ("notes", "link", "file"):
         with (
             pytest.raises(UserError, match="replaces nothing else"),
-            files.new_directory(tmp_path / name, overwrite=True, marker="model.json"),
+            files.new_directory(tmp_path / name, overwrite=True),
         ):
             pass
     assert sorted(os.listdir(tmp_path)) == ["file", "link", "model", "notes"]
+
+
+def test_what_somebody_else_put_there_is_not_replaced(tmp_path):
+    (tmp_path / "model").mkdir()
+    for name in ("model.json", "my notes"):
+        (tmp_path / "model" / name).write_text("{}")
+    with pytest.raises(UserError, match=r"'my notes'.*would delete it"), files.new_directory(tmp_path / "model", True):
+        pass
+    assert sorted(os.listdir(tmp_path / "model")) == ["model.json", "my notes"]
+
+
+def test_of_two_that_make_the_same_the_second_is_refused(tmp_path):
+    with pytest.raises(UserError, match="out exists"), files.new_directory(tmp_path / "out") as directory:
+        with files.new_directory(tmp_path / "out") as other:
+            (other / "first").write_text("1")
+        (directory / "second").write_text("2")
+    with pytest.raises(UserError, match="file exists"), files.new_file(tmp_path / "file") as aside:
+        (tmp_path / "file").write_text("first")
+        aside.write_text("second")
+    assert os.listdir(tmp_path / "out") == ["first"] and (tmp_path / "file").read_text() == "first"
+    assert sorted(os.listdir(tmp_path)) == ["file", "out"]
 
 
 def test_a_directory_that_cannot_be_made_is_a_users_error(tmp_path):

@@ -1,5 +1,6 @@
 """The command itself, in processes of its own."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,14 @@ from tinysft_jax.training.loop import train
 from tinysft_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
-SIZES = ["model.dim=16", "model.n_layers=1", "model.n_heads=2", "model.max_seq_len=64", "data.seq_len=64"]
+SIZES = [
+    "init_from=random",
+    "model.dim=16",
+    "model.n_layers=1",
+    "model.n_heads=2",
+    "model.max_seq_len=64",
+    "data.seq_len=64",
+]
 
 
 def command(*arguments: str) -> list[str]:
@@ -54,10 +62,10 @@ def test_a_mistake_gets_one_line_and_exit_code_2(arguments, complaint):
     assert not (ROOT / "x").exists()
 
 
-def start_until(step: int, workdir: Path, arguments: list[str]) -> subprocess.Popen:
+def start_until(step: int, workdir: Path, arguments: list[str], **options) -> subprocess.Popen:
     """The command, once it has logged step `step`."""
     process = subprocess.Popen(
-        command("--config=configs/sft.py", *arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True
+        command("--config=configs/sft.py", *arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True, **options
     )
     deadline = time.monotonic() + 200
     while not any(line["step"] >= step for line in read_metrics(workdir)) and time.monotonic() < deadline:
@@ -105,6 +113,68 @@ def test_a_run_that_is_killed_and_left_at_once_ends_as_if_it_had_not_been(chat_d
     config.update_from_flattened_dict({"optimizer.learning_rate": 2e-5, **values})
     train(config, whole)
     assert_same_bits(work, whole)
+
+
+@pytest.fixture
+def with_a_worker(chat_data, tmp_path):
+    """A run whose batches a process of its own builds, and that leads a group of processes."""
+    workdir = tmp_path / "work"
+    values = ("train.max_steps=1000000", "train.eval_interval=500000", "data.num_workers=1", "train.log_interval=5")
+    arguments = [f"--workdir={workdir}", *settings(chat_data, *values)]
+    return start_until(10, workdir, arguments, start_new_session=True), workdir
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    children = " ".join(path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/children")).split()
+    return [pid for pid in map(int, children) if b"spawn_main" in _command_line(pid)]
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has just ended
+        return b""
+
+
+def test_a_dead_worker_is_one_line_after_a_checkpoint(with_a_worker):
+    process, workdir = with_a_worker
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:  # one that has built its last batch is not missed
+        for worker in workers_of(process):
+            os.kill(worker, signal.SIGKILL)
+        time.sleep(0.1)
+    stderr = process.communicate(timeout=60)[1]
+    last = stderr.splitlines()[-1]
+    assert process.returncode == 3 and "Traceback" not in stderr and last.startswith("error: the data can't be read on")
+    (checkpoint,) = (workdir / "checkpoints").iterdir()
+    assert last.endswith(f"step {int(checkpoint.name):,} is saved, the same command continues")
+    assert int(checkpoint.name) >= max(line["step"] for line in read_metrics(workdir))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_group_that_is_stopped_stops_in_good_order(with_a_worker, number, code):
+    """The worker is of the group, too. A closed terminal's signal may come twice, of terminal and shell."""
+    process, workdir = with_a_worker
+    workers = workers_of(process)
+    os.killpg(process.pid, number)
+    if number == signal.SIGHUP:
+        process.send_signal(number)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    assert "checkpoint saved; run the same command to continue" in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr and "Warning" not in stderr
+    assert len(list((workdir / "checkpoints").iterdir())) == 1
+    assert workers and not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+@pytest.mark.parametrize("redirection", ["2>&1 | head -2", ">&- 2>&-"])
+def test_a_run_does_not_depend_on_who_reads_along(chat_data, tmp_path, redirection):
+    values = ("train.max_steps=20", "optimizer.warmup_steps=2", "train.log_interval=1")
+    line = " ".join(command("--config=configs/sft.py", f"--workdir={tmp_path}", *settings(chat_data, *values)))
+    line = f"{line} {redirection}; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stdout
+    assert (tmp_path / "checkpoints" / "20").is_dir() and (tmp_path / "model").is_symlink()
 
 
 def test_a_checkpoint_that_is_damaged_beyond_help_is_exit_code_3(chat_data, tmp_path):

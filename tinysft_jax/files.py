@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -11,38 +10,48 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tinysft_jax.errors import UserError, shown
+from tinysft_jax.locks import try_lock
 
 # More than any file of settings has.
 MAX_TEXT_BYTES = 64 << 20
 MAX_DEPTH = 200
 
 
-def check_output(path: Path, overwrite: bool, marker: str) -> None:
+# What a model directory holds.
+MODEL_CONTENT = ("model.json", "params")
+
+
+def check_output(path: Path, overwrite: bool, content: Sequence[str]) -> None:
     """Refuses an output directory that must not be replaced, before any work is done.
 
     Args:
       path: the directory to make.
       overwrite: whether one that exists may be replaced.
-      marker: the file that tells that it is of the kind which is about to be made.
+      content: the names of what is about to be made in it; the first is a file that tells that it is of that kind.
 
     Raises:
-      UserError: if `path` exists, and `overwrite` is not set or it is something else.
+      UserError: if `path` exists, and `overwrite` is not set, or it is something else or holds something else.
     """
     if not (path.exists() or path.is_symlink()):
         return
     if not overwrite:
         raise UserError(f"{path} exists; choose another --output or add --overwrite")
-    if path.is_symlink() or not (path / marker).is_file():
-        raise UserError(f"{path} is not a directory with a {marker}; --overwrite replaces nothing else")
+    if path.is_symlink() or not (path / content[0]).is_file():
+        raise UserError(f"{path} is not a directory with a {content[0]}; --overwrite replaces nothing else")
+    if others := sorted(entry.name for entry in path.iterdir() if entry.name not in content):
+        raise UserError(
+            f"{path} holds {shown(others[0])}, which this command does not make, and --overwrite would delete it; "
+            "move it away or choose another --output"
+        )
 
 
 @contextlib.contextmanager
-def new_directory(path: Path, overwrite: bool = False, marker: str = "model.json") -> Iterator[Path]:
+def new_directory(path: Path, overwrite: bool = False, content: Sequence[str] = MODEL_CONTENT) -> Iterator[Path]:
     """Yields an empty directory that becomes `path` when the block ends, and vanishes if it fails.
 
     What a process that was killed left aside is removed first. The lock on such a directory tells that its process
@@ -53,22 +62,59 @@ def new_directory(path: Path, overwrite: bool = False, marker: str = "model.json
     Raises:
       UserError: if `path` must not be replaced, or can't be written.
     """
-    check_output(path, overwrite, marker)
-    aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    check_output(path, overwrite, content)
+    aside, lock = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial", None
+    try:
+        _make(aside, path)
+        lock = try_lock(aside)
+        yield aside
+        check_output(path, overwrite, content)  # once more: another process may have been faster
+        replace(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _make(aside: Path, path: Path) -> None:
+    """Makes the directory that is to become `path`, and removes what was abandoned on the way there before."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
         aside.mkdir()
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror}") from None
-    lock = _lock(aside)
+
+
+@contextlib.contextmanager
+def maybe_new_directory(path: Path) -> Iterator[None]:
+    """Makes a directory, with those above it, if there is none; those that are empty at the end are removed again."""
+    made = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
     try:
-        yield aside
-        replace(aside, path)
+        yield
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        with contextlib.suppress(OSError):  # not empty
+            for each in made:
+                each.rmdir()
+
+
+def check_pattern_free(path: Path) -> None:
+    """Refuses an output path in which orbax would take a part for a pattern: what it writes could not be read.
+
+    Raises:
+      UserError: naming the characters.
+    """
+    whole = str(path.absolute().resolve())
+    if found := sorted(set(whole) & set("*?[]\\")):
+        raise UserError(
+            f"{whole} contains {' '.join(found)}, which orbax, the library that writes parameters, takes for a "
+            "pattern; choose another path"
+        )
+    try:
+        whole.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{whole} is not UTF-8, and orbax, the library that writes parameters, needs that") from None
 
 
 def _remove_abandoned(path: Path) -> None:
@@ -77,23 +123,9 @@ def _remove_abandoned(path: Path) -> None:
     kinds = "partial|old" if path.exists() else "partial"
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(?:{kinds})")
     for found in path.parent.iterdir():
-        if name.fullmatch(found.name) and found.is_dir() and (lock := _lock(found)) is not None:
+        if name.fullmatch(found.name) and found.is_dir() and (lock := try_lock(found)) is not None:
             shutil.rmtree(found, ignore_errors=True)
             os.close(lock)
-
-
-def _lock(directory: Path) -> int | None:
-    """Locks a directory until the descriptor is closed; None if another process has, or the file system can't."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 @contextlib.contextmanager
@@ -112,6 +144,7 @@ def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
         raise UserError(f"can't write {path}: {error.strerror}") from None
     try:
         yield aside
+        check_output_file(path, overwrite)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import socket
 import time
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -111,12 +111,15 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     Args: as of `find_launch`.
 
     Raises:
-      UserError: as `find_launch`.
+      UserError: as `find_launch` and `check_devices`.
       RunError: if the others can't be reached.
     """
-    launch = find_launch(os.environ, coordinator, num_processes, process_id)
-    if launch is None:
-        return
+    if launch := find_launch(os.environ, coordinator, num_processes, process_id):
+        _join(launch)
+    check_devices()
+
+
+def _join(launch: Launch) -> None:
     try:
         jax.distributed.initialize(
             launch.coordinator,
@@ -134,6 +137,23 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         ) from None
 
 
+def check_devices() -> None:
+    """Looks for JAX's devices.
+
+    Raises:
+      UserError: if there are none of the platform that the environment asks for.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where JAX is installed without that platform
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        why = reason(error) if str(error) else "it is not installed"
+        raise UserError(
+            f"JAX can't use the platform of JAX_PLATFORMS={wanted}: {why}; unset it, or install what it needs (the "
+            "extra cuda12 or cuda13 for an NVIDIA GPU)"
+        ) from None
+
+
 def is_first() -> bool:
     """Whether this is the process that writes logs."""
     return jax.process_index() == 0
@@ -148,6 +168,25 @@ def barrier(name: str) -> None:
 def first_decides(value: int) -> int:
     """The first process's value, in all of them."""
     return int(multihost_utils.broadcast_one_to_all(np.array(value, np.int32))) if jax.process_count() > 1 else value
+
+
+def on_first(function: Callable[[], None]) -> None:
+    """Calls a function in the first process; the others wait, and learn that it failed if it did.
+
+    Raises:
+      UserError, RunError, OSError: if the function raises one; in the others, one of the first two.
+    """
+    failure: Exception | None = None
+    if is_first():
+        try:
+            function()
+        except (UserError, RunError, OSError) as error:
+            failure = error
+    code = first_decides(0 if failure is None else 2 if isinstance(failure, UserError) else 3)
+    if failure:
+        raise failure
+    if code:
+        raise (UserError if code == 2 else RunError)("process 0 can't go on; it says why")
 
 
 def check_same(values: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Keeps orbax from printing what it raises as well."""
+"""Keeps orbax from printing what it raises as well, and from waiting for other processes."""
 
 import contextlib
 import inspect
@@ -8,8 +8,19 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+from orbax.checkpoint import v1 as ocp
+
 # What it raises when a file can't be written (tensorstore's own errors are ValueErrors), or is not what it wrote.
 ORBAX_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def alone() -> ocp.Context:
+    """In the block, orbax reads in this process alone: by default all processes of a run must take part."""
+    context = ocp.Context()
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
+    return context
 
 
 @contextlib.contextmanager

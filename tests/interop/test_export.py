@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def finished(chat_data, tmp_path_factory) -> Path:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config, workdir = module.get_config(), tmp_path_factory.mktemp("run") / "work"
-    config.update({"export": "huggingface,torch", "data": {"path": str(chat_data), "seq_len": 64}})
+    config.update(
+        {"init_from": "random", "export": "huggingface,torch", "data": {"path": str(chat_data), "seq_len": 64}}
+    )
     config.model.update({"dim": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 64})
     config.optimizer.warmup_steps = 1
     config.train.update({"max_steps": 2, "batch_size": 8, "eval_interval": 1})
@@ -56,11 +59,34 @@ def test_a_run_exports_its_best_model(finished):
     assert (finished / "huggingface" / "loss.png").read_bytes() == (finished / "loss.png").read_bytes()
 
 
-def test_exporting_again_replaces(finished):
-    (finished / "huggingface" / "config.json").unlink()
-    assert export_run(finished, "huggingface") == [finished / "huggingface"]
-    assert (finished / "huggingface" / "config.json").exists()
-    assert export_run(finished, "") == []
+def edit_the_card(work: Path) -> str:
+    (work / "huggingface" / "README.md").write_text("mine")
+    return "README.md"
+
+
+def put_it_under_version_control(work: Path) -> str:
+    (work / "huggingface" / ".git").mkdir()
+    (work / "huggingface" / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    return ".git/HEAD"
+
+
+def lose_the_record(work: Path) -> str:
+    (work / "exports.json").unlink()
+    return "nothing tells how it came there"
+
+
+@pytest.mark.parametrize("change", [edit_the_card, put_it_under_version_control, lose_the_record])
+def test_an_export_that_somebody_changed_is_kept(finished, tmp_path, change):
+    work = shutil.copytree(finished, tmp_path / "work", symlinks=True)
+    assert export_run(work, "huggingface") == [f"exported: {work / 'huggingface'}"]
+    told = change(work)
+    before = {path: path.read_bytes() for path in (work / "huggingface").rglob("*") if path.is_file()}
+    (line,) = export_run(work, "huggingface")
+    assert line.startswith(f"kept: {work / 'huggingface'}, ") and told in line and "move it away" in line
+    assert {path: path.read_bytes() for path in before} == before
+    (work / "huggingface").rename(tmp_path / "away")
+    assert export_run(work, "huggingface,torch")[0] == f"exported: {work / 'huggingface'}"
+    assert export_run(work, "") == []
     assert not list(finished.glob(".*"))
 
 

@@ -15,6 +15,7 @@ from tinysft_jax.training.metrics import read_metrics
 
 KILLS = int(os.environ.get("SOAK_KILLS", "20"))
 SETTINGS = {
+    "init_from": "random",
     "model.dim": 32,
     "model.n_layers": 2,
     "model.n_heads": 2,

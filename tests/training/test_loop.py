@@ -80,6 +80,22 @@ def test_what_a_checkpoint_says_of_its_run_is_checked(chat_data, finished, monke
     assert sorted(path.name for path in finished.rglob("*")) == before
 
 
+def test_a_model_says_to_which_length_it_was_trained(chat_data, finished, tmp_path):
+    """The data's longest conversation, or the start's own length if larger; of unknown training: its context."""
+    longest = PreparedData(chat_data).split("train").lengths.max()
+    trained = {}
+    for name, own in (("shorter", longest - 1), ("longer", longest + 1), ("unknown", None)):
+        shutil.copytree(finished / "model", tmp_path / name)
+        description = json.loads((tmp_path / name / "model.json").read_text())
+        assert description.pop("trained_length") == longest < description["model"]["max_seq_len"]
+        (tmp_path / name / "model.json").write_text(
+            json.dumps(description | ({} if own is None else {"trained_length": int(own)}))
+        )
+        loop.train(tiny_config(chat_data, init_from=str(tmp_path / name), train__max_steps=2), tmp_path / f"{name}-run")
+        trained[name] = json.loads((tmp_path / f"{name}-run" / "model" / "model.json").read_text())["trained_length"]
+    assert trained == {"shorter": longest, "longer": longest + 1, "unknown": 64}
+
+
 def test_model_is_a_link_to_the_best(finished):
     valid = losses(finished, "sft/val_loss")
     best = min((step for step in valid if step), key=valid.get)
@@ -122,7 +138,7 @@ def test_a_finished_run_has_nothing_left_to_do(chat_data, finished):
         ({"optimizer__learning_rate": 0.5}, "optimizer.learning_rate was 0.01, now 0.5"),
         ({"train__max_steps": 11}, "steps was 12, now 11"),
         ({"model__dim": 32}, "model.dim was 16, now 32"),
-        ({"init_from": "elsewhere"}, "init_from was empty, now elsewhere"),
+        ({"init_from": "elsewhere"}, "init_from was random, now elsewhere"),
         ({"optimizer__warmup_steps": 3}, r"another run: optimizer.warmup_steps was 2, now 3; .*--accept_changes"),
     ],
 )
@@ -348,8 +364,11 @@ def test_wandb_is_not_imported_unless_asked_for(finished):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"train__batch_size": 12}, "train.batch_size 12 must be a multiple of 8"),
-        ({"train__grad_accumulation_steps": 3}, "train.batch_size 8 must be a multiple of 24"),
+        ({"train__batch_size": 12}, "train.batch_size 12, .* not a multiple of 8 .* the nearest that fit are 8 and 16"),
+        (
+            {"train__grad_accumulation_steps": 3},
+            r"train.batch_size 8, .* not a multiple of 24 \(mesh.data × mesh.fsdp = 8, .* the nearest that fits is 24",
+        ),
         ({"mesh__data": 3}, r"mesh data=3 × fsdp=1 × tensor=1 does not fit 8 device"),
         ({"train__dtype": "float16"}, "train.dtype is 'float16'"),
         ({"train__remat": "some"}, "train.remat is 'some'"),
@@ -362,6 +381,8 @@ def test_wandb_is_not_imported_unless_asked_for(finished):
         ({"data__path": "/nowhere"}, "/nowhere is not a prepared data set"),
         ({"init_from": "/nowhere"}, "/nowhere does not exist"),
         ({"data__seq_len": 128}, "data.seq_len 128 is longer than the model's context 64"),
+        ({"mesh__tensor": 4}, "mesh.tensor 4 does not divide the model's 2 attention heads; choose one of 1, 2"),
+        ({"init_from": ""}, r"init_from is empty, .* conversations: .*--config.init_from=random"),
         ({"data__seq_len": 63}, "data.seq_len 63 is below the data's max_tokens 64"),
         ({"optimizer__warmup_steps": 13}, "optimizer.warmup_steps 13 is longer than the run of 12 steps"),
         ({"train__max_skipped_steps": 0}, "train.max_skipped_steps is 0"),

@@ -1,9 +1,9 @@
 import json
 import sys
 import time
-import types
 
 import pytest
+from fake_wandb import FakeWandb
 
 from tinysft_jax.model import GPTConfig
 from tinysft_jax.training import metrics
@@ -13,45 +13,30 @@ CONFIG = GPTConfig(vocab_size=260, dim=16, n_layers=1, n_heads=2, max_seq_len=64
 DISABLED = {"mode": "disabled", "project": "p", "name": ""}
 
 
-class FakeWandb(types.ModuleType):
-    """Notes what it is told."""
-
-    def __init__(self):
-        super().__init__("wandb")
-        self.started, self.logged, self.finished = [], [], 0
-
-    def init(self, **arguments):
-        self.started.append(arguments)
-        return types.SimpleNamespace(log=lambda values, step: self.logged.append((step, values)), finish=self.finish)
-
-    def finish(self):
-        self.finished += 1
-
-
-def test_wandb_continues_the_same_run(tmp_path, monkeypatch):
+def test_wandb_continues_the_same_run_and_learns_how_it_ended(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
-    for _ in range(2):
+    for exit_code in (143, 0):
         log = MetricLog(tmp_path, [], {"mode": "offline", "project": "p", "name": ""}, {"seed": 0})
         log.write(3, {"sft/lr": 0.5})
-        log.close()
+        log.close(exit_code)
     first, second = fake.started
     assert first["id"] == second["id"] and len(first["id"]) == 8 and first["resume"] == "allow"
     assert (first["mode"], first["project"], first["name"]) == ("offline", "p", tmp_path.name)
-    assert fake.logged == [(3, {"sft/lr": 0.5})] * 2 and fake.finished == 2
+    assert fake.logged == [(3, {"sft/lr": 0.5})] * 2 and fake.finished == [143, 0]
 
 
 def test_a_continued_run_drops_the_lines_it_will_write_again(tmp_path):
     log = MetricLog(tmp_path, [], DISABLED, {})
     for step in range(1, 6):
         log.write(step, {"sft/train_loss": step / 2})
-    log.close()
+    log.close(0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('3\n{"step": null}\n{}\n')  # damaged
         file.write('{"step": 6, "sft/tr')  # killed while writing
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
     log = MetricLog(tmp_path, read_metrics(tmp_path)[:3], DISABLED, {})
     log.write(4, {"sft/train_loss": 9.0})
-    log.close()
+    log.close(0)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["sft/train_loss"] for line in lines] == [0.5, 1.0, 1.5, 9.0]
 

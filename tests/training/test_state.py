@@ -50,10 +50,10 @@ def test_a_plain_model_learns_the_datas_template(chat_data, tmp_path):
 
 
 def test_random_weights_take_the_datas_vocabulary(chat_data):
-    description, params = starting_model("", RANDOM, PreparedData(chat_data))
+    description, params = starting_model("random", RANDOM, PreparedData(chat_data))
     assert params is None and description.config.vocab_size == 260
     with pytest.raises(UserError, match=r"model.vocab_size 100 is below the data's 260"):
-        starting_model("", RANDOM | {"vocab_size": 100}, PreparedData(chat_data))
+        starting_model("random", RANDOM | {"vocab_size": 100}, PreparedData(chat_data))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from tinysft_jax.training.metrics import read_metrics
 
 SETTINGS = {
+    "init_from": "random",
     "model.dim": 16,
     "model.n_layers": 1,
     "model.n_heads": 2,
@@ -71,8 +72,11 @@ def assert_same_run(workdir: Path, alone: Path) -> None:
 
 def test_two_processes_train_as_one_device_does(chat_data, alone, tmp_path):
     """Each reads its own part of the rows; the first alone writes logs; both write the checkpoint."""
-    (first, spoken), (second, silent) = run(chat_data, tmp_path)
+    (first, spoken), (second, silent) = run(chat_data, tmp_path, export="huggingface,torch")
     assert (first, second) == (0, 0), (spoken, silent)
+    exports = [tmp_path / "huggingface", tmp_path / "model.pt"]
+    assert [path.exists() for path in exports] == [True, True]
+    assert all(f"exported: {path}" in spoken for path in exports)
     assert "step 20: validation loss" in spoken and "loss" not in silent
     assert len(losses(alone)) == 20 and losses(alone)[20] < losses(alone)[1] - 0.1
     assert_same_run(tmp_path, alone)

@@ -5,6 +5,7 @@ of a run in its data is one number, the rows it has read.
 """
 
 import hashlib
+import os
 import shutil
 import tempfile
 import weakref
@@ -15,6 +16,7 @@ from jaxtyping import Int, UInt32
 
 from tinysft_jax.data.cutting_stock import cut
 from tinysft_jax.errors import RunError, UserError
+from tinysft_jax.locks import temporary_directory
 
 
 class PackingPlan:
@@ -42,26 +44,28 @@ class PackingPlan:
     def create(
         cls, order: UInt32[np.ndarray, " conversations"], row_starts: Int[np.ndarray, " rows_and_1"]
     ) -> "PackingPlan":
-        """A plan with files of its own, which are removed when the plan is no longer used, or the program ends.
+        """A plan with files of its own.
+
+        They are removed when the plan is no longer used, or the program ends; or by the next program if this is killed.
 
         Raises:
           RunError: if they can't be written.
         """
         try:
-            directory = Path(tempfile.mkdtemp(prefix="tinysft-jax-plan-"))
+            directory, lock = temporary_directory("tinysft-jax-plan-")
             try:
                 np.save(directory / "order.npy", order)
                 np.save(directory / "row_starts.npy", row_starts)
                 plan = cls(directory)
             except BaseException:
-                shutil.rmtree(directory, ignore_errors=True)
+                _remove(directory, lock)
                 raise
         except OSError as error:
             raise RunError(
                 f"can't write the plan of an epoch to {tempfile.gettempdir()}: {error.strerror or error}; set TMPDIR "
                 f"to a directory with {(order.nbytes + row_starts.nbytes) >> 20:,} MiB to spare"
             ) from None
-        weakref.finalize(plan, shutil.rmtree, directory, ignore_errors=True)
+        weakref.finalize(plan, _remove, directory, lock)
         return plan
 
     def __reduce__(self):
@@ -78,6 +82,12 @@ class PackingPlan:
     def first(self, n_rows: int) -> "PackingPlan":
         """A plan of the first rows alone."""
         return PackingPlan.create(self.order[: self.row_starts[n_rows]], self.row_starts[: n_rows + 1])
+
+
+def _remove(directory: Path, lock: int | None) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
 
 
 class Packing:

@@ -2,9 +2,10 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from multiprocessing import parent_process
+from multiprocessing import parent_process, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from jaxtyping import Float32, Int32
 
 from tinysft_jax.data.dataset import PreparedData, Split
 from tinysft_jax.data.packing import PackingPlan, plan_epoch
+from tinysft_jax.data.workers import STOP_SIGNALS, stop_signals_blocked
+from tinysft_jax.errors import RunError, reason
 
 # `[B, T]` arrays: tokens int32; segment_ids int32, 1.. in each row, 0 for padding; positions int32, from 0 in every
 # conversation; targets int32, the next token; weights float32, 0 where nothing is supervised.
@@ -21,6 +24,10 @@ Batch = dict[str, Int32[np.ndarray, "B T"] | Float32[np.ndarray, "B T"]]
 
 # Batches that a worker keeps ready.
 READ_AHEAD = 4
+
+# Workers hand over batches in shared memory. What a killed one leaves there, Python's tracker of such things removes;
+# that it also complains is of no use to anyone.
+_QUIET_TRACKER = "ignore:resource_tracker"
 
 
 class BatchSource:
@@ -76,9 +83,23 @@ def epoch_batches(source: BatchSource, start: int = 0, num_workers: int = 0) -> 
     if num_workers:
         options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=READ_AHEAD)
         dataset = dataset.mp_prefetch(options, _prepare_worker)
+        if _QUIET_TRACKER not in sys.warnoptions:
+            sys.warnoptions.append(_QUIET_TRACKER)
+        with stop_signals_blocked():
+            resource_tracker.ensure_running()
     iterator = iter(dataset)
     try:
-        yield from iterator
+        while True:
+            with stop_signals_blocked():
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+    # What grain says of a worker that is gone, or raises in its place.
+    except (RuntimeError, OSError, MemoryError, EOFError) as error:
+        raise RunError(
+            f"the data can't be read on: {reason(error)}; if memory was short, choose a smaller data.num_workers"
+        ) from None
     finally:
         iterator.close()  # ends the workers
 
@@ -107,8 +128,9 @@ def batches(
 
 
 def _prepare_worker(worker_index: int, worker_count: int) -> None:
-    """A worker ends when it is told to, or when its parent is gone however that ended; Ctrl-C is the parent's."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker ends when it is told to, or when its parent is gone however that ended."""
+    os.setpgrp()  # what is sent to the whole group (Ctrl-C, say) is the parent's business
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
 
 

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 TASKS_PER_WORKER = 2
 
 # What a terminal or a batch system sends to all processes of a command. Workers leave it to their parent.
-_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 class _Worker(NamedTuple):
@@ -82,7 +82,7 @@ def _start(pool: list[_Worker], function: Callable[[Task], Result], workers: int
     context = multiprocessing.get_context("spawn")
     try:
         resource_tracker.ensure_running()  # as it starts, it unblocks signals
-        with _stop_signals_blocked():  # which the workers inherit
+        with stop_signals_blocked():  # which the workers inherit
             for _ in range(workers):
                 ours, theirs = context.Pipe()
                 with theirs:
@@ -161,7 +161,7 @@ def _death_noticed() -> Iterator[None]:
 
 def _end(pool: list[_Worker]) -> None:
     """Ends the workers at once: what they are at is not wanted any more."""
-    with _stop_signals_blocked():
+    with stop_signals_blocked():
         for worker in pool:
             worker.connection.close()
             worker.process.kill()
@@ -170,8 +170,9 @@ def _end(pool: list[_Worker]) -> None:
 
 
 @contextlib.contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+def stop_signals_blocked() -> Iterator[None]:
+    """What is started in the block is born without a care for these signals; other threads of this process get them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

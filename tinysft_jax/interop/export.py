@@ -10,7 +10,7 @@ from pathlib import Path
 from tinysft_jax import files
 from tinysft_jax.errors import RunError, UserError, reason
 from tinysft_jax.interop import huggingface
-from tinysft_jax.interop.model_card import write_card
+from tinysft_jax.interop.model_card import CARD_CONTENT, write_card
 from tinysft_jax.interop.run_record import RunRecord, read_run
 from tinysft_jax.interop.torch_checkpoint import read_torch_checkpoint
 from tinysft_jax.interop.torch_export import write_torch_checkpoint
@@ -19,11 +19,13 @@ from tinysft_jax.training.metrics import ALL_TASKS, FINAL
 
 KINDS = ("model", "torch", "huggingface")
 
-# The file that tells a directory of each kind. A Hugging Face folder has a config.json, but so has a work directory.
-_MARKERS = {"model": "model.json", "huggingface": huggingface.WEIGHTS}
+_CONTENT = {"model": files.MODEL_CONTENT, "huggingface": (*huggingface.CONTENT, *CARD_CONTENT)}
 
 # What a run can write at its end: kind → its name in the work directory, the package that it takes, and the extra.
 _OF_A_RUN = {"huggingface": ("huggingface", "safetensors", "hf"), "torch": ("model.pt", "torch", "torch")}
+
+# Of what a run exported, in its work directory: name → file → SHA-256.
+_RECORD = "exports.json"
 
 
 def read_any(path: Path, n_heads: int | None = None) -> tuple[ModelDescription, Params]:
@@ -57,7 +59,9 @@ def check_output(kind: str, path: Path, overwrite: bool) -> None:
     if kind == "torch":
         files.check_output_file(path, overwrite)
     else:
-        files.check_output(path, overwrite, _MARKERS[kind])
+        if kind == "model":
+            files.check_pattern_free(path)
+        files.check_output(path, overwrite, _CONTENT[kind])
     if (kind == "torch") != (path.suffix == ".pt"):
         raise UserError(f"--output {path}: --to torch writes a file that ends in .pt, the others write a directory")
 
@@ -69,7 +73,7 @@ def new_output(kind: str, path: Path, overwrite: bool) -> Iterator[Path]:
         with files.new_file(path, overwrite) as aside:
             yield aside
     else:
-        with files.new_directory(path, overwrite, _MARKERS[kind]) as aside:
+        with files.new_directory(path, overwrite, _CONTENT[kind]) as aside:
             yield aside
 
 
@@ -134,14 +138,51 @@ def parse_export(names: str) -> tuple[str, ...]:
     return kinds
 
 
-def export_run(workdir: Path, names: str) -> list[Path]:
-    """Writes the best model of a run beside it, in the forms that its setting `export` lists; returns their paths."""
+def export_run(workdir: Path, names: str) -> list[str]:
+    """Writes the best model of a run beside it, in the forms that its setting `export` lists.
+
+    What is there already is replaced only if it is as it was written.
+
+    Returns:
+      What became of each, a line each.
+    """
     kinds = parse_export(names)
     if not kinds:
         return []
-    (description, params), run = read_model(workdir), read_run(workdir)
-    paths = [workdir / _OF_A_RUN[kind][0] for kind in kinds]
-    for kind, path in zip(kinds, paths, strict=True):
+    (description, params), run, lines = read_model(workdir), read_run(workdir), []
+    for kind in kinds:
+        path = workdir / _OF_A_RUN[kind][0]
+        if path.exists() and (changed := _change_in(workdir, path)):
+            lines.append(f"kept: {path}, {changed}; move it away, and the same command writes it anew")
+            continue
         with new_output(kind, path, overwrite=True) as aside:
             write(kind, aside, params, description, workdir.resolve().name, run)
-    return paths
+        hashes = _recorded(workdir) | {path.name: _hashes(path)}
+        files.write_json(workdir / _RECORD, {"format_version": 1, "exports": hashes})
+        lines.append(f"exported: {path}")
+    return lines
+
+
+def _change_in(workdir: Path, path: Path) -> str:
+    """How an export differs from what was written; empty if it does not."""
+    if (before := _recorded(workdir).get(path.name)) is None:
+        return "as nothing tells how it came there"
+    now = _hashes(path)
+    differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return f"as it was changed since it was written ({', '.join(differing[:3])})" if differing else ""
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    """Name → SHA-256 of an export's files."""
+    if path.is_file():
+        return {path.name: files.sha256(path)}
+    return {each.relative_to(path).as_posix(): files.sha256(each) for each in path.rglob("*") if each.is_file()}
+
+
+def _recorded(workdir: Path) -> dict[str, dict[str, str]]:
+    """What was written, by export; nothing if nobody can tell."""
+    try:
+        exports = files.read_json(workdir / _RECORD, "a record of exports", format_version=1)["exports"]
+        return {name: dict(hashes) for name, hashes in exports.items()}
+    except (UserError, KeyError, AttributeError, TypeError, ValueError):
+        return {}

@@ -14,6 +14,7 @@ from tinysft_jax.interop.run_record import RunRecord
 from tinysft_jax.model_directory import ModelDescription, model_parameter_shapes, trim_vocabulary
 
 _LOSS_PLOT, _REPORT_PLOT = "loss.png", "evaluation.png"
+CARD_CONTENT = ("README.md", _LOSS_PLOT, _REPORT_PLOT)
 # Settings that say nothing of the model: where and how the run wrote; and its shape, which stands above.
 _UNTOLD = (
     "model.",

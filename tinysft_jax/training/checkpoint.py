@@ -16,8 +16,14 @@ from tinysft_jax.errors import RunError, reason
 from tinysft_jax.model_directory import ModelDescription, Params, write_model
 from tinysft_jax.quiet import ORBAX_ERRORS, quiet_orbax
 from tinysft_jax.training.step import TrainState
+from tinysft_jax.training.workdir import own
 
 _NONE, _ALL_DAMAGED = -1, -2
+
+# Names in checkpoints/: of what is finished, and of what is being written (also by orbax) or removed.
+_FINISHED, _UNFINISHED = r"[0-9]+", r"\.[0-9]+\.(partial|old).*"
+# Names in models/.
+_MODELS = r"[0-9]+(\.before)?|\.[0-9]+\.partial"
 
 
 class Checkpoints:
@@ -69,13 +75,15 @@ class Checkpoints:
         return "; ".join(damage)
 
     def clear(self) -> None:
-        """Makes the directory, and removes what is newer than the newest sound checkpoint, or was never finished."""
-        if processes.is_first():
-            self._directory.mkdir(parents=True, exist_ok=True)
-            for path in self._directory.iterdir():
-                if not path.name.isdecimal() or self.newest is None or int(path.name) > self.newest:
-                    shutil.rmtree(path, ignore_errors=True)
-        processes.barrier("checkpoints cleared")
+        """Makes the directory, and removes what is newer than the newest sound checkpoint, or was never finished.
+
+        To be called by the first process alone.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        newest = _NONE if self.newest is None else self.newest
+        newer = [path for path in own(self._directory, _FINISHED) if int(path.name) > newest]
+        for path in [*newer, *own(self._directory, _UNFINISHED)]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def save(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
         """Starts to write; returns once the state has been copied to host memory.
@@ -137,7 +145,7 @@ class Checkpoints:
         finally:
             self._writer.shutdown()
             if processes.is_first():
-                for path in self._directory.glob(".*"):
+                for path in own(self._directory, _UNFINISHED):
                     shutil.rmtree(path, ignore_errors=True)
 
     def _finish(self, step: int, written: Callable[[], None]) -> None:
@@ -159,9 +167,7 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         """The steps that have a checkpoint, in order."""
-        if not self._directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
+        return sorted(int(path.name) for path in own(self._directory, _FINISHED))
 
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
@@ -187,36 +193,15 @@ def save_best(workdir: Path, step: int, params: Params, description: ModelDescri
     models = workdir / "models"
     directory, aside = models / str(step), models / f".{step}.partial"
     first = processes.is_first()
-    # Written already, if the run before was killed after it: the same steps, the same model.
-    is_written = processes.first_decides(directory.exists())
-    if first and not is_written:
+    if first:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    if not is_written:
-        processes.barrier("directory of the best model")
-        write_model(aside, params, description)
-        processes.barrier("best model")
+    processes.barrier("directory of the best model")
+    write_model(aside, params, description)
+    processes.barrier("best model")
     if first:
-        if not is_written:
-            files.replace(aside, directory)
+        files.replace(aside, directory)
         files.link(workdir / "model", directory)
-        for other in models.iterdir():
+        for other in own(models, _MODELS):
             if other != directory:
                 shutil.rmtree(other, ignore_errors=True)
-
-
-def set_models_aside(workdir: Path, step: int) -> None:
-    """Renames models of steps after `step`, which a changed run will reach with other parameters.
-
-    `model` keeps pointing at the same content.
-    """
-    if not processes.is_first():
-        return
-    for path in (workdir / "models").glob("[0-9]*"):
-        if path.name.isdecimal() and int(path.name) > step:
-            kept = path.with_name(f"{path.name}.before")
-            shutil.rmtree(kept, ignore_errors=True)
-            shutil.copytree(path, kept)
-            if (workdir / "model").resolve() == path.resolve():
-                files.link(workdir / "model", kept)
-            shutil.rmtree(path)

@@ -7,10 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+import tinysft_jax
 from tinysft_jax.attention import ATTENTION_BACKENDS
 from tinysft_jax.errors import UserError
 from tinysft_jax.interop.export import parse_export
-from tinysft_jax.model import REMAT_POLICIES, default_dtype
+from tinysft_jax.model import REMAT_POLICIES, GPTConfig, default_dtype
 from tinysft_jax.training.evaluate import FINAL_EVALS
 from tinysft_jax.training.optimizer import DECAYED
 from tinysft_jax.training.profile import parse_window
@@ -145,9 +146,12 @@ def check_config(config: ConfigDict, batch_shards: int) -> None:
     parse_export(config.export)
     rows, divisor = config.train.batch_size, config.train.grad_accumulation_steps * batch_shards
     if rows % divisor:
+        below, above = rows // divisor * divisor, -(-rows // divisor) * divisor
         raise UserError(
-            f"train.batch_size {rows} must be a multiple of {divisor}: train.grad_accumulation_steps "
-            f"{config.train.grad_accumulation_steps} × {batch_shards} shard(s) of the mesh"
+            f"train.batch_size {rows}, the rows of a step over all devices, is not a multiple of {divisor} "
+            f"(mesh.data × mesh.fsdp = {batch_shards}, train.grad_accumulation_steps = "
+            f"{config.train.grad_accumulation_steps}); the nearest that {'fit are' if below else 'fits is'} "
+            f"{f'{below} and ' if below else ''}{above}"
         )
 
 
@@ -173,6 +177,27 @@ def check_run(config: ConfigDict, total_steps: int, max_tokens: int) -> None:
         )
 
 
+def check_model(shape: GPTConfig, seq_len: int, tensor: int) -> None:
+    """Refuses what does not fit the model.
+
+    Args:
+      shape: of the model.
+      seq_len: tokens a row.
+      tensor: devices over which heads are divided.
+
+    Raises:
+      UserError: naming the key.
+    """
+    if seq_len > shape.max_seq_len:
+        raise UserError(f"data.seq_len {seq_len} is longer than the model's context {shape.max_seq_len}")
+    if shape.n_heads % tensor:
+        fitting = [str(n) for n in range(1, shape.n_heads + 1) if shape.n_heads % n == 0]
+        raise UserError(
+            f"mesh.tensor {tensor} does not divide the model's {shape.n_heads} attention heads; choose one of "
+            f"{', '.join(fitting)}"
+        )
+
+
 def flat(config: ConfigDict) -> dict[str, Any]:
     """A configuration's values by dotted key."""
     values: dict[str, Any] = {}
@@ -189,12 +214,15 @@ def compute_dtype(config: ConfigDict):
     return default_dtype() if config.train.dtype == "auto" else jnp.dtype(config.train.dtype)
 
 
-def resolved(config: ConfigDict, total_steps: int) -> dict[str, Any]:
-    """What `config.json` holds: the configuration, the steps it comes to, and the packages that ran it."""
-    packages = ("tinysft-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+def resolved(config: ConfigDict, total_steps: int, identity: dict[str, Any]) -> dict[str, Any]:
+    """What `config.json` holds: the configuration, the steps it comes to, whose run it is, and what ran it."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
     return {
         "format_version": 1,
         "config": config.to_dict(),
         "total_steps": total_steps,
-        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "run": identity,
+        # Not from the metadata of packages: this one runs from a checkout that is not installed, too.
+        "packages": {"tinysft-jax": tinysft_jax.__version__, **versions},
     }

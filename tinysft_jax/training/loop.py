@@ -24,8 +24,8 @@ from tinysft_jax.model import GPT
 from tinysft_jax.model_directory import ModelDescription, Params, load_params
 from tinysft_jax.sharding import batch_sharding, batch_shards, global_batch, make_mesh, process_part
 from tinysft_jax.tokenizer import ChatTokenizer
-from tinysft_jax.training.checkpoint import Checkpoints, save_best, set_models_aside
-from tinysft_jax.training.config import check_config, check_keys, check_run, compute_dtype, resolved
+from tinysft_jax.training.checkpoint import Checkpoints, save_best
+from tinysft_jax.training.config import check_config, check_keys, check_model, check_run, compute_dtype, resolved
 from tinysft_jax.training.evaluate import Evaluator, evaluation_rows, n_evaluations
 from tinysft_jax.training.interrupt import StopRequest
 from tinysft_jax.training.metrics import ALL_TASKS, FINAL, FINAL_ROWS, MetricLine, MetricLog, Rates, read_metrics
@@ -44,6 +44,7 @@ from tinysft_jax.training.resume import (
 from tinysft_jax.training.skipped import SkippedSteps
 from tinysft_jax.training.state import check_same_language, create_state, starting_model, state_shapes
 from tinysft_jax.training.step import make_eval_step, make_train_step
+from tinysft_jax.training.workdir import held, set_aside_other_run, set_models_aside
 
 
 def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verify: bool = False) -> None:
@@ -64,8 +65,8 @@ def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verif
     mesh = make_mesh(**config.mesh)
     check_config(config, batch_shards(mesh))
     try:
-        with jax.set_mesh(mesh), StopRequest() as stop:
-            _Run(config, workdir, mesh, stop, accept_changes, verify).to_the_end()
+        with jax.set_mesh(mesh), StopRequest() as stop, held(workdir) as note:
+            _Run(config, workdir, mesh, stop, accept_changes, verify, [note] if note else []).to_the_end()
     except OSError as error:
         raise RunError(f"can't write {workdir}: {error.strerror or error}") from None
     except jax.errors.JaxRuntimeError as error:
@@ -81,7 +82,14 @@ class _Run:
     """Everything is checked and built before anything is written."""
 
     def __init__(
-        self, config: ConfigDict, workdir: Path, mesh: Mesh, stop: StopRequest, accept_changes: bool, verify: bool
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        mesh: Mesh,
+        stop: StopRequest,
+        accept_changes: bool,
+        verify: bool,
+        notes: list[str],
     ):
         self.config, self.workdir, self.mesh, self.stop = config, workdir, mesh, stop
         self.part = process_part(mesh)
@@ -107,7 +115,7 @@ class _Run:
         self.eval_rows, self.final_rows = evaluation_rows(config, self.total_steps, self.evaluator.n_rows)
         self.step, self.best_loss, self.best_step, self.evaluated_step = 0, math.inf, 0, -1
         self.skipped = SkippedSteps(workdir, config.train.max_skipped_steps)
-        self.notes: list[str] = []  # to be said once the run has begun
+        self.notes = notes  # to be said once the run has begun
         self.is_changed = False
         self.checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
         damage = self.checkpoints.find_newest()
@@ -137,7 +145,7 @@ class _Run:
             self.notes.append(f"continuing another run than it was: {'; '.join(changes)}")
         if before[TOTAL_STEPS] < self.total_steps:
             self.notes.append(what_more_steps_do(self.config, before[TOTAL_STEPS], self.total_steps, self.step))
-        self.is_changed = before != self.identity
+        self.is_changed = bool(changes) or before[TOTAL_STEPS] != self.total_steps
         self.evaluated_step, self.best_step = progress["evaluated_step"], progress["best_step"]
         self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
         self._keep_sample(progress.get("eval_rows", 0))
@@ -157,10 +165,7 @@ class _Run:
     def _build(self, params: Params | None) -> None:
         """The state and the compiled functions."""
         config, shape = self.config, self.description.config
-        if config.data.seq_len > shape.max_seq_len:
-            raise UserError(
-                f"data.seq_len {config.data.seq_len} is longer than the model's context {shape.max_seq_len}"
-            )
+        check_model(shape, config.data.seq_len, self.mesh.shape["tensor"])
         dtype = compute_dtype(config)
         choose_backend(config.train.attention, dtype, shape.head_dim, config.data.seq_len)
         options = {"dtype": dtype, "attention": config.train.attention, "remat": config.train.remat}
@@ -195,21 +200,13 @@ class _Run:
         return self.state.get("average", self.state["params"])
 
     def to_the_end(self) -> None:
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        first = processes.is_first()
-        self.checkpoints.clear()
-        if self.is_changed:
-            set_models_aside(self.workdir, self.step)
         seq_len = self.config.data.seq_len
         self.rates = Rates(self.description.config, self.config.train.batch_size * seq_len, seq_len)
-        self.log = None
-        self.progress = TrainingProgress(self.total_steps, quiet=not first)
+        self.log: MetricLog | None = None
+        processes.on_first(self._begin)
+        self.progress = TrainingProgress(self.total_steps, quiet=not processes.is_first())
+        exit_code = 1
         try:
-            if first:
-                settings = resolved(self.config, self.total_steps)
-                files.write_json(self.workdir / "config.json", settings)
-                self.skipped.forget_after(self.step)
-                self.log = MetricLog(self.workdir, self._kept_metrics(), self.config.wandb.to_dict(), settings)
             for note in self.notes:
                 self.progress.say(note)
             times = n_evaluations(self.total_steps, self.config.train.eval_interval)
@@ -223,12 +220,27 @@ class _Run:
                 self.best_step = self.step
                 self._save_model()
             self._evaluate_kept()
+            exit_code = 0
+        except Interrupted as interruption:
+            exit_code = interruption.exit_code
+            raise
         finally:
             self.progress.close()
             self.checkpoints.close()
             if self.log:
-                self.log.close()
+                self.log.close(exit_code)
         self._finish()
+
+    def _begin(self) -> None:
+        """Takes over the work directory: what the first process does before the first step."""
+        if self.checkpoints.newest is None and (note := set_aside_other_run(self.workdir, self.identity)):
+            self.notes.append(note)
+        settings = resolved(self.config, self.total_steps, self.identity)
+        files.write_json(self.workdir / "config.json", settings)
+        self.checkpoints.clear()
+        set_models_aside(self.workdir, self.step)
+        self.skipped.forget_after(self.step)
+        self.log = MetricLog(self.workdir, self._kept_metrics(), self.config.wandb.to_dict(), settings)
 
     def _train(self) -> None:
         profile = ProfileWindow(self.config.profile, self.workdir / "profile")
@@ -236,7 +248,9 @@ class _Run:
             pending = None  # metrics of the step before: fetched while the device works on the next one
             while self.step < self.total_steps and not self.stop.agreed(self.mesh):
                 profile.before(self.step)
-                self.state, metrics = self.train_step(self.state, global_batch(self.mesh, next(batches)))
+                if (rows := self._next_rows(batches)) is None:
+                    break
+                self.state, metrics = self.train_step(self.state, global_batch(self.mesh, rows))
                 if pending:
                     self._account(*pending)
                 self.step += 1
@@ -261,6 +275,24 @@ class _Run:
                 "run the same command to continue",
                 self.stop.exit_code,
             )
+
+    def _next_rows(self, batches: Iterator[Batch]) -> Batch | None:
+        """This process's rows of the next step; None if they can't be read because the run is being stopped.
+
+        Raises:
+          RunError, UserError: if they can't be read. The state is that of the last step, and is saved.
+        """
+        try:
+            return next(batches)
+        except (RunError, UserError) as error:
+            if jax.process_count() > 1:  # the others are waiting for this process's rows
+                raise
+            # What asks this program to stop may have ended its workers.
+            if self.stop.agreed(self.mesh):
+                return None
+            self._save()
+            self.checkpoints.wait()
+            raise type(error)(f"{error}; step {self.step:,} is saved, the same command continues") from None
 
     def _is_time_to_evaluate(self) -> bool:
         return self.step % self.config.train.eval_interval == 0 or self.step == self.total_steps
@@ -385,11 +417,13 @@ class _Run:
             self.log.write(step, metrics)
 
     def _finish(self) -> None:
-        if processes.is_first():
-            print_summary(read_metrics(self.workdir), self.best_step)
-            self.progress.say(f"best model (step {self.best_step:,}): {self.workdir / 'model'}")
-            for path in export_run(self.workdir, self.config.export):
-                self.progress.say(f"exported: {path}")
+        processes.on_first(self._report)
+
+    def _report(self) -> None:
+        print_summary(read_metrics(self.workdir), self.best_step)
+        self.progress.say(f"best model (step {self.best_step:,}): {self.workdir / 'model'}")
+        for line in export_run(self.workdir, self.config.export):
+            self.progress.say(line)
 
 
 def total_steps(config: ConfigDict, packing: Packing) -> int:

@@ -128,10 +128,11 @@ class MetricLog:
         if self._wandb:
             self._wandb.log(metrics, step=step)
 
-    def close(self) -> None:
+    def close(self, exit_code: int) -> None:
+        """Ends the log; `exit_code` tells wandb how the run ended."""
         self._file.close()
         if self._wandb:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=exit_code)
 
 
 def read_metrics(workdir: Path) -> list[MetricLine]:

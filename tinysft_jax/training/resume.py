@@ -1,5 +1,6 @@
 """Whether a run that continues is the run that began."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tinysft_jax.errors import RunError, UserError
 from tinysft_jax.schema import COUNT, NUMBER, REAL_OR_NULL, Kind, Schema, check
 from tinysft_jax.training.config import flat
 from tinysft_jax.training.optimizer import warmup_cosine
+from tinysft_jax.training.state import RANDOM
 
 TOTAL_STEPS = "steps"
 FORMAT_VERSION = 1  # of what a checkpoint says besides arrays
@@ -51,7 +53,8 @@ def run_identity(config: ConfigDict, data: PreparedData, packing: Packing, total
       JSON, by name.
     """
     values = flat(config)
-    shape = {} if config.init_from else {key: value for key, value in values.items() if key.startswith("model.")}
+    is_random = config.init_from in ("", RANDOM)
+    shape = {key: value for key, value in values.items() if key.startswith("model.")} if is_random else {}
     return {
         "init_from": config.init_from,
         **shape,
@@ -73,8 +76,18 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if before.get(TOTAL_STEPS, 0) <= now[TOTAL_STEPS]:
         del keys[TOTAL_STEPS]
     return [
-        f"{key} was {_shown(before, key)}, now {_shown(now, key)}" for key in keys if before.get(key) != now.get(key)
+        f"{key} was {_shown(before, key)}, now {_shown(now, key)}"
+        for key in keys
+        if before.get(key) != now.get(key)
+        and not (key == "init_from" and _start(before.get(key)) == _start(now.get(key)))
     ]
+
+
+def _start(init_from: Any) -> str:
+    """What `init_from` means, however it is written."""
+    if init_from in ("", RANDOM):
+        return RANDOM
+    return os.path.realpath(os.path.expanduser(str(init_from)))
 
 
 def what_more_steps_do(config: ConfigDict, before: int, now: int, step: int) -> str:

@@ -18,12 +18,14 @@ from tinysft_jax.sharding import state_sharding
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.step import TrainState
 
+RANDOM = "random"
+
 
 def starting_model(init_from: str, shape: dict, data: PreparedData) -> tuple[ModelDescription, Params | None]:
     """The model that training starts from, able to speak the data's language.
 
     Args:
-      init_from: a model directory, a work directory or a `.pt`; empty: random weights.
+      init_from: a model directory, a work directory or a `.pt`; `RANDOM`, or for plain text empty: random weights.
       shape: `GPTConfig`'s fields for random weights; vocab_size 0: the data's.
       data: whose template and tokenizer the model will have.
 
@@ -34,18 +36,28 @@ def starting_model(init_from: str, shape: dict, data: PreparedData) -> tuple[Mod
       UserError: if the model can't be read or does not fit the data.
     """
     tokenizer = ChatTokenizer.from_description(data.description)
-    if not init_from:
+    longest = data.description["splits"]["train"]["longest"]
+    if not init_from and tokenizer.template is not None:
+        raise UserError(
+            "init_from is empty, and the data are conversations: fine-tuning starts from a model; give it with "
+            f"--config.init_from=PATH, or say --config.init_from={RANDOM} for random weights"
+        )
+    if init_from in ("", RANDOM):
         config = GPTConfig(**(shape | {"vocab_size": shape["vocab_size"] or tokenizer.vocab_size}))
         if config.vocab_size < tokenizer.vocab_size:
             raise UserError(f"model.vocab_size {config.vocab_size} is below the data's {tokenizer.vocab_size}")
-        return ModelDescription(config, **tokenizer.description(), source={"kind": "random"}), None
+        longest = min(longest, config.max_seq_len)
+        source = {"kind": "random"}
+        return ModelDescription(config, **tokenizer.description(), source=source, trained_length=longest), None
     description, params = read_model(init_from)
     check_same_language(description, tokenizer, init_from)
     config = description.config
     if tokenizer.template == "control" and description.chat_template is None:
         config, params = grow_vocabulary(config, params, tokenizer)
     source = {"kind": "fine-tuned", "init_from": Path(init_from).name, "from": description.source}
-    return ModelDescription(config, **tokenizer.description(), source=source), params
+    longest = min(max(longest, description.trained_length), config.max_seq_len)
+    description = ModelDescription(config, **tokenizer.description(), source=source, trained_length=longest)
+    return description, params
 
 
 def grow_vocabulary(config: GPTConfig, params: Params, tokenizer: ChatTokenizer) -> tuple[GPTConfig, Params]:

@@ -6,10 +6,11 @@ from ml_collections import ConfigDict, config_dict
 def get_config(preset: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    # What to fine-tune: a model directory, a work directory (its best model) or a PyTorch .pt. Empty: random weights.
+    # What to fine-tune: a model directory, a work directory (its best model) or a PyTorch .pt. "random": random weights
+    # of `model`'s shape; empty is that as well where the data is plain text.
     config.init_from = ""
 
-    # The model's shape, where init_from is empty; otherwise the checkpoint says.
+    # The model's shape, for random weights; otherwise the checkpoint says.
     config.model = ConfigDict()
     config.model.vocab_size = 0  # 0: the data's
     config.model.dim = 768
@@ -36,7 +37,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train = ConfigDict()
     config.train.max_steps = 10_000
     config.train.num_epochs = config_dict.placeholder(int)  # when set, takes the place of max_steps
-    config.train.batch_size = 4  # packed rows in one optimizer step, over all devices
+    config.train.batch_size = 4  # packed rows in one optimizer step, over all devices together
     config.train.grad_accumulation_steps = 1  # micro-batches that a step's rows are divided into
     config.train.log_interval = 10
     config.train.eval_interval = 500  # validation loss before the first step, every so many, and after the last

@@ -44,7 +44,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     Raises:
       UserError: if the sizes don't multiply to the number of devices.
     """
-    sizes, devices = [data, fsdp, tensor], jax.device_count()
+    sizes = mesh_sizes(jax.device_count(), data, fsdp, tensor)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_sizes(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, ...]:
+    """The sizes of the mesh's axes for a number of devices; see `make_mesh`."""
+    sizes = [data, fsdp, tensor]
     wanted = " × ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(f"mesh {wanted}: sizes are positive, at most one of them -1 (what is left)")
@@ -52,7 +58,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         sizes[sizes.index(-1)] = devices // -math.prod(sizes)
     if math.prod(sizes) != devices:
         raise UserError(f"mesh {wanted} does not fit {devices} device(s); change mesh.data, mesh.fsdp or mesh.tensor")
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return tuple(sizes)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from tinysft_jax import cli
+from tinysft_jax import cli, processes
 from tinysft_jax.errors import RunError, UserError
 from tinysft_jax.interop import export
 from tinysft_jax.interop.parity import measure_huggingface_parity, measure_parity
@@ -27,6 +27,7 @@ def main() -> None:
     export.check_output(args.to, args.output, args.overwrite)
     if args.report and args.to != "huggingface":
         raise UserError("--report is for the model card, which only --to huggingface writes")
+    processes.check_devices()
     description, params = export.read_any(args.input, args.n_heads)
     run = read_run(args.input) if args.input.is_dir() and not export.is_foreign(args.input) else None
     print_model(description)
@@ -47,12 +48,16 @@ def main() -> None:
 def _parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     parser.add_argument(
-        "--input", type=Path, required=True, metavar="CKPT", help="a .pt file, a model, work or Hugging Face directory"
+        "--input",
+        type=cli.path,
+        required=True,
+        metavar="CKPT",
+        help="a .pt file, model, work or Hugging Face directory",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="OUT", help="a directory, or a .pt to make")
+    parser.add_argument("--output", type=cli.path, required=True, metavar="OUT", help="a directory, or a .pt to make")
     parser.add_argument("--to", choices=export.KINDS, default="model", help="what to make")
     parser.add_argument("--n_heads", type=int, metavar="N", help="attention heads, where a .pt doesn't tell")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="an evaluation of the model, for its model card")
+    parser.add_argument("--report", type=cli.path, metavar="DIR", help="an evaluation of the model, for its model card")
     parser.add_argument(
         "--check", action="store_true", help="compare logits with a second forward pass over the foreign file's tensors"
     )

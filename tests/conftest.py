@@ -1,6 +1,7 @@
 """Set up before anything imports JAX: eight virtual CPU devices, a shared compilation cache, checked annotations."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -10,7 +11,12 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tinysft-jax-tests-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
-from jaxtyping import install_import_hook
+# Started in the background of a script, or by nohup, this process ignores these; what it starts would do so, too.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
+
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("tinysft_jax", "beartype.beartype")
 

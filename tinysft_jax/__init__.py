@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+__version__ = "0.1.0"
+
 # Imported when first used: JAX takes seconds to import, and preparing data, say, does without.
 _MODULES = {
     "GPT": "model",

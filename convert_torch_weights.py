@@ -6,20 +6,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from tinysft_jax import cli, processes
-from tinysft_jax.errors import RunError, UserError
-from tinysft_jax.interop import export
-from tinysft_jax.interop.parity import measure_huggingface_parity, measure_parity
-from tinysft_jax.interop.run_record import read_run
-from tinysft_jax.interop.torch_file import open_torch_file
+from tinysft_jax import console, distributed
+from tinysft_jax.checkpoints import load_model
+from tinysft_jax.console import RunError, UserError
+from tinysft_jax.conversion import export
+from tinysft_jax.conversion.model_card import read_run
+from tinysft_jax.conversion.parity import measure_huggingface_parity, measure_parity
+from tinysft_jax.conversion.torch import open_torch_file
 from tinysft_jax.model import GPT
-from tinysft_jax.model_directory import (
-    ModelDescription,
-    load_model,
-    make_model,
-    model_parameter_shapes,
-    trim_vocabulary,
-)
+from tinysft_jax.parameters import ModelDescription, make_model, model_parameter_shapes, trim_vocabulary
 
 
 def main() -> None:
@@ -27,7 +22,7 @@ def main() -> None:
     export.check_output(args.to, args.output, args.overwrite)
     if args.report and args.to != "huggingface":
         raise UserError("--report is for the model card, which only --to huggingface writes")
-    processes.check_devices()
+    distributed.check_devices()
     description, params = export.read_any(args.input, args.n_heads)
     run = read_run(args.input) if args.input.is_dir() and not export.is_foreign(args.input) else None
     print_model(description)
@@ -45,19 +40,23 @@ def main() -> None:
     print(f"written     {args.output}")
 
 
-def _parser() -> cli.Parser:
-    parser = cli.Parser(description=__doc__)
+def _parser() -> console.Parser:
+    parser = console.Parser(description=__doc__)
     parser.add_argument(
         "--input",
-        type=cli.path,
+        type=console.path,
         required=True,
         metavar="CKPT",
         help="a .pt file, model, work or Hugging Face directory",
     )
-    parser.add_argument("--output", type=cli.path, required=True, metavar="OUT", help="a directory, or a .pt to make")
+    parser.add_argument(
+        "--output", type=console.path, required=True, metavar="OUT", help="a directory, or a .pt to make"
+    )
     parser.add_argument("--to", choices=export.KINDS, default="model", help="what to make")
     parser.add_argument("--n_heads", type=int, metavar="N", help="attention heads, where a .pt doesn't tell")
-    parser.add_argument("--report", type=cli.path, metavar="DIR", help="an evaluation of the model, for its model card")
+    parser.add_argument(
+        "--report", type=console.path, metavar="DIR", help="an evaluation of the model, for its model card"
+    )
     parser.add_argument(
         "--check", action="store_true", help="compare logits with a second forward pass over the foreign file's tensors"
     )
@@ -115,4 +114,4 @@ def check(model: GPT, path: Path, name: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

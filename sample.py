@@ -3,10 +3,10 @@
 import os
 from argparse import Namespace
 
-from tinysft_jax import cli
+from tinysft_jax import console
 from tinysft_jax.chat import check_not_blank
-from tinysft_jax.errors import UserError
-from tinysft_jax.sampling.options import SamplingOptions
+from tinysft_jax.console import UserError
+from tinysft_jax.sampling.filters import SamplingOptions
 
 
 def main() -> None:
@@ -26,20 +26,19 @@ def main() -> None:
     # Only now what takes seconds to import.
     import jax
 
-    from tinysft_jax import processes
+    from tinysft_jax import distributed
+    from tinysft_jax.checkpoints import open_model
     from tinysft_jax.model import default_dtype
-    from tinysft_jax.model_directory import make_model, read_model
-    from tinysft_jax.sampling.batch import answer_file
+    from tinysft_jax.parameters import make_model
+    from tinysft_jax.sampling.batch import answer_file, read_requests
+    from tinysft_jax.sampling.chat import Session, Shell
     from tinysft_jax.sampling.decode import Decoder
-    from tinysft_jax.sampling.interactive import Shell
-    from tinysft_jax.sampling.requests import read_requests
-    from tinysft_jax.sampling.session import Session
     from tinysft_jax.sampling.single import print_answers, print_capabilities
     from tinysft_jax.sharding import make_mesh
     from tinysft_jax.tokenizer import ChatTokenizer
 
-    processes.check_devices()
-    description, params = read_model(flags.checkpoint)
+    distributed.check_devices()
+    description, params = open_model(flags.checkpoint)
     tokenizer = ChatTokenizer.from_description(description.to_json())
     model = make_model(description.config, params, dtype=default_dtype(), trained_length=description.trained_length)
     decoder = Decoder(model, make_mesh() if flags.input is not None and jax.device_count() > 1 else None)
@@ -55,17 +54,17 @@ def main() -> None:
         Shell(Session(decoder, tokenizer, options, flags.system)).run()
 
 
-def _parser() -> cli.Parser:
-    parser = cli.Parser(description=__doc__)
+def _parser() -> console.Parser:
+    parser = console.Parser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="a model directory, a work directory or a .pt file")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--prompt", help="answer this; a model without a chat template continues it")
     mode.add_argument("--interactive", action="store_true", help="chat, line by line; /help lists the commands")
     mode.add_argument(
-        "--input", type=cli.path, metavar="FILE", help="answer its lines, conversations or prompts in JSON"
+        "--input", type=console.path, metavar="FILE", help="answer its lines, conversations or prompts in JSON"
     )
     mode.add_argument("--test", action="store_true", help="show what the model can do, one request of each kind")
-    parser.add_argument("--output", type=cli.path, metavar="FILE", help="where the answers to --input go")
+    parser.add_argument("--output", type=console.path, metavar="FILE", help="where the answers to --input go")
     parser.add_argument("--system", help="the system message (default: the one the model was trained with)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="length of an answer, at most")
     parser.add_argument(
@@ -109,4 +108,4 @@ def _check(flags: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, prints_its_product=True)
+    console.run(main, prints_its_product=True)

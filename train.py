@@ -6,8 +6,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from tinysft_jax import cli, memory
-from tinysft_jax.errors import UserError
+from tinysft_jax import console, memory
+from tinysft_jax.console import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, and after a colon its preset.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no launcher tells it.")
@@ -36,12 +36,12 @@ def main() -> None:
     if not file.is_file():
         raise UserError(f"there is no configuration {file}; this project's are configs/sft.py and configs/pretrain.py")
     memory.use_few_arenas()
-    from tinysft_jax import processes  # after the flags: importing JAX takes seconds
+    from tinysft_jax import distributed  # after the flags: importing JAX takes seconds
     from tinysft_jax.training.loop import train
 
-    processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    distributed.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     train(CONFIG.value, Path(WORKDIR.value).expanduser(), ACCEPT_CHANGES.value, VERIFY.value)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

@@ -21,15 +21,16 @@ from compiled import compile_train_step
 from rich.console import Console
 from rich.table import Table
 
-from tinysft_jax import attention, cli
-from tinysft_jax.block_attention import BLOCK, SCOPE, first_key_blocks
+from tinysft_jax import attention, console
+from tinysft_jax.attention import BLOCK, SCOPE, first_key_blocks
 from tinysft_jax.data import prepare
-from tinysft_jax.data.dataset import PreparedData, Split
+from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.packing import PackingPlan, plan_epoch
-from tinysft_jax.data.pipeline import BatchSource
+from tinysft_jax.data.store import PreparedData, Split
 from tinysft_jax.model import GPTConfig, head_logits
 from tinysft_jax.sharding import make_mesh
-from tinysft_jax.training import loss, step
+from tinysft_jax.training import step
+from tinysft_jax.training import step as loss
 
 VOCAB_SIZE = 50_260  # GPT-2's and three control tokens
 Result = dict[str, float]
@@ -68,7 +69,7 @@ class Batches:
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = console.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--n_layers", type=int, default=12)
     parser.add_argument("--n_heads", type=int, default=12)
@@ -202,4 +203,4 @@ def report(results: dict[str, Result], ratios: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

@@ -21,12 +21,11 @@ from absl import flags as absl_flags
 from rich.console import Console
 from rich.table import Table
 
-from tinysft_jax import cli
+from tinysft_jax import console
 from tinysft_jax.data import prepare
-from tinysft_jax.data.cutting_stock import best_fit_decreasing
-from tinysft_jax.data.dataset import PreparedData
-from tinysft_jax.data.packing import Packing
-from tinysft_jax.data.pipeline import BatchSource, epoch_batches
+from tinysft_jax.data.batches import BatchSource, epoch_batches
+from tinysft_jax.data.packing import Packing, best_fit_decreasing
+from tinysft_jax.data.store import PreparedData
 from tinysft_jax.data.workers import usable_cpus
 
 MB = 1e6
@@ -34,7 +33,7 @@ Result = dict[str, float]
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = console.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--stories", type=int, default=20_000, help="of the embedded corpus, to read")
     parser.add_argument("--conversations", type=int, default=10_000_000, help="to plan an epoch of")
     parser.add_argument("--seq_len", type=int, default=1024)
@@ -190,4 +189,4 @@ def report(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

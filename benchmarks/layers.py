@@ -12,9 +12,9 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from tinysft_jax import cli
+from tinysft_jax import console
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.training.loss import supervised_nll
+from tinysft_jax.training.step import supervised_nll
 
 
 def measure(model: GPT, unrolled: bool, rows: int, seq_len: int, steps: int) -> dict[str, float]:
@@ -46,7 +46,7 @@ def measure(model: GPT, unrolled: bool, rows: int, seq_len: int, steps: int) -> 
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = console.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--n_layers", type=int, default=12)
     parser.add_argument("--vocab_size", type=int, default=50257)
@@ -72,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

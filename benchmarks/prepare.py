@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tinysft_jax import cli
-from tinysft_jax.data.stories import embedded_stories, record_text
+from tinysft_jax import console
+from tinysft_jax.corpus.stories import embedded_stories, record_text
 from tinysft_jax.data.workers import usable_cpus
 
 MB = 1e6
@@ -30,7 +30,7 @@ SECONDS_BETWEEN_LOOKS = 0.05
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = console.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", default="50,1000", help="of text, for each run")
     parser.add_argument("--workers", default="1,2", help="for each run")
     flags = parser.parse_args()
@@ -131,4 +131,4 @@ def report(results: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

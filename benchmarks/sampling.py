@@ -20,11 +20,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tinysft_jax import cli
+from tinysft_jax import console
+from tinysft_jax.checkpoints import load_model
 from tinysft_jax.model import default_dtype
-from tinysft_jax.model_directory import load_model
 from tinysft_jax.sampling.decode import Decoder
-from tinysft_jax.sampling.options import SamplingOptions
+from tinysft_jax.sampling.filters import SamplingOptions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from torch_twin import TorchTwin  # the same model in PyTorch, with its fused attention
@@ -43,7 +43,7 @@ FILTERS = {
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = console.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--n_layers", type=int, default=4)
     parser.add_argument("--n_heads", type=int, default=4)
@@ -158,4 +158,4 @@ def report(results: dict[str, dict], batch: int) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

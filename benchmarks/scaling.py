@@ -18,10 +18,11 @@ from jax.sharding import AxisType, Mesh
 from rich.console import Console
 from rich.table import Table
 
-from tinysft_jax import block_attention, cli
+from tinysft_jax import attention as block_attention
+from tinysft_jax import console
 from tinysft_jax.model import GPT, GPTConfig
 from tinysft_jax.sharding import MESH_AXES
-from tinysft_jax.training import loss
+from tinysft_jax.training import step as loss
 
 VOCAB_SIZE = 50_260  # GPT-2's and three control tokens
 DEVICES = (1, 2, 4, 8)
@@ -35,7 +36,7 @@ Result = dict[str, float | dict[str, float]]
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = console.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--n_layers", type=int, default=12)
     parser.add_argument("--n_heads", type=int, default=12)
@@ -148,4 +149,4 @@ def all_reduce_seconds(size: float, n: int) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

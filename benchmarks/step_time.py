@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from training import make_step
 
-from tinysft_jax import block_attention, cli
+from tinysft_jax import attention as block_attention
+from tinysft_jax import console
 from tinysft_jax.data import prepare
-from tinysft_jax.data.dataset import PreparedData
+from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.packing import plan_epoch
-from tinysft_jax.data.pipeline import BatchSource
+from tinysft_jax.data.store import PreparedData
 from tinysft_jax.model import GPTConfig, default_dtype
 from tinysft_jax.sharding import global_batch, make_mesh
-from tinysft_jax.training import loss
+from tinysft_jax.training import step as loss
 
 VOCAB_SIZE = 50_304
 
@@ -37,7 +38,7 @@ PARTS = {
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = console.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--n_layers", type=int, default=4)
     parser.add_argument("--n_heads", type=int, default=4)
@@ -104,4 +105,4 @@ def own_time(events: list[tuple[float, float, str]]) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

@@ -24,12 +24,12 @@ from rich.table import Table
 from torch.nn import functional as F
 from training import make_step
 
-from tinysft_jax import cli
-from tinysft_jax.block_attention import BLOCK, first_key_blocks
+from tinysft_jax import console
+from tinysft_jax.attention import BLOCK, first_key_blocks
 from tinysft_jax.data import prepare
-from tinysft_jax.data.dataset import PreparedData, Split
+from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.packing import PackingPlan, plan_epoch
-from tinysft_jax.data.pipeline import BatchSource
+from tinysft_jax.data.store import PreparedData, Split
 from tinysft_jax.model import GPTConfig, default_dtype
 from tinysft_jax.sharding import global_batch, make_mesh
 
@@ -41,7 +41,7 @@ Result = dict[str, float]
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = console.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--n_layers", type=int, default=4)
     parser.add_argument("--n_heads", type=int, default=4)
@@ -188,4 +188,4 @@ def report(results: dict[str, Result]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

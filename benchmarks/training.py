@@ -7,9 +7,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.training.optimizer import make_optimizer, warmup_cosine
 from tinysft_jax.training.state import create_state, state_shapes
-from tinysft_jax.training.step import TrainState, make_train_step
+from tinysft_jax.training.step import TrainState, make_optimizer, make_train_step, warmup_cosine
 
 
 def make_step(

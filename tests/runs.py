@@ -12,7 +12,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from tinysft_jax.sharding import make_mesh
-from tinysft_jax.training.metrics import read_metrics
+from tinysft_jax.training.log import read_metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinysft_jax import block_attention
+from tinysft_jax import attention as block_attention
 from tinysft_jax.attention import choose_backend, segment_attention
-from tinysft_jax.errors import UserError
+from tinysft_jax.console import UserError
 
 
 def random_qkv(*shape: int) -> list[jax.Array]:

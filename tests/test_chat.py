@@ -3,7 +3,7 @@
 import pytest
 
 from tinysft_jax import chat
-from tinysft_jax.errors import UserError
+from tinysft_jax.console import UserError
 
 SYSTEM = {"role": "system", "content": "S"}
 USER = {"role": "user", "content": "U"}

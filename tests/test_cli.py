@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tinysft_jax import cli
-from tinysft_jax.errors import Interrupted, RunError, UserError
+from tinysft_jax import console
+from tinysft_jax.console import Interrupted, RunError, UserError
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_every_end_has_its_exit_code_and_at_most_one_line(error, code, line, cap
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as end:
-            cli.run(main)
+            console.run(main)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert end.value.code == code
@@ -36,13 +36,13 @@ def test_every_end_has_its_exit_code_and_at_most_one_line(error, code, line, cap
 
 
 def test_a_wrong_flag_is_one_line(capsys):
-    parser = cli.Parser(prog="thing")
+    parser = console.Parser(prog="thing")
     with pytest.raises(UserError, match=r"unrecognized arguments: --x \(see thing --help\)"):
         parser.parse_args(["--x"])
 
 
 def test_help_shows_defaults_that_are_there():
-    parser = cli.Parser(prog="thing")
+    parser = console.Parser(prog="thing")
     parser.add_argument("--must", required=True, help="needed")
     parser.add_argument("--top_k", type=int, default=0, help="how many")
     text = parser.format_help()

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 from tiny_model import make_model_directory
 from torch_twin import TorchTwin, save, without_buffers
 
-from tinysft_jax.interop import parity
-from tinysft_jax.model_directory import load_description, load_model, read_model
+from tinysft_jax.checkpoints import load_description, load_model, open_model
+from tinysft_jax.conversion import parity
 
 COMMAND = Path(__file__).parents[1] / "convert_torch_weights.py"
 
@@ -166,7 +166,7 @@ def test_a_folder_with_a_tokenizer_and_back(convert, tmp_path, template):
         code, out, err = convert(input=source, output=tmp_path / output, to=to, check=True)
         assert (code, err, "vocabulary 260," in out) == (0, "", True)
         source = tmp_path / output
-    jax.tree.map(np.testing.assert_array_equal, read_model(model)[1], read_model(tmp_path / "1/model")[1])
+    jax.tree.map(np.testing.assert_array_equal, open_model(model)[1], open_model(tmp_path / "1/model")[1])
     folders = [{path.name: path.read_bytes() for path in (tmp_path / f"{i}/stories").iterdir()} for i in (1, 2)]
     assert folders[0] == folders[1]
     table = load_file(tmp_path / "1/stories/model.safetensors")["model.embed_tokens.weight"]
@@ -198,7 +198,7 @@ def test_a_path_with_brackets_works_or_is_refused(convert, tmp_path, to):
         (tmp_path / "a[1]").mkdir()
         output = Path(shutil.copytree(model, output))  # it can be read from there
     assert convert(input=output, output=tmp_path / "back")[0] == 0
-    jax.tree.map(np.testing.assert_array_equal, read_model(model)[1], read_model(tmp_path / "back")[1])
+    jax.tree.map(np.testing.assert_array_equal, open_model(model)[1], open_model(tmp_path / "back")[1])
 
 
 @pytest.mark.parametrize("to", ["model", "huggingface"])
@@ -231,7 +231,7 @@ def test_note_about_the_markers_of_the_pytorch_project(convert, tmp_path, templa
 def test_model_directory_is_copied(convert, tmp_path):
     model = make_model_directory(tmp_path / "model", "control")
     assert convert(input=model, output=tmp_path / "copy", check=True)[0] == 0
-    (one, params), (other, other_params) = read_model(model), read_model(tmp_path / "copy")
+    (one, params), (other, other_params) = open_model(model), open_model(tmp_path / "copy")
     assert one == other
     jax.tree.map(np.testing.assert_array_equal, params, other_params)
 

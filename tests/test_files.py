@@ -5,7 +5,7 @@ import os
 import pytest
 
 from tinysft_jax import files
-from tinysft_jax.errors import UserError
+from tinysft_jax.console import UserError
 
 
 def test_a_directory_appears_whole(tmp_path):

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from tinysft_jax import block_attention
+from tinysft_jax import attention as block_attention
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.training import loss
+from tinysft_jax.training import step as loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import hlo

@@ -18,19 +18,18 @@ from tiny_model import make_config, make_tokenizer
 from torch_twin import TorchTwin, save
 
 import tinysft_jax
-from tinysft_jax import chat, cli, files
+from tinysft_jax import chat, console, files
+from tinysft_jax.checkpoints import load_description, load_model, save_model
+from tinysft_jax.console import UserError
+from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.data import prepare
-from tinysft_jax.data.dataset import PreparedData
 from tinysft_jax.data.reading import MAX_BYTES
-from tinysft_jax.errors import UserError
-from tinysft_jax.interop.torch_checkpoint import read_torch_checkpoint
+from tinysft_jax.data.store import PreparedData
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.model_directory import ModelDescription, load_description, load_model, save_model
-from tinysft_jax.sampling import interactive
-from tinysft_jax.sampling.interactive import Shell
-from tinysft_jax.sampling.requests import read_requests
-from tinysft_jax.sampling.session import Session
-from tinysft_jax.sampling.transcript import load_transcript
+from tinysft_jax.parameters import ModelDescription
+from tinysft_jax.sampling import chat as interactive
+from tinysft_jax.sampling.batch import read_requests
+from tinysft_jax.sampling.chat import Session, Shell, load_transcript
 from tinysft_jax.tokenizer import LONGEST_BLANK, ChatTokenizer, load_tokenizer
 
 PACKAGE = Path(tinysft_jax.__file__).parent
@@ -495,7 +494,7 @@ def test_what_a_command_says_does_not_steer_the_terminal(capsys, error, code):
         raise error
 
     with pytest.raises(SystemExit) as left:
-        cli.run(fail)
+        console.run(fail)
     said = capsys.readouterr().err
     assert left.value.code == code and said.startswith("error: ") and said.count("\n") == 1 and said[:-1].isprintable()
 
@@ -505,5 +504,5 @@ def test_a_message_without_end_is_cut(capsys):
         raise UserError("x" * 1_000_000)
 
     with pytest.raises(SystemExit):
-        cli.run(fail)
+        console.run(fail)
     assert len(capsys.readouterr().err) < 5000

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tinysft_jax.linear import Linear
-from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.model import GPT, GPTConfig, Linear
 
 
 def test_a_layer_multiplies_in_its_inputs_precision():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tinysft_jax.errors import UserError
+from tinysft_jax.console import UserError
 from tinysft_jax.model import GPT, GPTConfig
 
 CONFIG = GPTConfig(vocab_size=200, dim=32, n_layers=2, n_heads=2, max_seq_len=512)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tinysft_jax.errors import UserError
+from tinysft_jax.checkpoints import load_description, load_model, load_params, save_model
+from tinysft_jax.console import UserError
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.model_directory import ModelDescription, load_description, load_model, load_params, save_model
+from tinysft_jax.parameters import ModelDescription
 
 CONFIG = GPTConfig(vocab_size=260, dim=16, n_layers=2, n_heads=2, max_seq_len=32)
 DESCRIPTION = ModelDescription(CONFIG, "control", {"kind": "gpt2", "bpe_ranks": 256}, {"kind": "random"})

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from launch import free_address
 
-from tinysft_jax.errors import UserError
-from tinysft_jax.processes import Launch, find_launch
+from tinysft_jax.console import UserError
+from tinysft_jax.distributed import Launch, find_launch
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -120,10 +120,10 @@ def test_a_place_that_cannot_be_is_refused(flags, environ, complaint):
 SETTLE = """
 import json, sys
 from pathlib import Path
-from tinysft_jax import processes
-from tinysft_jax.errors import UserError
+from tinysft_jax import distributed
+from tinysft_jax.console import UserError
 coordinator, process_id, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-processes.start(coordinator, 2, process_id)
+distributed.start(coordinator, 2, process_id)
 processes.VISIBLE_WITHIN = 0.1
 
 def complaint(check, *arguments):
@@ -133,13 +133,13 @@ def complaint(check, *arguments):
         return str(error)
 
 print(json.dumps({
-    "first": processes.is_first(),
-    "decided": processes.first_decides(process_id == 0),
-    "same": complaint(processes.check_same, {"one": "a", "two": "b"}),
-    "different": complaint(processes.check_same, {"one": "a", "two": str(process_id)}),
-    "shared": complaint(processes.check_shared, directory),
-    "apart": complaint(processes.check_shared, directory.parent / f"work{process_id}"),
-    "unwritable": complaint(processes.check_shared, Path("/proc/none")),
+    "first": distributed.is_first(),
+    "decided": distributed.first_decides(process_id == 0),
+    "same": complaint(distributed.check_same, {"one": "a", "two": "b"}),
+    "different": complaint(distributed.check_same, {"one": "a", "two": str(process_id)}),
+    "shared": complaint(distributed.check_shared, directory),
+    "apart": complaint(distributed.check_shared, directory.parent / f"work{process_id}"),
+    "unwritable": complaint(distributed.check_shared, Path("/proc/none")),
 }))
 """
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tinysft_jax.errors import UserError
+from tinysft_jax.console import UserError
 from tinysft_jax.sharding import batch_shards, constrain, global_batch, make_mesh, process_part, state_sharding
 
 

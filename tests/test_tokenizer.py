@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysft_jax import chat
-from tinysft_jax.errors import UserError
+from tinysft_jax.console import UserError
 from tinysft_jax.tokenizer import MERGES_FILE, ChatTokenizer, StreamDecoder, load_tokenizer, read_ranks
 
 MARKERS = ["<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>"]

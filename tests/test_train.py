@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from runs import assert_same_bits, tiny_config
 
+from tinysft_jax.training.log import read_metrics
 from tinysft_jax.training.loop import train
-from tinysft_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SIZES = [

@@ -18,9 +18,9 @@ from fake_wandb import FakeWandb
 from runs import arrays, losses, tiny_config
 from test_train import run, settings, start_until
 
-from tinysft_jax.errors import RunError, UserError
+from tinysft_jax.console import RunError, UserError
+from tinysft_jax.training.log import MetricLog
 from tinysft_jax.training.loop import train
-from tinysft_jax.training.metrics import MetricLog
 
 
 def best_model(workdir: Path) -> dict[str, np.ndarray]:

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from tinysft_jax.checkpoints import save_model
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.model_directory import ModelDescription, save_model
+from tinysft_jax.parameters import ModelDescription
 from tinysft_jax.tokenizer import ChatTokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "

@@ -9,14 +9,14 @@ __version__ = "0.1.0"
 _MODULES = {
     "GPT": "model",
     "GPTConfig": "model",
-    "load_model": "model_directory",
+    "load_model": "checkpoints",
     "ChatTokenizer": "tokenizer",
     "load_tokenizer": "tokenizer",
-    "StoryRecord": "data.records",
-    "parse_records": "data.records",
-    "Conversation": "data.tasks",
-    "make_tasks": "data.tasks",
-    "batches": "data.pipeline",
+    "StoryRecord": "tasks.records",
+    "parse_records": "tasks.records",
+    "Conversation": "tasks.make",
+    "make_tasks": "tasks.make",
+    "batches": "data.batches",
     "generate": "sampling.decode",
 }
 __all__ = sorted(_MODULES)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from tinysft_jax.errors import UserError, shown
+from tinysft_jax.console import UserError, shown
 
 DEFAULT_SYSTEM = "You are a helpful assistant that answers questions about stories."
 END_OF_TEXT = "<|endoftext|>"

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinysft_jax.errors import UserError
+from tinysft_jax.console import UserError
 
 
 def take(descriptor: int) -> bool:

@@ -6,11 +6,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from tinysft_jax.attention import cached_attention, segment_attention
-from tinysft_jax.errors import UserError, shown
-from tinysft_jax.linear import PRODUCT, Linear
+from tinysft_jax.console import UserError, shown
 from tinysft_jax.sharding import constrain
 
 # Rows of the embedding table are padded to a multiple of this, so that any mesh divides it and matmuls tile well.
@@ -316,3 +316,42 @@ def _residual_std(config: GPTConfig) -> float:
 def _embedding_init(key, shape, dtype, *, vocab_size: int):
     rows = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     return jnp.where(rows < vocab_size, 0.02 * jax.random.normal(key, shape, dtype), 0)
+
+
+PRODUCT = "product"  # names a layer's output, so that rematerialisation can choose to keep it
+
+
+class Linear(nnx.Module):
+    """x W, without a bias.
+
+    Args:
+      n_in: of an input.
+      n_out: of an output.
+      std: of the weights at first, which are normal.
+      rngs: with a `params` stream.
+    """
+
+    def __init__(self, n_in: int, n_out: int, *, std: float = 0.02, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (n_in, n_out), jnp.float32))
+
+    def __call__(self, x: Float[Array, "N n_in"]) -> Float[Array, "N n_out"]:
+        return checkpoint_name(_product(x, self.kernel[...]), PRODUCT)
+
+
+@jax.custom_vjp
+def _product(x: Float[Array, "N n_in"], kernel: Float[Array, "n_in n_out"]) -> Float[Array, "N n_out"]:
+    return x @ kernel.astype(x.dtype)
+
+
+def _forward(x, kernel):
+    return _product(x, kernel), (x, kernel)
+
+
+def _backward(residuals, d_out):
+    x, kernel = residuals
+    # By itself, JAX would give the weights' gradient in x's type, and so sum it over devices and micro-batches.
+    d_kernel = jnp.einsum("ni,no->io", x, d_out, preferred_element_type=jnp.float32)
+    return d_out @ kernel.astype(x.dtype).T, d_kernel.astype(kernel.dtype)
+
+
+_product.defvjp(_forward, _backward)

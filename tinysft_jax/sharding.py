@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tinysft_jax.errors import UserError
+from tinysft_jax.console import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 

@@ -13,7 +13,7 @@ import tiktoken
 from jaxtyping import Bool, Int32
 
 from tinysft_jax import chat, files
-from tinysft_jax.errors import UserError, shown
+from tinysft_jax.console import UserError, shown
 
 GPT2_RANKS = 50256
 MERGES_FILE = Path(__file__).parent / "assets" / "vocab.bpe"

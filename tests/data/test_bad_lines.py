@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tinysft_jax.console import UserError
 from tinysft_jax.data import prepare as command
-from tinysft_jax.data.encoding import LONGEST_TOKEN
+from tinysft_jax.data.encode import LONGEST_TOKEN
 from tinysft_jax.data.prepare import main
 from tinysft_jax.data.reading import MAX_BYTES
-from tinysft_jax.errors import UserError
 from tinysft_jax.tokenizer import read_ranks
 
 

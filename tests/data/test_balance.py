@@ -5,11 +5,10 @@ from collections import Counter
 
 import pytest
 
-from tinysft_jax.data.balance import balanced_rates, rates_for
-from tinysft_jax.data.records import StoryRecord
-from tinysft_jax.data.sources import open_embedded, open_input
-from tinysft_jax.data.stories import embedded_stories, record_text
-from tinysft_jax.data.tasks import RATES, make_tasks
+from tinysft_jax.corpus.stories import embedded_stories, record_text
+from tinysft_jax.data.sources import open_embedded, open_input, rates_for
+from tinysft_jax.tasks.make import RATES, balanced_rates, make_tasks
+from tinysft_jax.tasks.records import StoryRecord
 
 EMBEDDED = [story.record for story in embedded_stories(2000)]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinysft_jax.data.characters import main_character
+from tinysft_jax.tasks.characters import main_character
 
 CLEAR = {
     "a name": ("Once upon a time there was a girl named Lily. Lily ran. Then Lily sat down.", "Lily"),

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from tinysft_jax import files
-from tinysft_jax.data.dataset import DTYPES, PreparedData, Split
+from tinysft_jax.console import UserError
+from tinysft_jax.data.batches import BatchSource, epoch_batches
 from tinysft_jax.data.packing import plan_epoch
-from tinysft_jax.data.pipeline import BatchSource, epoch_batches
-from tinysft_jax.errors import UserError
+from tinysft_jax.data.store import DTYPES, PreparedData, Split
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinysft_jax.data.dialogue import has_dialogue
+from tinysft_jax.tasks.answers import has_dialogue
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tinysft_jax.data.hub import download
-from tinysft_jax.errors import UserError
+from tinysft_jax.console import UserError
+from tinysft_jax.data.sources import download
 
 REPOSITORY = "roneneldan/TinyStoriesInstruct"
 PINNED = "ee050ed1f8720795be342921335e821856a2b42e"

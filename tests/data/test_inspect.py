@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from tinysft_jax.console import UserError
 from tinysft_jax.data import prepare
-from tinysft_jax.data.dataset import PreparedData
+from tinysft_jax.data.batches import batches
 from tinysft_jax.data.inspect import MARKER, PROMPT, SUPERVISED, Segment, main, read_row, render
 from tinysft_jax.data.packing import Packing
-from tinysft_jax.data.pipeline import batches
-from tinysft_jax.errors import UserError
+from tinysft_jax.data.store import PreparedData
 from tinysft_jax.tokenizer import ChatTokenizer
 
 

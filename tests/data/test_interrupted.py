@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tinysft_jax import cli
+from tinysft_jax import console
 from tinysft_jax.data.prepare import main
 
 
@@ -55,7 +55,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path: Path, capsys):
 
     threading.Thread(target=kill_one).start()
     with pytest.raises(SystemExit) as end:
-        cli.run(lambda: main(["--embedded=500000", f"--output={tmp_path / 'data'}", "--workers=2"]))
+        console.run(lambda: main(["--embedded=500000", f"--output={tmp_path / 'data'}", "--workers=2"]))
     error = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 3 and error.startswith("error: a worker process died")
     assert list(tmp_path.iterdir()) == [] and not multiprocessing.active_children()

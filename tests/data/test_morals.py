@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinysft_jax.data.morals import find_moral
+from tinysft_jax.tasks.answers import find_moral
 
 BEFORE = "Tom had a ball. He did not share it. "
 

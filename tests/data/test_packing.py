@@ -8,10 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tinysft_jax.data import cutting_stock
-from tinysft_jax.data.cutting_stock import best_fit_decreasing, cut
-from tinysft_jax.data.packing import Packing, PackingPlan, plan_epoch
-from tinysft_jax.errors import RunError, UserError
+from tinysft_jax.console import RunError, UserError
+from tinysft_jax.data import packing as cutting_stock
+from tinysft_jax.data.packing import Packing, PackingPlan, best_fit_decreasing, cut, plan_epoch
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=200).map(lambda lengths: np.array(lengths, np.int32))
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tinysft_jax.data.phrasings import CANONICAL, PHRASINGS, choose, phrase, words_in
+from tinysft_jax.tasks.requests import CANONICAL, PHRASINGS, choose, phrase, words_in
 
 DRAWS = st.floats(0, 1, exclude_max=True)
 WORDS = st.lists(st.text(min_size=1).filter(lambda word: "," not in word and word == word.strip()), min_size=1)

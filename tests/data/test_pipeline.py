@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from absl import flags
 
-from tinysft_jax.data.dataset import PreparedData
+from tinysft_jax.console import UserError
+from tinysft_jax.data.batches import BatchSource, batches, epoch_batches
 from tinysft_jax.data.packing import plan_epoch
-from tinysft_jax.data.pipeline import BatchSource, batches, epoch_batches
-from tinysft_jax.errors import UserError
+from tinysft_jax.data.store import PreparedData
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +121,10 @@ def test_workers_do_not_outlive_a_killed_parent(chat_data, tmp_path):
     program.write_text(f"""
 import multiprocessing, time
 from absl import flags
-from tinysft_jax.data.dataset import PreparedData
+from tinysft_jax.data.store import PreparedData
 from tinysft_jax.data.packing import plan_epoch
-from tinysft_jax.data.pipeline import BatchSource, epoch_batches
+from tinysft_jax.data.batches import BatchSource
+from tinysft_jax.data.batches import epoch_batches
 
 if __name__ == "__main__":
     flags.FLAGS(["program"])

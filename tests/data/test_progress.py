@@ -2,8 +2,8 @@
 
 import pytest
 
-from tinysft_jax.data import progress as module
-from tinysft_jax.data.progress import describe, progress
+from tinysft_jax import console as module
+from tinysft_jax.console import describe, progress
 
 
 def test_a_line_says_how_far_how_fast_and_how_long():

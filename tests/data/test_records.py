@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysft_jax.chat import is_blank
-from tinysft_jax.data.records import SEPARATOR, StoryRecord, parse_record, parse_records, split_records
+from tinysft_jax.tasks.records import SEPARATOR, StoryRecord, parse_record, parse_records, split_records
 
 HEADER = re.compile(r"^(Features|Words|Summary|Random sentence|Story):", re.MULTILINE)
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinysft_jax.data.sentences import sentence_ends, sentences
+from tinysft_jax.tasks.answers import sentence_ends, sentences
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinysft_jax.console import UserError
 from tinysft_jax.data.reading import MAX_BYTES
-from tinysft_jax.data.records import parse_record
 from tinysft_jax.data.sources import Item, open_embedded, open_input, split_of
-from tinysft_jax.errors import UserError
+from tinysft_jax.tasks.records import parse_record
 
 RECORD = "Words: cat, hat\nStory: \n\nA cat had a hat.\n"
 

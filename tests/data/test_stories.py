@@ -11,11 +11,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from tinysft_jax.data.characters import main_character
-from tinysft_jax.data.morals import find_moral
-from tinysft_jax.data.records import parse_records
-from tinysft_jax.data.stories import FEATURES, EmbeddedStory, _is_held_out, embedded_stories, record_text
-from tinysft_jax.data.story_parts import (
+from tinysft_jax.corpus.stories import FEATURES, EmbeddedStory, _is_held_out, embedded_stories, record_text
+from tinysft_jax.corpus.story_parts import (
     ADJECTIVES,
     BEINGS,
     CHILDREN,
@@ -32,6 +29,9 @@ from tinysft_jax.data.story_parts import (
     Plot,
     verb_forms,
 )
+from tinysft_jax.tasks.answers import find_moral
+from tinysft_jax.tasks.characters import main_character
+from tinysft_jax.tasks.records import parse_records
 from tinysft_jax.tokenizer import ChatTokenizer
 
 CHARACTERS = {character.name.lower() for character in (*CHILDREN, *BEINGS, *FAMILY, *WISE_BEINGS)}
@@ -84,7 +84,7 @@ def test_a_story_depends_on_index_split_and_seed_alone():
 
 def run(program: str) -> list[str]:
     """What a Python process prints in which strings hash differently; that would show in the order of a set."""
-    program = f"from tinysft_jax.data.stories import *\n{program}"
+    program = f"from tinysft_jax.corpus.stories import *\n{program}"
     environment = os.environ | {"PYTHONHASHSEED": "123"}
     process = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True

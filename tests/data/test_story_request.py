@@ -3,11 +3,11 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinysft_jax.data.phrasings import PHRASINGS
-from tinysft_jax.data.records import StoryRecord
-from tinysft_jax.data.story_request import (
+from tinysft_jax.tasks.records import StoryRecord
+from tinysft_jax.tasks.requests import (
     CONDITIONS,
     FEATURE_NAMES,
+    PHRASINGS,
     StoryRequest,
     conditions_of,
     parse_request,

@@ -8,11 +8,10 @@ from collections import Counter
 
 import pytest
 
-from tinysft_jax.data.phrasings import FOLLOW_UPS
-from tinysft_jax.data.records import StoryRecord, parse_records
-from tinysft_jax.data.stories import embedded_stories
-from tinysft_jax.data.story_request import StoryRequest, parse_request, requested_words
-from tinysft_jax.data.tasks import ABOUT_A_STORY, MAX_QUESTIONS, QUESTIONS, RATES, TASK_NAMES, make_tasks
+from tinysft_jax.corpus.stories import embedded_stories
+from tinysft_jax.tasks.make import ABOUT_A_STORY, MAX_QUESTIONS, QUESTIONS, RATES, TASK_NAMES, make_tasks
+from tinysft_jax.tasks.records import StoryRecord, parse_records
+from tinysft_jax.tasks.requests import FOLLOW_UPS, StoryRequest, parse_request, requested_words
 
 STORY = 'Sara had a red kite. One day Sara lost it. "Oh no!" said Sara.\nSara learned that kites need a long string.'
 RECORD = StoryRecord(
@@ -169,7 +168,7 @@ def test_seeds_and_records_decide_what_is_asked(records):
 def test_another_process_asks_the_same():
     """Python's own hash of a string differs from process to process."""
     program = (
-        "from tinysft_jax.data.records import StoryRecord\nfrom tinysft_jax.data.tasks import make_tasks\n"
+        "from tinysft_jax.tasks.records import StoryRecord\nfrom tinysft_jax.tasks.make import make_tasks\n"
         f"print([make_tasks({RECORD!r}, seed) for seed in range(20)])"
     )
     environment = os.environ | {"PYTHONHASHSEED": "1"}

@@ -7,13 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinysft_jax.data.encoding import TOO_LONG, Encoder
-from tinysft_jax.data.phrasings import PHRASINGS
+from tinysft_jax.console import UserError
+from tinysft_jax.data.encode import TOO_LONG, Encoder
 from tinysft_jax.data.prepare import main
 from tinysft_jax.data.sources import Item
-from tinysft_jax.data.tasks import RATES, TASK_NAMES, Conversation
-from tinysft_jax.data.trimming import MIN_KEPT, TRIMMABLE_TASKS, shortened
-from tinysft_jax.errors import UserError
+from tinysft_jax.tasks.make import MIN_KEPT, RATES, TASK_NAMES, TRIMMABLE_TASKS, Conversation, shortened
+from tinysft_jax.tasks.requests import PHRASINGS
 from tinysft_jax.tokenizer import ChatTokenizer
 
 STORY = " ".join(f"Tim walked {i} steps." for i in range(10, 20))

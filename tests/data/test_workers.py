@@ -10,8 +10,8 @@ import time
 
 import pytest
 
+from tinysft_jax.console import RunError, UserError
 from tinysft_jax.data.workers import map_in_order
-from tinysft_jax.errors import RunError, UserError
 
 
 def reject(number: int) -> int:

@@ -4,12 +4,12 @@ import importlib
 
 import pytest
 
-from tinysft_jax.data.records import StoryRecord
-from tinysft_jax.data.stories import embedded_stories
-from tinysft_jax.data.tasks import make_tasks
-from tinysft_jax.errors import UserError
+from tinysft_jax.console import UserError
+from tinysft_jax.corpus.stories import embedded_stories
 from tinysft_jax.evaluation import metrics
 from tinysft_jax.evaluation.cases import Case
+from tinysft_jax.tasks.make import make_tasks
+from tinysft_jax.tasks.records import StoryRecord
 
 WORDS = Case("words", "Write a short story that uses all of these words: jump, ice cream, happy", "", 1)
 STORY = Case(

@@ -1,6 +1,5 @@
-from tinysft_jax.evaluation.answers import Answer, Answered
-from tinysft_jax.evaluation.cases import Case
-from tinysft_jax.evaluation.examples import examples, transcript
+from tinysft_jax.evaluation.cases import Answer, Answered, Case
+from tinysft_jax.evaluation.run import examples, transcript
 
 
 def answered(task: str, question: str) -> Answered:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinysft_jax.evaluation.figures import Figure, difference, mean
+from tinysft_jax.evaluation.report import Figure, difference, mean
 
 
 def test_mean_by_hand():

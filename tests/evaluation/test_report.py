@@ -4,12 +4,11 @@ import json
 
 import pytest
 
-from tinysft_jax.data.stories import embedded_stories
-from tinysft_jax.data.tasks import TASK_NAMES, make_tasks
-from tinysft_jax.errors import UserError
-from tinysft_jax.evaluation.answers import Answer, Answered, read_answers, write_answers
-from tinysft_jax.evaluation.cases import Case
+from tinysft_jax.console import UserError
+from tinysft_jax.corpus.stories import embedded_stories
+from tinysft_jax.evaluation.cases import Answer, Answered, Case, read_answers, write_answers
 from tinysft_jax.evaluation.report import build_report, markdown
+from tinysft_jax.tasks.make import TASK_NAMES, make_tasks
 
 CONSTANT = "Yes, Lily was happy. She ran to see her little friend, and they found the ball by the tree."
 

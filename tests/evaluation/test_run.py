@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from tiny_model import make_model_directory
 
+from tinysft_jax.checkpoints import load_model, save_model
+from tinysft_jax.console import RunError, UserError
 from tinysft_jax.data import prepare
-from tinysft_jax.data.dataset import PreparedData
-from tinysft_jax.errors import RunError, UserError
+from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation import metrics, run
 from tinysft_jax.evaluation.cases import draw_cases
-from tinysft_jax.model_directory import load_model, save_model
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.state import starting_model
 
@@ -226,7 +226,7 @@ def test_plain_text_has_no_questions(tmp_path):
 
 
 def test_a_diverged_model_ends_the_run(models, chat_data, tmp_path, monkeypatch):
-    from tinysft_jax.evaluation import respondent
+    from tinysft_jax.evaluation import run as respondent
 
     monkeypatch.setattr(respondent, "_make_weigh", lambda model: lambda batch: np.full(len(batch["tokens"]), np.nan))
     with pytest.raises(RunError, match="diverged or is damaged"):

@@ -13,9 +13,10 @@ import pytest
 from flax import nnx
 from tiny_model import make_model_directory
 
-from tinysft_jax.interop.huggingface import write_huggingface
+from tinysft_jax.checkpoints import open_model
+from tinysft_jax.conversion.huggingface import write_huggingface
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.model_directory import ModelDescription, read_model
+from tinysft_jax.parameters import ModelDescription
 from tinysft_jax.tokenizer import ChatTokenizer
 
 
@@ -25,7 +26,7 @@ def chat_folder(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("chat")
     folder = directory / "huggingface"
     folder.mkdir()
-    description, params = read_model(make_model_directory(directory / "model", "control"))
+    description, params = open_model(make_model_directory(directory / "model", "control"))
     write_huggingface(folder, params, description)
     return folder
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from tinysft_jax.errors import UserError
-from tinysft_jax.interop.export import check_output, export_run, parse_export
-from tinysft_jax.interop.huggingface import read_huggingface
-from tinysft_jax.interop.torch_checkpoint import read_torch_checkpoint
-from tinysft_jax.model_directory import read_model
+from tinysft_jax.checkpoints import open_model
+from tinysft_jax.console import UserError
+from tinysft_jax.conversion.export import check_output, export_run, parse_export
+from tinysft_jax.conversion.huggingface import read_huggingface
+from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.training import loop
 
 CONFIG = Path(__file__).parents[2] / "configs" / "sft.py"
@@ -39,7 +39,7 @@ def finished(chat_data, tmp_path_factory) -> Path:
 
 
 def test_a_run_exports_its_best_model(finished):
-    description, params = read_model(finished)
+    description, params = open_model(finished)
     for other, other_params in (
         read_huggingface(finished / "huggingface"),
         read_torch_checkpoint(finished / "model.pt"),
@@ -112,7 +112,7 @@ def test_a_wrong_name_is_told_before_anything_is_read(tmp_path):
 
 def test_a_folder_is_not_taken_for_a_run(finished):
     with pytest.raises(UserError, match=r"Hugging Face folder; convert it first: convert_torch_weights\.py"):
-        read_model(finished / "huggingface")
+        open_model(finished / "huggingface")
 
 
 def test_only_the_same_kind_is_replaced(finished, tmp_path):

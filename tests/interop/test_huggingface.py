@@ -20,12 +20,13 @@ from tiny_model import make_model_directory, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tinysft_jax as tsft
-from tinysft_jax.data.dataset import PreparedData
-from tinysft_jax.errors import UserError
-from tinysft_jax.interop.huggingface import is_huggingface, read_huggingface, write_huggingface
-from tinysft_jax.interop.huggingface_names import EMBEDDING, halves_to_pairs, pairs_to_halves
-from tinysft_jax.interop.torch_checkpoint import read_torch_checkpoint
-from tinysft_jax.model_directory import ModelDescription, Params, load_model, make_model, read_model, save_model
+from tinysft_jax.checkpoints import load_model, open_model, save_model
+from tinysft_jax.console import UserError
+from tinysft_jax.conversion.huggingface import is_huggingface, read_huggingface, write_huggingface
+from tinysft_jax.conversion.names import HUGGINGFACE_EMBEDDING, halves_to_pairs, pairs_to_halves
+from tinysft_jax.conversion.torch import read_torch_checkpoint
+from tinysft_jax.data.store import PreparedData
+from tinysft_jax.parameters import ModelDescription, Params, make_model
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.state import starting_model
 
@@ -95,7 +96,7 @@ def test_sizes_agree_and_padding_is_not_exported(exported):
 
 def test_a_batch_is_answered_as_its_prompts_alone(tmp_path):
     """Prompts of many lengths, answers that end by themselves, and no control token, however likely."""
-    description, params = read_model(make_model_directory(tmp_path / "model", "control", ends=True))
+    description, params = open_model(make_model_directory(tmp_path / "model", "control", ends=True))
     ours, rng = make_tokenizer("control"), np.random.default_rng(0)
     params["tok_emb"]["embedding"][[ours.control_ids["<|user|>"], ours.eot_id], 0] = 3, 1.95
     (tmp_path / "folder").mkdir()
@@ -153,7 +154,7 @@ def test_the_pad_token_takes_no_probability_from_others(chat_folder):
 def test_a_folder_of_before_the_pad_token_is_read(chat_folder, tmp_path):
     folder = shutil.copytree(chat_folder, tmp_path / "folder")
     tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {EMBEDDING: tensors[EMBEDDING][:-1]}, folder / "model.safetensors")
+    save_file(tensors | {HUGGINGFACE_EMBEDDING: tensors[HUGGINGFACE_EMBEDDING][:-1]}, folder / "model.safetensors")
     for name, change in (
         ("config.json", lambda content: content.update(vocab_size=260)),
         ("tokenizer.json", lambda content: content["added_tokens"].pop()),
@@ -207,7 +208,7 @@ def test_a_folder_comes_back_with_our_tokenizer(chat_folder, tmp_path, added, mu
 
 def test_a_model_with_tokens_of_others_can_be_used(chat_folder, chat_data, tmp_path, monkeypatch, capsys):
     """It fits prepared data, its own or after growing over them, and they are never drawn."""
-    description, params = read_model(make_model_directory(tmp_path / "model", None))
+    description, params = open_model(make_model_directory(tmp_path / "model", None))
     (tmp_path / "plain").mkdir()
     write_huggingface(tmp_path / "plain", params, description)
     for name, folder in (("chat", chat_folder), ("plain", tmp_path / "plain")):
@@ -302,7 +303,7 @@ def test_unsound_tensors_are_refused(chat_folder, tmp_path, fault):
 def test_a_head_that_is_stored_twice_is_no_harm(chat_folder, tmp_path):
     folder = shutil.copytree(chat_folder, tmp_path / "folder")
     tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors[EMBEDDING]}, folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors[HUGGINGFACE_EMBEDDING]}, folder / "model.safetensors")
     assert_same_model(folder, chat_folder)
 
 

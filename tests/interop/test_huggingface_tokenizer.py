@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tinysft_jax import chat
-from tinysft_jax.interop.huggingface import read_huggingface
+from tinysft_jax.conversion.huggingface import read_huggingface
 from tinysft_jax.tokenizer import ChatTokenizer
 
 MARKERS = (*chat.ROLE_MARKERS.values(), chat.END_OF_TEXT, "<|pad|>")

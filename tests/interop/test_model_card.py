@@ -6,10 +6,9 @@ import pytest
 from tiny_model import make_model_directory, make_tokenizer
 
 from tinysft_jax import files
-from tinysft_jax.errors import UserError
-from tinysft_jax.interop.model_card import write_card
-from tinysft_jax.interop.run_record import read_run
-from tinysft_jax.model_directory import load_description
+from tinysft_jax.checkpoints import load_description
+from tinysft_jax.console import UserError
+from tinysft_jax.conversion.model_card import read_run, write_card
 
 
 @pytest.fixture

@@ -11,15 +11,12 @@ import pytest
 from flax import nnx
 from torch_twin import TorchTwin, save, without_buffers
 
-from tinysft_jax.interop.parity import measure_parity, torch_logits
-from tinysft_jax.interop.torch_checkpoint import read_torch_checkpoint
-from tinysft_jax.interop.torch_file import TorchFile, open_torch_file
-from tinysft_jax.interop.torch_names import torch_names
+from tinysft_jax.conversion.names import torch_names
+from tinysft_jax.conversion.parity import measure_parity, torch_logits
+from tinysft_jax.conversion.torch import TorchFile, open_torch_file, read_torch_checkpoint
 from tinysft_jax.model import GPTConfig
-from tinysft_jax.model_directory import make_model, trim_vocabulary
-from tinysft_jax.training.loss import supervised_nll
-from tinysft_jax.training.optimizer import make_optimizer
-from tinysft_jax.training.step import make_train_step
+from tinysft_jax.parameters import make_model, trim_vocabulary
+from tinysft_jax.training.step import make_optimizer, make_train_step, supervised_nll
 
 
 class Golden(NamedTuple):

@@ -17,11 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch_twin import TorchTwin, save, without_buffers
 
-from tinysft_jax.errors import UserError
-from tinysft_jax.interop.torch_checkpoint import mlp_ratio, read_torch_checkpoint, rope_theta
-from tinysft_jax.interop.torch_file import open_torch_file
-from tinysft_jax.interop.torch_names import torch_names
-from tinysft_jax.model_directory import make_model, model_parameter_shapes, trim_vocabulary
+from tinysft_jax.console import UserError
+from tinysft_jax.conversion.names import torch_names
+from tinysft_jax.conversion.torch import mlp_ratio, open_torch_file, read_torch_checkpoint, rope_theta
+from tinysft_jax.parameters import make_model, model_parameter_shapes, trim_vocabulary
 
 
 def assert_same_params(actual, expected):

@@ -10,13 +10,11 @@ import torch
 from tiny_model import make_model_directory
 from torch_twin import TorchTwin, save
 
-from tinysft_jax.errors import RunError, UserError
-from tinysft_jax.interop.parity import measure_parity
-from tinysft_jax.interop.torch_checkpoint import read_torch_checkpoint
-from tinysft_jax.interop.torch_export import LONGEST_CONTEXT, write_torch_checkpoint
-from tinysft_jax.interop.torch_file import open_torch_file
-from tinysft_jax.interop.torch_names import bare_name
-from tinysft_jax.model_directory import load_model, read_model
+from tinysft_jax.checkpoints import load_model, open_model
+from tinysft_jax.console import RunError, UserError
+from tinysft_jax.conversion.names import bare_name
+from tinysft_jax.conversion.parity import measure_parity
+from tinysft_jax.conversion.torch import LONGEST_CONTEXT, open_torch_file, read_torch_checkpoint, write_torch_checkpoint
 
 
 def write(path, description, params):
@@ -68,7 +66,7 @@ def test_blocks_share_one_mask(tmp_path, fixtures):
 def test_template_and_small_vocabulary_come_back(tmp_path, template):
     """The file names what the PyTorch project's own can't: its reader passes over the key."""
     directory = make_model_directory(tmp_path / "model", template)
-    description, params = read_model(directory)
+    description, params = open_model(directory)
     content = write(tmp_path / "a.pt", description, params)
     assert content.get("model_type") == (None if template is None else "sft")
     assert content["step"] == 0 and math.isnan(content["loss"])
@@ -79,7 +77,7 @@ def test_template_and_small_vocabulary_come_back(tmp_path, template):
 
 
 def test_step_and_loss_are_those_of_the_source(tmp_path):
-    description, params = read_model(make_model_directory(tmp_path / "model", "text"))
+    description, params = open_model(make_model_directory(tmp_path / "model", "text"))
     description = dataclasses.replace(description, source={"step": 3, "loss": 1.25})
     content = write(tmp_path / "a.pt", description, params)
     assert (content["step"], content["loss"]) == (3, 1.25)
@@ -100,7 +98,7 @@ def test_full_disk_is_one_line(fixtures):
 
 
 def test_a_context_whose_mask_would_fill_the_memory_is_refused(tmp_path):
-    description, params = read_model(make_model_directory(tmp_path / "model", "text"))
+    description, params = open_model(make_model_directory(tmp_path / "model", "text"))
     config = dataclasses.replace(description.config, max_seq_len=LONGEST_CONTEXT + 1)
     with pytest.raises(UserError, match=r"max_seq_len 16,385, above 16,384; convert it --to huggingface$"):
         write(tmp_path / "a.pt", dataclasses.replace(description, config=config), params)

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from tiny_model import make_config, make_model, make_tokenizer
 
-from tinysft_jax.errors import Interrupted, RunError, UserError
-from tinysft_jax.sampling.batch import answer_file
+from tinysft_jax.console import Interrupted, RunError, UserError
+from tinysft_jax.sampling.batch import Request, answer_file, read_requests
 from tinysft_jax.sampling.decode import Decoder
-from tinysft_jax.sampling.options import SamplingOptions
-from tinysft_jax.sampling.requests import Request, read_requests
+from tinysft_jax.sampling.filters import SamplingOptions
 
 TOKENIZER = make_tokenizer("control")
 OPTIONS = SamplingOptions(max_new_tokens=12, temperature=1.0)
@@ -176,7 +175,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
 
 def test_a_run_left_before_its_last_step(decoder, requests, tmp_path, monkeypatch):
     """All answers are there, but the output is not yet in its place."""
-    from tinysft_jax.sampling.answer_file import AnswerFile
+    from tinysft_jax.sampling.batch import AnswerFile
 
     whole, output = tmp_path / "whole", tmp_path / "out"
     answer(decoder, requests, whole)

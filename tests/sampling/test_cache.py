@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinysft_jax.sampling import decode, loop
-from tinysft_jax.sampling.cache import KeptCache
-from tinysft_jax.sampling.decode import Decoder
-from tinysft_jax.sampling.options import SamplingOptions
+from tinysft_jax.sampling import decode
+from tinysft_jax.sampling import decode as loop
+from tinysft_jax.sampling.decode import Decoder, KeptCache
+from tinysft_jax.sampling.filters import SamplingOptions
 
 # With these, caches have 64 or 96 slots: few shapes.
 OPTIONS = SamplingOptions(34, temperature=0)

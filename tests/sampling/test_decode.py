@@ -8,12 +8,12 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tinysft_jax.sampling.loop as loop
-from tinysft_jax.errors import UserError
+import tinysft_jax.sampling.decode as loop
+from tinysft_jax.checkpoints import load_model
+from tinysft_jax.console import UserError
 from tinysft_jax.model import GPT
-from tinysft_jax.model_directory import load_model
 from tinysft_jax.sampling.decode import Decoder, generate
-from tinysft_jax.sampling.options import SamplingOptions
+from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sharding import make_mesh, state_sharding
 
 # With prompts of 1 to 30 tokens this makes caches of 64 positions, whichever prompts are together: few shapes.

@@ -14,11 +14,9 @@ from pathlib import Path
 import pytest
 from tiny_model import make_model, make_model_directory, make_tokenizer
 
+from tinysft_jax.sampling.chat import HELP, Session, Shell, load_transcript
 from tinysft_jax.sampling.decode import Decoder
-from tinysft_jax.sampling.interactive import HELP, Shell
-from tinysft_jax.sampling.options import SamplingOptions
-from tinysft_jax.sampling.session import Session
-from tinysft_jax.sampling.transcript import load_transcript
+from tinysft_jax.sampling.filters import SamplingOptions
 
 SCRIPT = Path(__file__).parents[2] / "sample.py"
 # Of a context of 256: three exchanges fit, and caches have 128 or 256 slots; more shapes would be more to compile.

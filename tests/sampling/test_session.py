@@ -7,13 +7,12 @@ from collections.abc import Iterator
 import pytest
 from tiny_model import LETTERS, make_config, make_model, make_tokenizer
 
-from tinysft_jax.errors import UserError
+from tinysft_jax.console import UserError
 from tinysft_jax.model import GPTConfig
-from tinysft_jax.sampling.cache import KeptCache
-from tinysft_jax.sampling.decode import Decoder
-from tinysft_jax.sampling.options import SamplingOptions
-from tinysft_jax.sampling.prompt import Prompt, check_prompt
-from tinysft_jax.sampling.session import Session
+from tinysft_jax.sampling.chat import Session
+from tinysft_jax.sampling.decode import Decoder, KeptCache
+from tinysft_jax.sampling.filters import SamplingOptions
+from tinysft_jax.sampling.text import Prompt, check_prompt
 
 TOKENIZER = make_tokenizer("control")
 
@@ -254,7 +253,7 @@ def test_an_answer_in_a_kept_session_is_that_of_a_fresh_one(speaker, template, t
 
 
 def test_a_turn_computes_only_what_is_new(speaker, monkeypatch):
-    from tinysft_jax.sampling import loop
+    from tinysft_jax.sampling import decode as loop
 
     start, fed = loop.start, []
 

@@ -5,7 +5,7 @@ import time
 import pytest
 from tiny_model import make_tokenizer
 
-from tinysft_jax.errors import UserError
+from tinysft_jax.console import UserError
 from tinysft_jax.sampling.text import AnswerStream, encode_request
 
 TOKENIZER = make_tokenizer("control")

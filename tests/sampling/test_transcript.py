@@ -2,10 +2,10 @@ import json
 
 import pytest
 
+from tinysft_jax.console import UserError
 from tinysft_jax.data import prepare
-from tinysft_jax.data.dataset import PreparedData
-from tinysft_jax.errors import UserError
-from tinysft_jax.sampling.transcript import load_transcript, save_transcript
+from tinysft_jax.data.store import PreparedData
+from tinysft_jax.sampling.chat import load_transcript, save_transcript
 
 # With a line separator that is no end of a line in JSON.
 TRANSCRIPT = [

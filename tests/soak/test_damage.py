@@ -14,7 +14,7 @@ from runs import assert_same_bits, tiny_config
 
 from tinysft_jax import files
 from tinysft_jax.training import loop
-from tinysft_jax.training.checkpoint import Checkpoints
+from tinysft_jax.training.checkpoints import Checkpoints
 
 FLIPS = 50  # a file
 

@@ -21,20 +21,19 @@ from tiny_model import make_config, make_tokenizer
 from torch_twin import TorchTwin, save
 
 from tinysft_jax import chat, files
+from tinysft_jax.checkpoints import load_description
+from tinysft_jax.console import RunError, UserError
+from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.data import prepare
-from tinysft_jax.data.dataset import PreparedData
-from tinysft_jax.data.description import SPLITS
-from tinysft_jax.data.encoding import Encoder
+from tinysft_jax.data.batches import BatchSource
+from tinysft_jax.data.encode import Encoder
 from tinysft_jax.data.packing import plan_epoch
-from tinysft_jax.data.pipeline import BatchSource
-from tinysft_jax.data.records import parse_record, split_records
 from tinysft_jax.data.sources import open_input
-from tinysft_jax.data.tasks import TASK_NAMES, make_tasks
-from tinysft_jax.errors import RunError, UserError
-from tinysft_jax.interop.torch_checkpoint import read_torch_checkpoint
-from tinysft_jax.model_directory import load_description
-from tinysft_jax.sampling.requests import read_requests
-from tinysft_jax.sampling.transcript import load_transcript
+from tinysft_jax.data.store import SPLITS, PreparedData
+from tinysft_jax.sampling.batch import read_requests
+from tinysft_jax.sampling.chat import load_transcript
+from tinysft_jax.tasks.make import TASK_NAMES, make_tasks
+from tinysft_jax.tasks.records import parse_record, split_records
 from tinysft_jax.tokenizer import ChatTokenizer, load_tokenizer
 
 pytestmark = pytest.mark.soak

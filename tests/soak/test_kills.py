@@ -11,7 +11,7 @@ import pytest
 from launch import start_training
 from runs import assert_same_bits, losses
 
-from tinysft_jax.training.metrics import read_metrics
+from tinysft_jax.training.log import read_metrics
 
 KILLS = int(os.environ.get("SOAK_KILLS", "20"))
 SETTINGS = {

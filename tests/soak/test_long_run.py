@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tinysft_jax.training.metrics import read_metrics
+from tinysft_jax.training.log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = int(os.environ.get("SOAK_STEPS", "3000"))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tinysft_jax.training.checkpoint import Checkpoints
-from tinysft_jax.training.metrics import read_metrics
+from tinysft_jax.training.checkpoints import Checkpoints
+from tinysft_jax.training.log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 

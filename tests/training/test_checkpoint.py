@@ -15,9 +15,10 @@ import pytest
 from runs import assert_same_bits, tiny_config
 
 from tinysft_jax import files
-from tinysft_jax.errors import RunError, UserError
-from tinysft_jax.training import checkpoint, loop
-from tinysft_jax.training.checkpoint import Checkpoints
+from tinysft_jax.console import RunError, UserError
+from tinysft_jax.training import checkpoints as checkpoint
+from tinysft_jax.training import loop
+from tinysft_jax.training.checkpoints import Checkpoints
 
 
 def settings(data: Path, **changes):

@@ -2,7 +2,7 @@ import pytest
 from ml_collections import ConfigDict
 from runs import load_config
 
-from tinysft_jax.errors import UserError
+from tinysft_jax.console import UserError
 from tinysft_jax.training.config import KEYS, check_keys, flat
 
 

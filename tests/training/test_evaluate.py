@@ -9,12 +9,12 @@ import pytest
 from flax import nnx
 from runs import load_config, losses, mesh_of, tiny_config
 
+from tinysft_jax.checkpoints import load_model
+from tinysft_jax.console import Interrupted
 from tinysft_jax.data import prepare
-from tinysft_jax.data.dataset import PreparedData
 from tinysft_jax.data.packing import Packing
-from tinysft_jax.errors import Interrupted
+from tinysft_jax.data.store import PreparedData
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.model_directory import load_model
 from tinysft_jax.training import loop
 from tinysft_jax.training.evaluate import Evaluator, evaluation_rows, n_evaluations
 from tinysft_jax.training.step import make_eval_step

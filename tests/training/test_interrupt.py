@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from tinysft_jax.sharding import make_mesh
-from tinysft_jax.training import interrupt
-from tinysft_jax.training.interrupt import StopRequest
+from tinysft_jax.training import stop as interrupt
+from tinysft_jax.training.stop import StopRequest
 
 
 def busy(seconds: float) -> None:

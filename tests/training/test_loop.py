@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from runs import latest_checkpoint, load_config, losses, tiny_config
 
+from tinysft_jax.checkpoints import load_description, load_model
+from tinysft_jax.console import Interrupted, RunError, UserError
 from tinysft_jax.data import prepare
-from tinysft_jax.data.dataset import PreparedData
 from tinysft_jax.data.packing import plan_epoch
-from tinysft_jax.errors import Interrupted, RunError, UserError
-from tinysft_jax.model_directory import load_description, load_model
+from tinysft_jax.data.store import PreparedData
 from tinysft_jax.training import loop
-from tinysft_jax.training.metrics import read_metrics
+from tinysft_jax.training.log import read_metrics
 
 
 def stop_at(step: int, monkeypatch, number=signal.SIGINT):

@@ -6,8 +6,8 @@ import pytest
 from fake_wandb import FakeWandb
 
 from tinysft_jax.model import GPTConfig
-from tinysft_jax.training import metrics
-from tinysft_jax.training.metrics import MetricLog, Rates, read_metrics, train_flops
+from tinysft_jax.training import log as metrics
+from tinysft_jax.training.log import MetricLog, Rates, read_metrics, train_flops
 
 CONFIG = GPTConfig(vocab_size=260, dim=16, n_layers=1, n_heads=2, max_seq_len=64)
 DISABLED = {"mode": "disabled", "project": "p", "name": ""}

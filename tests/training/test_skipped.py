@@ -7,10 +7,10 @@ import signal
 import pytest
 from runs import assert_same_bits, losses, tiny_config
 
-from tinysft_jax.data.dataset import PreparedData
+from tinysft_jax.console import Interrupted, RunError
+from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.packing import Packing
-from tinysft_jax.data.pipeline import BatchSource
-from tinysft_jax.errors import Interrupted, RunError
+from tinysft_jax.data.store import PreparedData
 from tinysft_jax.training import loop
 
 

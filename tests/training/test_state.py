@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tinysft_jax.data.dataset import PreparedData
-from tinysft_jax.errors import UserError
+from tinysft_jax.checkpoints import save_model
+from tinysft_jax.console import UserError
+from tinysft_jax.data.store import PreparedData
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.model_directory import ModelDescription, make_model, save_model, trim_vocabulary
+from tinysft_jax.parameters import ModelDescription, make_model, trim_vocabulary
 from tinysft_jax.sharding import make_mesh
 from tinysft_jax.tokenizer import ChatTokenizer
-from tinysft_jax.training.optimizer import make_optimizer
 from tinysft_jax.training.state import create_state, grow_vocabulary, starting_model, state_shapes
+from tinysft_jax.training.step import make_optimizer
 
 PLAIN = GPTConfig(vocab_size=257, dim=16, n_layers=1, n_heads=2, max_seq_len=64)
 BYTES = {"kind": "gpt2", "bpe_ranks": 256}

@@ -8,15 +8,13 @@ import pytest
 from flax import nnx
 from runs import mesh_of
 
-from tinysft_jax.data.dataset import PreparedData
+from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.packing import PackingPlan, plan_epoch
-from tinysft_jax.data.pipeline import BatchSource
+from tinysft_jax.data.store import PreparedData
 from tinysft_jax.model import GPT, GPTConfig
 from tinysft_jax.sharding import batch_sharding, global_batch
-from tinysft_jax.training.loss import supervised_nll
-from tinysft_jax.training.optimizer import make_optimizer, warmup_cosine
 from tinysft_jax.training.state import create_state, state_shapes
-from tinysft_jax.training.step import make_eval_step, make_train_step
+from tinysft_jax.training.step import make_eval_step, make_optimizer, make_train_step, supervised_nll, warmup_cosine
 
 CONFIG = GPTConfig(vocab_size=260, dim=32, n_layers=2, n_heads=2, max_seq_len=128)
 GRAPH, PARAMS = nnx.split(GPT(CONFIG, rngs=nnx.Rngs(0)))

@@ -11,7 +11,7 @@ import pytest
 from launch import start_training
 from orbax.checkpoint import v1 as ocp
 
-from tinysft_jax.training.metrics import read_metrics
+from tinysft_jax.training.log import read_metrics
 
 SETTINGS = {
     "init_from": "random",

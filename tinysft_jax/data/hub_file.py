@@ -18,7 +18,7 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from tinysft_jax import files
-from tinysft_jax.data.progress import progress
+from tinysft_jax.console import progress
 
 # The last is all that can go wrong with a connection.
 FAILURES = (OSError, ValueError, HTTPError)

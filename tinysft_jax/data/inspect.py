@@ -16,12 +16,11 @@ from jaxtyping import Bool, Int
 from rich.console import Console
 from rich.text import Text
 
-from tinysft_jax import cli
-from tinysft_jax.data.dataset import PreparedData, Split
-from tinysft_jax.data.description import SPLITS
+from tinysft_jax import console
+from tinysft_jax.console import UserError
+from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.packing import Packing
-from tinysft_jax.data.pipeline import BatchSource
-from tinysft_jax.errors import UserError
+from tinysft_jax.data.store import SPLITS, PreparedData, Split
 from tinysft_jax.tokenizer import ChatTokenizer
 
 SUPERVISED, MARKER, PROMPT, TITLE = "bold green", "bold magenta", "dim", "bold cyan"
@@ -139,9 +138,11 @@ def _share(part: int, whole: int) -> str:
     return f"{part:,} ({part / max(whole, 1):.1%})"
 
 
-def _parser() -> cli.Parser:
-    parser = cli.Parser(prog="python -m tinysft_jax.data.inspect", description="A packed row, as training reads it.")
-    parser.add_argument("--data", type=cli.path, metavar="DIR", required=True, help="a prepared data set")
+def _parser() -> console.Parser:
+    parser = console.Parser(
+        prog="python -m tinysft_jax.data.inspect", description="A packed row, as training reads it."
+    )
+    parser.add_argument("--data", type=console.path, metavar="DIR", required=True, help="a prepared data set")
     parser.add_argument("--split", choices=SPLITS, default="train", help="which part of it")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--row", type=int, metavar="I", help="which row of the epoch, from 0 (the first)")
@@ -194,4 +195,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, prints_its_product=True)
+    console.run(main, prints_its_product=True)

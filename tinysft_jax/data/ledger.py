@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from tinysft_jax.errors import shown
+from tinysft_jax.console import shown
 
 # How many of the bad lines are named.
 NAMED_BAD_LINES = 5

@@ -15,17 +15,13 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from tinysft_jax import chat, cli, files
-from tinysft_jax.data.balance import rates_for
-from tinysft_jax.data.description import FORMAT_VERSION, SPLITS
-from tinysft_jax.data.encoding import BAD_ITEMS, Encoder
-from tinysft_jax.data.hub import download
+from tinysft_jax import chat, console, files
+from tinysft_jax.console import RunError, UserError, progress
+from tinysft_jax.data.encode import BAD_ITEMS, Encoder
 from tinysft_jax.data.ledger import Ledger
-from tinysft_jax.data.progress import progress
-from tinysft_jax.data.shards import ShardWriter
-from tinysft_jax.data.sources import FORMATS, Item, Source, open_embedded, open_files, open_input
+from tinysft_jax.data.sources import FORMATS, Item, Source, download, open_embedded, open_files, open_input, rates_for
+from tinysft_jax.data.store import FORMAT_VERSION, SPLITS, ShardWriter
 from tinysft_jax.data.workers import map_in_order, usable_cpus
-from tinysft_jax.errors import RunError, UserError
 from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer
 
 CONTENT = ("data.json", "ledger.json", "manifest.json", *SPLITS)
@@ -111,16 +107,16 @@ def _blocks_of(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield block
 
 
-def _parser() -> cli.Parser:
-    parser = cli.Parser(prog="python -m tinysft_jax.data.prepare", description="Text to a prepared data set.")
+def _parser() -> console.Parser:
+    parser = console.Parser(prog="python -m tinysft_jax.data.prepare", description="Text to a prepared data set.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--input", type=cli.path, metavar="PATH", help="a file, or a directory with a train and valid pair"
+        "--input", type=console.path, metavar="PATH", help="a file, or a directory with a train and valid pair"
     )
     source.add_argument("--embedded", type=int, metavar="N", help="that many stories of the embedded corpus")
     source.add_argument("--hub", metavar="REPOSITORY", help="roneneldan/TinyStoriesInstruct from the Hugging Face Hub")
     parser.add_argument("--revision", help="commit, branch or tag of the --hub repository instead of a known commit")
-    parser.add_argument("--output", type=cli.path, metavar="DIR", required=True, help="the data set to write")
+    parser.add_argument("--output", type=console.path, metavar="DIR", required=True, help="the data set to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="of the input")
     parser.add_argument(
@@ -200,4 +196,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

@@ -8,7 +8,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import NamedTuple
 
-from tinysft_jax.errors import UserError
+from tinysft_jax.console import UserError
 
 # More than any book, chat or story has. What is longer lacks its separators.
 MAX_BYTES = 8 << 20

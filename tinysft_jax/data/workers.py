@@ -17,7 +17,7 @@ from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
-from tinysft_jax.errors import RunError
+from tinysft_jax.console import RunError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

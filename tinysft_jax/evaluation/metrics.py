@@ -11,12 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tinysft_jax.data.dialogue import has_dialogue
-from tinysft_jax.data.morals import find_moral
-from tinysft_jax.data.story_request import StoryRequest, parse_request
-from tinysft_jax.data.tasks import STORIES
-from tinysft_jax.errors import UserError
+from tinysft_jax.console import UserError
 from tinysft_jax.evaluation.cases import Case
+from tinysft_jax.tasks.answers import find_moral, has_dialogue
+from tinysft_jax.tasks.make import STORIES
+from tinysft_jax.tasks.requests import StoryRequest, parse_request
 
 Metric = Callable[[Case, str], float | None]
 

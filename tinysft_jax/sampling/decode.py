@@ -1,22 +1,199 @@
-"""Generation: prompts of any lengths in, the model's continuations out, all at once or as they are made."""
+"""Generation: prompts of any lengths in, continuations out, by a loop on the device over a cache of keys and values."""
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32, Key, UInt32
 
-from tinysft_jax.errors import UserError
-from tinysft_jax.model import GPT, LayerCache
-from tinysft_jax.sampling import loop
-from tinysft_jax.sampling.cache import KeptCache
-from tinysft_jax.sampling.filters import Knobs
-from tinysft_jax.sampling.options import SamplingOptions
-from tinysft_jax.sampling.prompt import Prompt, check_prompt, forbidden_ids, seen_ids
+from tinysft_jax.console import UserError
+from tinysft_jax.model import GPT, GPTConfig, LayerCache
+from tinysft_jax.sampling.filters import Knobs, SamplingOptions, draw, penalize
+from tinysft_jax.sampling.text import Prompt, check_prompt, forbidden_ids, seen_ids
 from tinysft_jax.sharding import batch_sharding, batch_shards
+
+
+class KeptCache:
+    """The keys and values of one row of tokens, on the device.
+
+    A prompt takes them over as far as it begins with the same ids, whatever became of the rest: slots behind a
+    position are never seen. So going on, going back and starting anew are the same thing.
+
+    Attributes:
+      ids: the tokens whose keys and values are held.
+    """
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        """Holds nothing."""
+        self.ids: list[int] = []
+        self._layers: list[LayerCache] = []
+
+    def hold(self, ids: Sequence[int], layers: list[LayerCache]) -> None:
+        """Holds the keys and values of these ids."""
+        self.ids, self._layers = list(ids), layers
+
+    def take(self, ids: Sequence[int], length: int) -> tuple[int, list[LayerCache]]:
+        """Hands over what is held, to be written to, and holds nothing afterwards.
+
+        Args:
+          ids: a prompt, not empty.
+          length: slots that are needed.
+
+        Returns:
+          How many of the prompt's first ids need not be computed (its last one always has to be, for what follows
+          it), and the cache with at least so many slots; no layers if nothing is held.
+        """
+        layers, n_held = self._layers, 0
+        for mine, yours in zip(self.ids, ids[:-1], strict=False):
+            if mine != yours:
+                break
+            n_held += 1
+        self.clear()
+        return n_held, [tuple(_lengthened(part, length) for part in layer) for layer in layers]
+
+
+def _lengthened(part, length: int):
+    missing = length - part.shape[2]
+    return part if missing <= 0 else jnp.pad(part, ((0, 0), (0, 0), (0, missing), (0, 0)))
+
+
+# The most steps of one call to `advance`.
+CHUNK = 64
+
+
+class DecodeState(NamedTuple):
+    """Where a batch of rows stands.
+
+    Attributes:
+      cache: keys and values of the positions so far, one pair a layer.
+      hidden: what the head reads to predict each row's next token.
+      positions: that token's position.
+      limits: the position at which a row has to end.
+      keys: each row's source of random numbers.
+      seen: the ids that the repetition penalty is for.
+      active: whether a row goes on.
+    """
+
+    cache: list[LayerCache]
+    hidden: Float[Array, "B dim"]
+    positions: Int32[Array, " B"]
+    limits: Int32[Array, " B"]
+    keys: Key[Array, " B"]
+    seen: Bool[Array, "B padded_vocab"]
+    active: Bool[Array, " B"]
+
+
+@functools.lru_cache
+def decoding_graph(config: GPTConfig, dtype) -> nnx.GraphDef:
+    """What makes a model, one block a layer, from its parameters."""
+    return nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), dtype=dtype).unstacked()))[0]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="cache")
+def start(
+    params: dict[str, Any],
+    cache: list[LayerCache],
+    tokens: Int32[Array, "B P"],
+    starts: Int32[Array, " B"],
+    lengths: Int32[Array, " B"],
+    limits: Int32[Array, " B"],
+    rows: Int32[Array, " B"],
+    seen: Bool[Array, "B padded_vocab"],
+    seed: UInt32[Array, ""],
+    *,
+    config: GPTConfig,
+    dtype,
+) -> DecodeState:
+    """Feeds the prompts (prefill).
+
+    Args:
+      params: the parameters of the model that `decoding_graph` describes.
+      cache: with what stands before `starts`; the buffers are taken over.
+      tokens: prompts, padded on the right.
+      starts: the position of each prompt's first token.
+      lengths: how many tokens of each row count; at least 1.
+      limits: the position at which a row has to end.
+      rows: the row's number, which chooses its random numbers.
+      seen: the ids that the repetition penalty is for.
+      seed: of the random numbers.
+      config: the model's shape.
+      dtype: what it computes in.
+    """
+    model = nnx.merge(decoding_graph(config, dtype), params)
+    positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    hidden, cache = model.hidden_cached(tokens, positions, cache)
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), row))(rows)
+    ends = starts + lengths
+    return DecodeState(cache, last, ends, limits, keys, seen, ends < limits)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "top_k"), donate_argnames="state")
+def advance(
+    params: dict[str, Any],
+    state: DecodeState,
+    n_steps: Int32[Array, ""],
+    knobs: Knobs,
+    stop_ids: Int32[Array, " n_stop"],
+    forbidden: Bool[Array, " padded_vocab"],
+    *,
+    top_k: int,
+    config: GPTConfig,
+    dtype,
+) -> tuple[DecodeState, Int32[Array, "B chunk"]]:
+    """Draws up to `n_steps` tokens a row, until no row goes on.
+
+    A drawn token is fed at once, so that the cache always holds all that was emitted.
+
+    Args:
+      params: the parameters of the model that `decoding_graph` describes.
+      state: where the rows stand; the buffers are taken over.
+      n_steps: at most `CHUNK`.
+      knobs: see `filters.draw`.
+      stop_ids: a row that draws one of them emits nothing more.
+      forbidden: ids that are never drawn.
+      top_k: see there.
+      config: the model's shape.
+      dtype: what it computes in.
+
+    Returns:
+      Where the rows stand now, and the tokens they emitted; -1 at the steps where a row emitted none.
+    """
+    model = nnx.merge(decoding_graph(config, dtype), params)
+
+    def step(carry):
+        i, state, emitted = carry
+        logits = penalize(model.logits(state.hidden), state.seen, knobs.repetition_penalty)
+        logits = jnp.where(forbidden[None], -jnp.inf, logits)
+        # Random numbers belong to a position, so that neither chunks nor buckets change what is drawn there.
+        keys = jax.vmap(jax.random.fold_in)(state.keys, state.positions)
+        token = draw(logits, keys, knobs, top_k)
+        emits = state.active & ~(token[:, None] == stop_ids[None]).any(axis=1)
+        emitted = emitted.at[:, i].set(jnp.where(emits, token, -1))
+        hidden, cache = model.hidden_cached(token[:, None], state.positions[:, None], state.cache)
+        positions = state.positions + emits
+        seen = state.seen.at[jnp.arange(len(token)), token].set(True)
+        active = emits & (positions < state.limits)
+        state = state._replace(cache=cache, hidden=hidden[:, 0], positions=positions, seen=seen, active=active)
+        return i + 1, state, emitted
+
+    def goes_on(carry):
+        i, state, _ = carry
+        return (i < n_steps) & state.active.any()
+
+    emitted = jnp.full((len(state.positions), CHUNK), -1, jnp.int32)
+    _, state, emitted = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, emitted))
+    return state, emitted
+
 
 # Steps between two looks of the host at what was made, where someone reads along.
 STREAM_CHUNK = 8
@@ -132,7 +309,7 @@ class Decoder:
             state = self._prefill([prompts[row] for row in rows], [first_row + row for row in rows], options)
             goes_on = True
             while goes_on:
-                state, new, goes_on = self._advance(state, options, forbidden, loop.CHUNK)
+                state, new, goes_on = self._advance(state, options, forbidden, CHUNK)
                 for row, ids in zip(rows, new, strict=False):
                     answers[row] += ids
         return answers
@@ -201,11 +378,11 @@ class Decoder:
         return check_prompt(prompt, name, self.config, self.max_length(options))
 
     def _advance(
-        self, state: loop.DecodeState, options: SamplingOptions, forbidden: Bool[np.ndarray, " V"], n_steps: int
-    ) -> tuple[loop.DecodeState, list[list[int]], bool]:
+        self, state: DecodeState, options: SamplingOptions, forbidden: Bool[np.ndarray, " V"], n_steps: int
+    ) -> tuple[DecodeState, list[list[int]], bool]:
         """Draws up to `n_steps` tokens: the new state, each row's new ids, and whether any row goes on."""
         knobs = (options.temperature, options.top_p, options.min_p, options.repetition_penalty)
-        state, emitted = loop.advance(
+        state, emitted = advance(
             self._params,
             state,
             np.int32(n_steps),
@@ -219,7 +396,7 @@ class Decoder:
         emitted, active = jax.device_get((emitted, state.active))
         return state, [row[row >= 0].tolist() for row in emitted], bool(active.any())
 
-    def _prefill(self, prompts: list[np.ndarray], rows: list[int], options: SamplingOptions) -> loop.DecodeState:
+    def _prefill(self, prompts: list[np.ndarray], rows: list[int], options: SamplingOptions) -> DecodeState:
         """Feeds the prompts, as the rows with these numbers, all at once."""
         shards = 1 if self._mesh is None else batch_shards(self._mesh)
         padded = -(-_bucket(len(prompts)) // shards) * shards
@@ -235,7 +412,7 @@ class Decoder:
         seen = seen_ids(prompts, options, self.config)
         return self._start(cache, tokens, padded * [0], lengths, limits, rows, seen, options.seed)
 
-    def _extend(self, kept: KeptCache, ids: list[int], row: int, options: SamplingOptions) -> loop.DecodeState:
+    def _extend(self, kept: KeptCache, ids: list[int], row: int, options: SamplingOptions) -> DecodeState:
         """Feeds one prompt from where `kept` has nothing of it, in pieces."""
         limit = self._limit(len(ids), options)
         start, cache = kept.take(ids, self._slots(limit))
@@ -249,14 +426,14 @@ class Decoder:
             start, cache = start + len(piece), state.cache
         return state
 
-    def _start(self, cache, tokens, starts, lengths, limits, rows, seen, seed: int) -> loop.DecodeState:
-        """Calls `loop.start` with the rows' arrays on the rows' devices."""
+    def _start(self, cache, tokens, starts, lengths, limits, rows, seen, seed: int) -> DecodeState:
+        """Calls `start` with the rows' arrays on the rows' devices."""
         numbers = (np.array(each, np.int32) for each in (starts, lengths, limits, rows))
         arrays = jax.device_put((tokens, *numbers, seen), self._sharding(len(tokens)))
-        return loop.start(self._params, cache, *arrays, np.uint32(seed), config=self.config, dtype=self._dtype)
+        return start(self._params, cache, *arrays, np.uint32(seed), config=self.config, dtype=self._dtype)
 
     def _empty_cache(self, n_rows: int, n_slots: int) -> list[LayerCache]:
-        model = nnx.merge(loop.decoding_graph(self.config, self._dtype), self._params)
+        model = nnx.merge(decoding_graph(self.config, self._dtype), self._params)
         return model.init_cache(n_rows, n_slots, self._sharding(n_rows))
 
     def _sharding(self, n_rows: int) -> NamedSharding | None:

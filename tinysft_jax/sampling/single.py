@@ -3,7 +3,7 @@
 import sys
 
 from tinysft_jax.sampling.decode import Decoder
-from tinysft_jax.sampling.options import SamplingOptions
+from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.text import AnswerStream, encode_request, text_options
 from tinysft_jax.tokenizer import ChatTokenizer
 

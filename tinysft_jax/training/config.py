@@ -9,12 +9,11 @@ from ml_collections import ConfigDict
 
 import tinysft_jax
 from tinysft_jax.attention import ATTENTION_BACKENDS
-from tinysft_jax.errors import UserError
-from tinysft_jax.interop.export import parse_export
+from tinysft_jax.console import UserError
+from tinysft_jax.conversion.export import parse_export
 from tinysft_jax.model import REMAT_POLICIES, GPTConfig, default_dtype
 from tinysft_jax.training.evaluate import FINAL_EVALS
-from tinysft_jax.training.optimizer import DECAYED
-from tinysft_jax.training.profile import parse_window
+from tinysft_jax.training.step import DECAYED
 
 DTYPES = ("auto", "bfloat16", "float32")
 WANDB_MODES = ("disabled", "offline", "online")
@@ -226,3 +225,13 @@ def resolved(config: ConfigDict, total_steps: int, identity: dict[str, Any]) -> 
         # Not from the metadata of packages: this one runs from a checkout that is not installed, too.
         "packages": {"tinysft-jax": tinysft_jax.__version__, **versions},
     }
+
+
+def parse_window(window: str) -> tuple[int, int]:
+    """START and STOP of "START:STOP"; an empty window for an empty string."""
+    if not window:
+        return 0, 0
+    start, _, stop = window.partition(":")
+    if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+        raise UserError(f"profile is {window!r}; it must be START:STOP, two step numbers, the first below the second")
+    return int(start), int(stop)

@@ -9,11 +9,11 @@ from jax.sharding import Mesh
 from jaxtyping import Int32
 from ml_collections import ConfigDict
 
-from tinysft_jax.data.dataset import PreparedData
+from tinysft_jax.data.batches import Batch, BatchSource, epoch_batches
 from tinysft_jax.data.packing import plan_epoch
-from tinysft_jax.data.pipeline import Batch, BatchSource, epoch_batches
+from tinysft_jax.data.store import PreparedData
 from tinysft_jax.sharding import batch_shards, global_batch, process_part
-from tinysft_jax.training.metrics import ALL_TASKS
+from tinysft_jax.training.log import ALL_TASKS
 
 FINAL_EVALS = ("sample", "all")  # what `train.final_eval` may be
 

@@ -13,38 +13,57 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from tinysft_jax import files, processes
+from tinysft_jax import distributed, files
 from tinysft_jax.attention import choose_backend
-from tinysft_jax.data.dataset import PreparedData
+from tinysft_jax.checkpoints import load_params
+from tinysft_jax.console import Interrupted, RunError, UserError, reason
+from tinysft_jax.conversion.export import export_run
+from tinysft_jax.data.batches import Batch, BatchSource, epoch_batches
 from tinysft_jax.data.packing import Packing
-from tinysft_jax.data.pipeline import Batch, BatchSource, epoch_batches
-from tinysft_jax.errors import Interrupted, RunError, UserError, reason
-from tinysft_jax.interop.export import export_run
+from tinysft_jax.data.store import PreparedData
 from tinysft_jax.model import GPT
-from tinysft_jax.model_directory import ModelDescription, Params, load_params
+from tinysft_jax.parameters import ModelDescription, Params
 from tinysft_jax.sharding import batch_sharding, batch_shards, global_batch, make_mesh, process_part
 from tinysft_jax.tokenizer import ChatTokenizer
-from tinysft_jax.training.checkpoint import Checkpoints, save_best
-from tinysft_jax.training.config import check_config, check_keys, check_model, check_run, compute_dtype, resolved
-from tinysft_jax.training.evaluate import Evaluator, evaluation_rows, n_evaluations
-from tinysft_jax.training.interrupt import StopRequest
-from tinysft_jax.training.metrics import ALL_TASKS, FINAL, FINAL_ROWS, MetricLine, MetricLog, Rates, read_metrics
-from tinysft_jax.training.optimizer import make_optimizer, warmup_cosine
-from tinysft_jax.training.plot import plot_loss
-from tinysft_jax.training.profile import ProfileWindow
-from tinysft_jax.training.progress import TrainingProgress, print_summary
-from tinysft_jax.training.resume import (
+from tinysft_jax.training.checkpoints import (
     FORMAT_VERSION,
     TOTAL_STEPS,
+    Checkpoints,
     check_progress,
     differences,
+    held,
     run_identity,
+    save_best,
+    set_aside_other_run,
+    set_models_aside,
     what_more_steps_do,
 )
-from tinysft_jax.training.skipped import SkippedSteps
+from tinysft_jax.training.config import (
+    check_config,
+    check_keys,
+    check_model,
+    check_run,
+    compute_dtype,
+    parse_window,
+    resolved,
+)
+from tinysft_jax.training.evaluate import Evaluator, evaluation_rows, n_evaluations
+from tinysft_jax.training.log import (
+    ALL_TASKS,
+    FINAL,
+    FINAL_ROWS,
+    MetricLine,
+    MetricLog,
+    Rates,
+    SkippedSteps,
+    TrainingProgress,
+    plot_loss,
+    print_summary,
+    read_metrics,
+)
 from tinysft_jax.training.state import check_same_language, create_state, starting_model, state_shapes
-from tinysft_jax.training.step import make_eval_step, make_train_step
-from tinysft_jax.training.workdir import held, set_aside_other_run, set_models_aside
+from tinysft_jax.training.step import make_eval_step, make_optimizer, make_train_step, warmup_cosine
+from tinysft_jax.training.stop import StopRequest
 
 
 def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verify: bool = False) -> None:
@@ -103,14 +122,14 @@ class _Run:
         self.total_steps = total_steps(config, self.packing)
         check_run(config, self.total_steps, self.data.description["max_tokens"])
         self.identity = run_identity(config, self.data, self.packing, self.total_steps)
-        processes.check_same(
+        distributed.check_same(
             {
                 "the configuration": config.to_json(),
                 "the data": self.identity["data"],
                 "how it is packed (which may be due to another version of SciPy)": self.packing.fingerprint,
             }
         )
-        processes.check_shared(workdir)
+        distributed.check_shared(workdir)
         self.evaluator = Evaluator(self.data, config.data.seq_len, config.train.eval_batch_size, config.seed, mesh)
         self.eval_rows, self.final_rows = evaluation_rows(config, self.total_steps, self.evaluator.n_rows)
         self.step, self.best_loss, self.best_step, self.evaluated_step = 0, math.inf, 0, -1
@@ -203,8 +222,8 @@ class _Run:
         seq_len = self.config.data.seq_len
         self.rates = Rates(self.description.config, self.config.train.batch_size * seq_len, seq_len)
         self.log: MetricLog | None = None
-        processes.on_first(self._begin)
-        self.progress = TrainingProgress(self.total_steps, quiet=not processes.is_first())
+        distributed.on_first(self._begin)
+        self.progress = TrainingProgress(self.total_steps, quiet=not distributed.is_first())
         exit_code = 1
         try:
             for note in self.notes:
@@ -373,7 +392,7 @@ class _Run:
 
     def _evaluate_kept(self) -> None:
         """Evaluates the model that was kept on a larger sample, if no start of this run before has done it."""
-        if processes.first_decides(any(FINAL_ROWS in line for line in read_metrics(self.workdir))):
+        if distributed.first_decides(any(FINAL_ROWS in line for line in read_metrics(self.workdir))):
             return
         params = self.model_params
         if self.best_step != self.step:
@@ -417,7 +436,7 @@ class _Run:
             self.log.write(step, metrics)
 
     def _finish(self) -> None:
-        processes.on_first(self._report)
+        distributed.on_first(self._report)
 
     def _report(self) -> None:
         print_summary(read_metrics(self.workdir), self.best_step)
@@ -435,3 +454,33 @@ def total_steps(config: ConfigDict, packing: Packing) -> int:
 
 def steps_an_epoch(config: ConfigDict, packing: Packing) -> int:
     return -(-packing.n_rows // config.train.batch_size)
+
+
+class ProfileWindow:
+    """Traces the steps START to STOP (the first inclusive, the last not) into `directory`.
+
+    Args:
+      window: "START:STOP", or empty for none.
+      directory: where the trace goes.
+
+    Raises:
+      UserError: if `window` is neither.
+    """
+
+    def __init__(self, window: str, directory: Path):
+        self._start, self._stop = parse_window(window)
+        self._directory, self._running = directory, False
+
+    def before(self, step: int) -> None:
+        """Call with the number of steps done, before the next one."""
+        if not self._running and self._start <= step < self._stop:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+        elif self._running and step >= self._stop:
+            self.close()
+
+    def close(self) -> None:
+        """Writes the trace, if one is under way."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False

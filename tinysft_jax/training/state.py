@@ -10,10 +10,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from tinysft_jax.data.dataset import PreparedData
-from tinysft_jax.errors import UserError
+from tinysft_jax.checkpoints import open_model
+from tinysft_jax.console import UserError
+from tinysft_jax.data.store import PreparedData
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.model_directory import ModelDescription, Params, pad_vocabulary, read_model, trim_vocabulary
+from tinysft_jax.parameters import ModelDescription, Params, pad_vocabulary, trim_vocabulary
 from tinysft_jax.sharding import state_sharding
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.step import TrainState
@@ -49,7 +50,7 @@ def starting_model(init_from: str, shape: dict, data: PreparedData) -> tuple[Mod
         longest = min(longest, config.max_seq_len)
         source = {"kind": "random"}
         return ModelDescription(config, **tokenizer.description(), source=source, trained_length=longest), None
-    description, params = read_model(init_from)
+    description, params = open_model(init_from)
     check_same_language(description, tokenizer, init_from)
     config = description.config
     if tokenizer.template == "control" and description.chat_template is None:

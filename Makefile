@@ -8,7 +8,7 @@ DEMO := runs/demo
 STORIES := 6000
 CASES := 60
 
-.PHONY: demo demo-full test soak lint clean
+.PHONY: demo demo-full test test-all soak lint clean
 
 # Make again after an interruption, and it goes on where it was.
 # The embedded corpus, a small model pretrained on its stories, the same model taught to answer, and what each can do.
@@ -36,8 +36,14 @@ $(DEMO)/stories/data.json: | $(VENV)/demo.stamp
 $(DEMO)/tasks/data.json: | $(VENV)/demo.stamp
 	$(BIN)/python -m tinysft_jax.data.prepare --embedded=$(STORIES) --output=$(DEMO)/tasks --bpe_ranks=8192
 
+# What guards the design, in minutes; and all of it.
 test: $(VENV)/dev.stamp lint
-	@start=$$(date +%s); $(BIN)/python -m pytest; code=$$?; echo "tests: $$(( $$(date +%s) - start )) s"; exit $$code
+	@$(call pytest,)
+
+test-all: $(VENV)/dev.stamp lint
+	@$(call pytest,-m 'not soak')
+
+pytest = start=$$(date +%s); $(BIN)/python -m pytest $(1); code=$$?; echo "tests: $$(( $$(date +%s) - start )) s"; exit $$code
 
 # Kills, damage and a long run: an hour or two on two cores. Prints its figures; docs/reliability.md has the last ones.
 soak: $(VENV)/dev.stamp

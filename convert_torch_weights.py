@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tinysft_jax import console, distributed
-from tinysft_jax.checkpoints import load_model
+from tinysft_jax.checkpoints import load_model, model_kind, open_model
 from tinysft_jax.console import RunError, UserError
 from tinysft_jax.conversion import export
 from tinysft_jax.conversion.model_card import read_run
@@ -23,8 +23,8 @@ def main() -> None:
     if args.report and args.to != "huggingface":
         raise UserError("--report is for the model card, which only --to huggingface writes")
     distributed.check_devices()
-    description, params = export.read_any(args.input, args.n_heads)
-    run = read_run(args.input) if args.input.is_dir() and not export.is_foreign(args.input) else None
+    description, params = open_model(args.input, args.n_heads)
+    run = read_run(args.input) if model_kind(args.input) == "work" else None
     print_model(description)
     print_notes(args.to, description)
     with export.new_output(args.to, args.output, args.overwrite) as path:
@@ -104,7 +104,7 @@ def check(model: GPT, path: Path, name: Path) -> None:
     """
     if path.is_file():
         parity = measure_parity(model, open_torch_file(path))
-    elif export.is_foreign(path):
+    elif model_kind(path) == "huggingface":
         parity = measure_huggingface_parity(model, path)
     else:
         return  # a model directory: there is nothing foreign about it

@@ -37,10 +37,19 @@ def main() -> None:
         raise UserError(f"there is no configuration {file}; this project's are configs/sft.py and configs/pretrain.py")
     memory.use_few_arenas()
     from tinysft_jax import distributed  # after the flags: importing JAX takes seconds
+    from tinysft_jax.conversion.export import export_run, parse_export
     from tinysft_jax.training.loop import train
 
+    config, workdir = CONFIG.value, Path(WORKDIR.value).expanduser()
+    parse_export(config.get("export", ""))
     distributed.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    train(CONFIG.value, Path(WORKDIR.value).expanduser(), ACCEPT_CHANGES.value, VERIFY.value)
+    train(config, workdir, ACCEPT_CHANGES.value, VERIFY.value)
+
+    def export() -> None:
+        for line in export_run(workdir, config.export):
+            print(line, file=sys.stderr)
+
+    distributed.on_first(export)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The table of embeddings is stored without its padding rows, so that a reader nee
 
 import contextlib
 import inspect
+import json
 import logging
 import sys
 import warnings
@@ -99,10 +100,10 @@ def load_params(path: Path, config: GPTConfig) -> Params:
 
 
 def load_model(path: str | Path, **options) -> GPT:
-    """Reads a model directory, a work directory (its best model so far) or a PyTorch checkpoint (`.pt`).
+    """Reads a model.
 
     Args:
-      path: what to read.
+      path: see `open_model`.
       **options: of `GPT`: dtype, attention, remat.
 
     Raises:
@@ -112,36 +113,65 @@ def load_model(path: str | Path, **options) -> GPT:
     return make_model(description.config, params, trained_length=description.trained_length, **options)
 
 
-def open_model(path: str | Path) -> tuple[ModelDescription, Params]:
-    """The description and host parameters of what `load_model` takes."""
+def open_model(path: str | Path, n_heads: int | None = None) -> tuple[ModelDescription, Params]:
+    """Reads whatever holds a model: the one place that decides what a path is.
+
+    Args:
+      path: a work directory (its best model so far), a model directory, a PyTorch checkpoint (`.pt`) or a Hugging Face
+        folder.
+      n_heads: the number of attention heads, for a `.pt` that doesn't tell.
+
+    Returns:
+      What the model is, and its parameters as nested dicts of float32 NumPy arrays, the embedding padded.
+
+    Raises:
+      UserError: if it can't be read; one line says why.
+    """
     path = Path(path).expanduser()
-    if path.is_file():
+    kind = model_kind(path)
+    if kind == "torch":
         from tinysft_jax.conversion.torch import read_torch_checkpoint  # needs torch, an extra
 
-        return read_torch_checkpoint(path)
-    path = model_directory(path)
+        return read_torch_checkpoint(path, n_heads)
+    if n_heads is not None:
+        raise UserError(f"--n_heads is for .pt files that don't tell; {path} does")
+    if kind == "huggingface":
+        from tinysft_jax.conversion.huggingface import read_huggingface  # needs safetensors, an extra
+
+        return read_huggingface(path)
+    path = path / "model" if kind == "work" else path
     description = load_description(path)
     return description, load_params(path, description.config)
 
 
-def model_directory(path: Path) -> Path:
-    """The model directory that `path` is, or that it holds if it is a work directory.
+def model_kind(path: Path) -> str:
+    """What holds a model at `path`: "torch", "model", "huggingface" or "work".
 
     Raises:
-      UserError: if there is none.
+      UserError: if there is nothing, or something that no model can be read from.
     """
     if not path.exists():
-        raise UserError(f"{path} does not exist; give a model directory, a work directory or a .pt file")
-    if not (path / "model.json").exists() and (path / "config.json").exists():
-        if (path / "model.safetensors").exists():
-            raise UserError(
-                f"{path} is a Hugging Face folder; convert it first: "
-                f"convert_torch_weights.py --input {path} --output DIR"
-            )
-        if not (path / "model").exists():
-            raise UserError(f"{path} has no model yet: its run has not got far enough")
-        return path / "model"
-    return path
+        raise UserError(
+            f"{path} does not exist; give a work directory, a model directory, a .pt file or a Hugging Face folder"
+        )
+    if not path.is_dir():
+        return "torch"
+    if (path / "model.json").exists() or not (path / "config.json").exists():
+        return "model"
+    if _is_huggingface(path):
+        return "huggingface"
+    if not (path / "model").exists():
+        raise UserError(f"{path} has no model yet: its run has not reached its first evaluation")
+    return "work"
+
+
+def _is_huggingface(path: Path) -> bool:
+    """Whether a directory with a config.json is a Hugging Face folder: a work directory's names no model type."""
+    if any(path.glob("*.safetensors")):
+        return True
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        return "model_type" in json.loads(files.read_text(path / "config.json"))
+    return False
 
 
 def _differences(stored: Params, wanted: Params) -> list[str]:

@@ -3,6 +3,7 @@
 import codecs
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -139,6 +140,11 @@ class ChatTokenizer:
     def description(self) -> dict[str, Any]:
         """What `model.json` and `data.json` say about the tokenizer."""
         return {"chat_template": self.template, "tokenizer": {"kind": "gpt2", "bpe_ranks": self.bpe_ranks}}
+
+    def fingerprint(self) -> str:
+        """A hash of everything that decides the ids: how text is split, the BPE tokens by id, the control tokens."""
+        tokens = [self._bpe.decode_single_token_bytes(id_).hex() for id_ in range(self.bpe_ranks)]
+        return hashlib.sha256(json.dumps([_PATTERN, tokens, self._special_ids]).encode()).hexdigest()[:16]
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> "ChatTokenizer":

@@ -12,7 +12,7 @@ from tinysft_jax.checkpoints import open_model, write_model
 from tinysft_jax.console import RunError, UserError, reason
 from tinysft_jax.conversion import huggingface
 from tinysft_jax.conversion.model_card import CARD_CONTENT, RunRecord, read_run, write_card
-from tinysft_jax.conversion.torch import read_torch_checkpoint, write_torch_checkpoint
+from tinysft_jax.conversion.torch import write_torch_checkpoint
 from tinysft_jax.parameters import ModelDescription, Params
 from tinysft_jax.training.log import ALL_TASKS, FINAL
 
@@ -25,28 +25,6 @@ _OF_A_RUN = {"huggingface": ("huggingface", "safetensors", "hf"), "torch": ("mod
 
 # Of what a run exported, in its work directory: name → file → SHA-256.
 _RECORD = "exports.json"
-
-
-def read_any(path: Path, n_heads: int | None = None) -> tuple[ModelDescription, Params]:
-    """Reads a `.pt` file, a Hugging Face folder, a model directory, or a work directory's best model.
-
-    Args:
-      path: what to read.
-      n_heads: the number of attention heads, for a `.pt` that doesn't tell.
-
-    Raises:
-      UserError: if it can't be read; one line says why.
-    """
-    if not path.is_dir():
-        return read_torch_checkpoint(path, n_heads)
-    if n_heads is not None:
-        raise UserError(f"--n_heads is for .pt files that don't tell; {path} does")
-    return huggingface.read_huggingface(path) if is_foreign(path) else open_model(path)
-
-
-def is_foreign(path: Path) -> bool:
-    """Whether `path` is a Hugging Face folder, and none of this package's directories."""
-    return not (path / "model.json").exists() and huggingface.is_huggingface(path)
 
 
 def check_output(kind: str, path: Path, overwrite: bool) -> None:

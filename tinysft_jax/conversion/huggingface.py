@@ -268,15 +268,6 @@ def _read_tokenizer(path: Path, config: GPTConfig) -> Recognised | None:
     return recognised
 
 
-def is_huggingface(path: Path) -> bool:
-    """Whether `path` is a directory with the `config.json` of a Hugging Face model, of whatever architecture."""
-    try:
-        content = json.loads(files.read_text(path / "config.json"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and bool({"model_type", "architectures"} & set(content))
-
-
 def _read_params(path: Path, config: GPTConfig) -> Params:
     places = huggingface_names(config.n_layers)
     with _open_weights(path) as stored:

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 import tinysft_jax
 from tinysft_jax.attention import ATTENTION_BACKENDS
 from tinysft_jax.console import UserError
-from tinysft_jax.conversion.export import parse_export
 from tinysft_jax.model import REMAT_POLICIES, GPTConfig, default_dtype
 from tinysft_jax.training.evaluate import FINAL_EVALS
 from tinysft_jax.training.step import DECAYED
@@ -142,7 +141,6 @@ def check_config(config: ConfigDict, batch_shards: int) -> None:
     if config.train.num_epochs is not None and config.train.num_epochs < 1:
         raise UserError(f"train.num_epochs is {config.train.num_epochs}; it must be at least 1")
     parse_window(config.profile)
-    parse_export(config.export)
     rows, divisor = config.train.batch_size, config.train.grad_accumulation_steps * batch_shards
     if rows % divisor:
         below, above = rows // divisor * divisor, -(-rows // divisor) * divisor

@@ -17,7 +17,6 @@ from tinysft_jax import distributed, files
 from tinysft_jax.attention import choose_backend
 from tinysft_jax.checkpoints import load_params
 from tinysft_jax.console import Interrupted, RunError, UserError, reason
-from tinysft_jax.conversion.export import export_run
 from tinysft_jax.data.batches import Batch, BatchSource, epoch_batches
 from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.store import PreparedData
@@ -441,8 +440,6 @@ class _Run:
     def _report(self) -> None:
         print_summary(read_metrics(self.workdir), self.best_step)
         self.progress.say(f"best model (step {self.best_step:,}): {self.workdir / 'model'}")
-        for line in export_run(self.workdir, self.config.export):
-            self.progress.say(line)
 
 
 def total_steps(config: ConfigDict, packing: Packing) -> int:

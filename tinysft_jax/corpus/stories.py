@@ -1,51 +1,90 @@
-"""The embedded corpus: any number of short stories in the form of TinyStories-Instruct, made without a download.
+"""The embedded corpus: any number of short stories in the form of TinyStories-Instruct, generated without a download.
 
-Each story tells one of the plots of `story_parts` with characters, things and wordings of its own, and is built around
-a noun, a verb and an adjective, as the stories of TinyStories are. So what a reader would answer (who is it about, how
-does it end, do they talk) is known.
+Each story tells one of the plots of `stories.toml` with its own characters, things and wordings, and is built around a
+noun, a verb and an adjective, as the stories of TinyStories are. So the ground truth about it is known: who it is
+about, how it ends, whether they talk.
 """
 
 import hashlib
 import random
 import re
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from tinysft_jax.corpus import story_parts
-from tinysft_jax.corpus.story_parts import Character, Ending, Plot
 from tinysft_jax.tasks.answers import sentences
 from tinysft_jax.tasks.records import StoryRecord
 
 T = TypeVar("T")
 
 FEATURES = ("Dialogue", "BadEnding", "Twist", "Foreshadowing", "MoralValue", "Conflict")
+PRONOUNS = {"he": ("him", "his"), "she": ("her", "her"), "it": ("it", "its")}
 
-# Verses that are a sentence again and again.
-ECHOES = 3
-# Verses that are words and nothing else, in any order: how many different ones, and how long they are at least.
-CHANTS, CHANT_LENGTH = (1, 1, 2, 2, 3, 3, 4, 5), 6
-CHANTED = (
-    "moral",
-    *story_parts.NOUNS,
-    *story_parts.VERBS,
-    *story_parts.ADJECTIVES,
-    *(child.name for child in story_parts.CHILDREN),
-)
+
+@dataclass(frozen=True)
+class Character:
+    """Somebody in a story.
+
+    Attributes:
+      name: what the story calls them: "Lily", or "the little duck" where there is no name.
+      he: the pronoun, "he", "she" or "it".
+      kind: "girl", "mouse"; empty where the name says it all.
+    """
+
+    name: str
+    he: str
+    kind: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def him(self) -> str:
+        return PRONOUNS[self.he][0]
+
+    @property
+    def his(self) -> str:
+        return PRONOUNS[self.he][1]
+
+    @property
+    def intro(self) -> str:
+        """A first mention, as a line."""
+        if not self.kind:
+            return self.name.replace("the ", "a ", 1)
+        return f"a [little |young |]{self.kind} named {self.name}"
+
+
+# What the stories are made of; described where it is written down.
+_PARTS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("stories.toml").read_text(encoding="utf-8"))
+PLOTS: list[dict[str, Any]] = _PARTS["plots"]
+LINES: dict[str, list[str]] = _PARTS["lines"]
+WORDS: dict[str, list[str]] = _PARTS["words"]
+_GROUPS = {group: [Character(*each) for each in found] for group, found in _PARTS["characters"].items()}
+CHILDREN, FAMILY, WISE_BEINGS = _GROUPS["children"], _GROUPS["family"], _GROUPS["wise_beings"]
+NAMED_BEINGS, UNNAMED_BEINGS = _GROUPS["named_beings"], _GROUPS["unnamed_beings"]
+BEINGS = NAMED_BEINGS + UNNAMED_BEINGS
 
 # Probabilities: of what a story has, ...
 BAD_ENDING, SPEECH, MORAL, HINT, QUARREL, ATTEMPT = 0.45, 0.52, 0.45, 0.35, 0.3, 0.35
-# ... of "he" where the name could stand, of a line with speech in a story with speech, ...
+# ... of "he" where the name could be, of a line with speech in a story with speech, ...
 PRONOUN, SPOKEN_LINE = 0.35, 0.75
 # ... and of the fields of a record.
 HAS_FEATURES, HAS_WORDS, HAS_SUMMARY, HAS_RANDOM_SENTENCE = 0.92, 0.95, 0.96, 0.9
 # How often a record's sentence is the story's first one, which a small model learns to use before others; else any one.
 FIRST_SENTENCE = 0.7
 
+# Verses that repeat a sentence: how often they do.
+ECHOES = 3
+# Verses that are words and nothing else, in any order: how many different ones, and their least length.
+CHANTS, CHANT_LENGTH = (1, 1, 2, 2, 3, 3, 4, 5), 6
+CHANTED = ("moral", *WORDS["noun"], *WORDS["verb"], *WORDS["adjective"], *(child.name for child in CHILDREN))
+
 
 @dataclass(frozen=True)
 class EmbeddedStory:
-    """A record of the embedded corpus, and the truth about its story.
+    """A record of the embedded corpus, and the ground truth about its story.
 
     Attributes:
       record: as a parser would read it from the text.
@@ -53,11 +92,11 @@ class EmbeddedStory:
       happy_ending: whether the story ends well for the main character.
       dialogue: whether somebody speaks in quotes.
       plot: the plot's name.
-      sketch: a story of a few sentences about the same character and words, which ends in the same mood.
-      verses: a few words, again and again.
+      sketch: a story of a few sentences about the same character and words, with the same kind of ending.
+      verses: a few words, repeated.
 
     Training data has the sketches and, as plain text, the verses as well: in a short context it takes a small model far
-    fewer steps to find out that words come back, and what a question is about, than in a story.
+    fewer steps to learn that words come back, and what a question is about, than in a story.
     """
 
     record: StoryRecord
@@ -72,8 +111,8 @@ class EmbeddedStory:
 def embedded_stories(n: int, split: Literal["train", "valid"] = "train", seed: int = 0) -> Iterator[EmbeddedStory]:
     """Yields `n` stories; story i depends on nothing but i, the split and the seed.
 
-    No pair of a main character and a plot is in both splits, whatever the seeds, nor is a pair of a plot and the words
-    to use. So a valid story can't be told from memory.
+    No pair of a main character and a plot is in both splits, whatever the seeds, nor is a plot with the same words to
+    use. So a valid story can't be told from memory.
     """
     for index in range(n):
         yield _story(random.Random(f"{seed}/{split}/{index}"), held_out=split == "valid")
@@ -95,31 +134,48 @@ def record_text(record: StoryRecord) -> str:
     return "".join(lines)
 
 
+def verb_forms(verb: str) -> dict[str, str]:
+    """The past of a regular verb, and the form in "ing"."""
+    # hop, hopped; bake, baked; hurry, hurried, hurrying
+    stem = verb + verb[-1] if re.fullmatch("[^aeiou]*[aeiou][^aeiouwxy]", verb) else verb.removesuffix("e")
+    return {"verbed": re.sub("([^aeiou])y$", r"\1i", stem) + "ed", "verbing": stem + "ing"}
+
+
 def _story(rng: random.Random, held_out: bool) -> EmbeddedStory:
     """Draws a story on one side of the split."""
     while True:
-        plot = _pick(rng, story_parts.PLOTS)
+        plot = _pick(rng, PLOTS)
         main = _main_character(rng)
-        while _is_held_out(plot.name, main.name) != held_out:
+        while is_held_out(plot["name"], main.name) != held_out:
             main = _main_character(rng)
         happy = not _chance(rng, BAD_ENDING)
-        ending = _pick(rng, [ending for ending in plot.endings if ending.happy == happy])
+        ending = _pick(rng, [ending for ending in plot["endings"] if ending["happy"] == happy])
         words = _draw_words(rng)
-        while _is_held_out(plot.name, *words.values()) != held_out:
+        while is_held_out(plot["name"], *words.values()) != held_out:
             words = _draw_words(rng)
         narrator = _Narrator(rng, plot, main, ending, words)
         told = narrator.tell()
         if narrator.main_stands_out(told.story):
             break
     record, sketch = (_record(rng, each, tuple(words.values())) for each in (told, narrator.sketch()))
-    echoes = (_echo(rng, each.story) for each in (record, sketch))
+    echoes = (" ".join([_random_sentence(rng, each.story)] * ECHOES) for each in (record, sketch))
     verses = (*narrator.verses(), *echoes, *(_chant(rng, n) for n in CHANTS))
-    return EmbeddedStory(record, main.name, happy, "Dialogue" in told.features, plot.name, sketch, verses)
+    return EmbeddedStory(record, main.name, happy, "Dialogue" in told.features, plot["name"], sketch, verses)
 
 
-def _last_lines(moral: bool) -> tuple[str, ...]:
-    """A story without a moral says that it ends: so it is a single word that decides."""
-    return story_parts.MORALS if moral else story_parts.THE_END
+def _main_character(rng: random.Random) -> Character:
+    group = rng.random()
+    return _pick(rng, CHILDREN if group < 0.58 else NAMED_BEINGS if group < 0.77 else UNNAMED_BEINGS)
+
+
+def _draw_words(rng: random.Random) -> dict[str, str]:
+    """A verb, a noun and an adjective to build a story around."""
+    return {part: _pick(rng, WORDS[part]) for part in ("verb", "noun", "adjective")}
+
+
+def is_held_out(*combination: str) -> bool:
+    """Puts one combination in eight on the valid side, by a hash that is the same in every process."""
+    return hashlib.sha256("|".join(combination).encode()).digest()[0] % 8 == 0
 
 
 class _Told(NamedTuple):
@@ -128,55 +184,39 @@ class _Told(NamedTuple):
     features: tuple[str, ...]
 
 
-def _record(rng: random.Random, told: _Told, words: tuple[str, ...]) -> StoryRecord:
-    return StoryRecord(
-        # As in the real data, a story without any of the features has no such line.
-        features=told.features if told.features and _chance(rng, HAS_FEATURES) else None,
-        words=tuple(sorted(words, key=lambda _: rng.random())) if _chance(rng, HAS_WORDS) else (),
-        summary=told.summary if _chance(rng, HAS_SUMMARY) else None,
-        random_sentence=_random_sentence(rng, told.story) if _chance(rng, HAS_RANDOM_SENTENCE) else None,
-        story=told.story,
-    )
-
-
-def _main_character(rng: random.Random) -> Character:
-    group = rng.random()
-    if group < 0.58:
-        return _pick(rng, story_parts.CHILDREN)
-    return _pick(rng, story_parts.NAMED_BEINGS if group < 0.77 else story_parts.UNNAMED_BEINGS)
-
-
 class _Narrator:
     """Tells one story: knows who and what is in it, and whether they talk."""
 
-    def __init__(self, rng: random.Random, plot: Plot, main: Character, ending: Ending, words: dict[str, str]):
+    def __init__(self, rng: random.Random, plot: dict, main: Character, ending: dict, words: dict[str, str]):
         self.rng, self.plot, self.main, self.ending = rng, plot, main, ending
-        among_children = main in story_parts.CHILDREN
-        others = story_parts.CHILDREN if among_children else story_parts.BEINGS
+        self.strangers = plot.get("strangers", False)
+        among_children = main in CHILDREN
+        others = CHILDREN if among_children else BEINGS
         friend = _pick(rng, [character for character in others if character is not main])
-        preposition, place = _pick(rng, plot.places)
+        preposition, place = _pick(rng, _PARTS["places"][plot["places"]])
         self.parts = {
             "M": main,
             "F": friend,
-            "E": _pick(rng, story_parts.FAMILY if among_children else story_parts.WISE_BEINGS),
+            "E": _pick(rng, FAMILY if among_children else WISE_BEINGS),
             "place": place,
             "at": f"{preposition} {place}",
-            "moral": _pick(rng, ending.morals),
+            "moral": _pick(rng, ending["morals"]),
             **words,
-            **story_parts.verb_forms(words["verb"]),
-            **{name: _pick(rng, values) for name, values in plot.choices.items()},
+            **verb_forms(words["verb"]),
+            "look": _pick(rng, _PARTS["looks"]),
+            **{name: _pick(rng, values) for name, values in plot.get("choices", {}).items()},
         }
         self.they_talk = _chance(rng, SPEECH)
-        is_old_friend = friend.kind and not plot.strangers and _chance(rng, 0.5)
+        is_old_friend = friend.kind and not self.strangers and _chance(rng, 0.5)
         self.friend_intro = f"{main.his} friend {friend}" if is_old_friend else friend.intro
 
     def tell(self) -> _Told:
-        rng, steps = self.rng, self.plot.steps
+        rng, steps = self.rng, self.plot["steps"]
         hint, quarrel, moral = _chance(rng, HINT), _chance(rng, QUARREL), _chance(rng, MORAL)
         attempts = _chance(rng, ATTEMPT) + _chance(rng, ATTEMPT)
         beginning = self._paragraph(
-            self._choose([line for line in story_parts.OPENINGS if not (self.plot.strangers and "{F" in line)]),
-            self._choose(story_parts.PASTIMES),
+            self._choose([line for line in LINES["openings"] if not (self.strangers and "{F" in line)]),
+            self._choose(LINES["pastimes"]),
             self._choose(steps["wish"]),
             self._choose(steps["hint"], hint),
         )
@@ -186,45 +226,46 @@ class _Narrator:
             self._choose(steps["quarrel"], quarrel),
         )
         end = self._paragraph(
-            self._choose(self.ending.lines), self._choose(story_parts.RETURNS), self._choose(self._closings())
+            self._choose(self.ending["lines"]),
+            self._choose(LINES["returns"]),
+            self._choose(self._by_ending("closings")),
         )
         line_break = _pick(rng, ("\n\n", "\n\n", "\n"))
         story = beginning + _pick(rng, (line_break, line_break, " ")) + middle + line_break + end
-        story += line_break + self._phrase(*self._choose(_last_lines(moral)))
+        story += line_break + self._phrase(*self._choose(LINES["morals" if moral else "the_end"]))
 
-        joint = ", " if self.ending.summary.startswith(("but", "so")) else " "
-        summary = self._phrase(self.plot.premise + joint + self.ending.summary + ".")
-        features = dict.fromkeys(self.ending.features, True)
-        features |= {"MoralValue": moral, "Foreshadowing": hint, "Conflict": quarrel or "Conflict" in features}
-        return self._told(story, summary, features)
+        joint = ", " if self.ending["summary"].startswith(("but", "so")) else " "
+        summary = self._phrase(self.plot["premise"] + joint + self.ending["summary"] + ".")
+        features = {"MoralValue": moral, "Foreshadowing": hint, "Conflict": quarrel}
+        return self._told(story, summary, features | dict.fromkeys(self.ending.get("features", ()), True))
 
     def sketch(self) -> _Told:
         """Nothing but the beginning, the words to use and the end, with nobody else at the beginning."""
         moral = _chance(self.rng, MORAL)
-        openings = [line for line in story_parts.OPENINGS if "{F" not in line and "{E" not in line]
-        told = (openings, story_parts.PASTIMES, story_parts.RETURNS, self._closings())
-        story = self._paragraph(*map(self._choose, (*told, _last_lines(moral))))
-        summaries = story_parts.HAPPY_SUMMARIES if self.ending.happy else story_parts.SAD_SUMMARIES
-        return self._told(story, self._phrase(*self._choose(summaries)), {"MoralValue": moral})
+        openings = [line for line in LINES["openings"] if "{F" not in line and "{E" not in line]
+        last = LINES["morals" if moral else "the_end"]
+        steps = (openings, LINES["pastimes"], LINES["returns"], self._by_ending("closings"), last)
+        story = self._paragraph(*map(self._choose, steps))
+        return self._told(story, self._phrase(*self._choose(self._by_ending("summaries"))), {"MoralValue": moral})
 
     def verses(self) -> list[str]:
-        return [self._phrase(line) for line in self._choose(story_parts.VERSES, 2)]
-
-    def _told(self, story: str, summary: str, features: dict[str, bool]) -> _Told:
-        """With the features that can be seen, too."""
-        present = features | {"Dialogue": '"' in story, "BadEnding": not self.ending.happy}
-        return _Told(story, summary, tuple(feature for feature in FEATURES if present.get(feature)))
-
-    def _closings(self) -> tuple[str, ...]:
-        return story_parts.HAPPY_CLOSINGS if self.ending.happy else story_parts.SAD_CLOSINGS
+        return [self._phrase(line) for line in self._choose(LINES["verses"], 2)]
 
     def main_stands_out(self, story: str) -> bool:
         """Whether nobody else is named nearly as often as the main character."""
         mentions = {key: story.count(str(self.parts[key]).removeprefix("the ")) for key in "MFE"}
         return mentions["M"] > 1 + max(mentions["F"], mentions["E"])
 
+    def _told(self, story: str, summary: str, features: dict[str, bool]) -> _Told:
+        """With the features that can be seen, too."""
+        present = features | {"Dialogue": '"' in story, "BadEnding": not self.ending["happy"]}
+        return _Told(story, summary, tuple(feature for feature in FEATURES if present.get(feature)))
+
+    def _by_ending(self, lines: str) -> list[str]:
+        return LINES[f"{'happy' if self.ending['happy'] else 'sad'}_{lines}"]
+
     def _choose(self, step: Sequence[str], n: int = 1) -> list[str]:
-        """Draws n different lines of a step, in the order in which they stand there."""
+        """Draws n different lines of a step, and keeps their order."""
         chosen: list[str] = []
         while len(chosen) < n:
             speak = self.they_talk and _chance(self.rng, SPOKEN_LINE)
@@ -248,8 +289,19 @@ class _Narrator:
         text = line.format_map(self.parts)
         text = re.sub(r"\[([^]]*)\]", lambda match: _pick(self.rng, match[1].split("|")), text)
         text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
-        # A sentence begins with the line or after a full stop. After `!"` or `?"` stands "said", not a new sentence.
+        # A sentence begins with the line or after a full stop. After `!"` or `?"` there is "said", not a new sentence.
         return re.sub(r'(^"?|[.!?] "?|\." )[a-z]', lambda match: match[0].upper(), text)
+
+
+def _record(rng: random.Random, told: _Told, words: tuple[str, ...]) -> StoryRecord:
+    return StoryRecord(
+        # As in the real data, a story without any of the features has no such line.
+        features=told.features if told.features and _chance(rng, HAS_FEATURES) else None,
+        words=tuple(sorted(words, key=lambda _: rng.random())) if _chance(rng, HAS_WORDS) else (),
+        summary=told.summary if _chance(rng, HAS_SUMMARY) else None,
+        random_sentence=_random_sentence(rng, told.story) if _chance(rng, HAS_RANDOM_SENTENCE) else None,
+        story=told.story,
+    )
 
 
 def _random_sentence(rng: random.Random, story: str) -> str:
@@ -258,24 +310,9 @@ def _random_sentence(rng: random.Random, story: str) -> str:
     return long[0] if _chance(rng, FIRST_SENTENCE) else _pick(rng, long)
 
 
-def _echo(rng: random.Random, story: str) -> str:
-    return " ".join([_random_sentence(rng, story)] * ECHOES)
-
-
 def _chant(rng: random.Random, n: int) -> str:
-    """Any n words and names, said over and over."""
+    """Any n words and names, repeated."""
     return " ".join([_pick(rng, CHANTED) for _ in range(n)] * max(2, CHANT_LENGTH // n))
-
-
-def _draw_words(rng: random.Random) -> dict[str, str]:
-    """A verb, a noun and an adjective to build a story around."""
-    pools = {"verb": story_parts.VERBS, "noun": story_parts.NOUNS, "adjective": story_parts.ADJECTIVES}
-    return {part: _pick(rng, pool) for part, pool in pools.items()}
-
-
-def _is_held_out(*combination: str) -> bool:
-    """Puts one combination in eight on the valid side, by a hash that is the same in every process."""
-    return hashlib.sha256("|".join(combination).encode()).digest()[0] % 8 == 0
 
 
 def _pick(rng: random.Random, options: Sequence[T]) -> T:

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from tinysft_jax.corpus.stories import embedded_stories, record_text
-from tinysft_jax.data.sources import open_embedded, open_input, rates_for
+from tinysft_jax.data.sources import open_embedded, open_input
 from tinysft_jax.tasks.make import RATES, balanced_rates, make_tasks
 from tinysft_jax.tasks.records import StoryRecord
 
@@ -66,7 +66,7 @@ def test_a_file_is_judged_by_its_records_and_read_from_its_beginning_afterwards(
     path = tmp_path / "stories.txt"
     path.write_text("<|endoftext|>\n".join(map(record_text, records)), encoding="utf-8")
     source = open_input(path, "auto", 0.1, None)
-    assert rates_for(source) == balanced_rates(records) != RATES
+    assert source.rates() == balanced_rates(records) != RATES
     assert source.position == 0 and len(list(source)) == 100
-    assert rates_for(open_embedded(5, "auto", 0)) == RATES
-    assert rates_for(open_input(path, "text", 0.1, None)) == RATES
+    assert open_embedded(5, "auto", 0).rates() == RATES
+    assert open_input(path, "text", 0.1, None).rates() == RATES

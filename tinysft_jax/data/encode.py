@@ -16,7 +16,7 @@ from tinysft_jax.console import UserError, reason
 from tinysft_jax.data.ledger import Ledger
 from tinysft_jax.data.sources import Item
 from tinysft_jax.data.store import SPLITS, Encoded
-from tinysft_jax.tasks.make import MIN_KEPT, RATES, STORIES, TASK_NAMES, Conversation, Rates, make_tasks
+from tinysft_jax.tasks.make import MIN_KEPT, RATES, TASK_NAMES, Rates, make_tasks
 from tinysft_jax.tasks.records import parse_record
 from tinysft_jax.tokenizer import ChatTokenizer, TooBlank
 
@@ -43,39 +43,30 @@ class BadItem(UserError):
 
 
 class _Unused(BadItem):
-    """An item of the right form from which nothing can be made: no reason to stop."""
+    """An item of the right form that gives no conversation: no reason to stop."""
 
 
 class _Example(NamedTuple):
-    """What is learned from: a conversation or a piece of text. Without ids it is too long, and left out."""
+    """A conversation or a piece of text; without ids it is too long."""
 
     task: str
     ids: Int32[np.ndarray, " n"] | None = None
     supervised: Bool[np.ndarray, " n"] | None = None
     trimmed: bool = False
     request: dict[str, Any] | None = None  # as `Split.request` reads it
-    unread: Sequence[str] = ()  # fields of the line that were not read
+    unread: Iterable[str] = ()  # fields of the line that are not read
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes blocks of items; small enough to travel to a worker with each of them.
+    """Encodes blocks of items; small enough to travel to a worker with each of them."""
 
-    Attributes:
-      format: of the items, one of sources.FORMATS.
-      tokenizer: without a chat template for the format "text", with one for the others.
-      max_tokens: no conversation is longer.
-      seed: for what is drawn when tasks are made of a story.
-      rates: how often each task is made of a story that allows it.
-      bad_items: "stop" at the first item that can't be used, or "skip" and count them.
-    """
-
-    format: str
-    tokenizer: ChatTokenizer
-    max_tokens: int
-    seed: int
-    rates: Rates = field(default_factory=lambda: RATES)
-    bad_items: str = "stop"
+    format: str  # of the items, one of sources.FORMATS
+    tokenizer: ChatTokenizer  # without a chat template for the format "text", with one for the others
+    max_tokens: int  # no conversation is longer
+    seed: int  # of what is drawn when tasks are made of a story
+    rates: Rates = field(default_factory=lambda: RATES)  # how often each task is made of a story that allows it
+    bad_items: str = "stop"  # at the first item that can't be used, or "skip" and count them
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -88,19 +79,12 @@ class Encoder:
         Raises:
           UserError: if an item is not what its format says and bad items are not skipped; names the place.
         """
-        examples_of = {
-            "tinystories-instruct": self._story_examples,
-            "chat-jsonl": self._chat_examples,
-            "text": self._text_examples,
-        }[self.format]
         ledger = Ledger()
         kept: dict[str, list[_Example]] = {split: [] for split in SPLITS}
         for item in items:
             ledger.read[item.split] += 1
             try:
-                if item.flaw is not None:
-                    raise BadItem(item.flaw)
-                examples = list(examples_of(item))
+                examples = list(self._examples(item))
             except _Unused as error:
                 ledger.skip(item.split, error.kind)
                 continue
@@ -121,6 +105,13 @@ class Encoder:
                 kept[item.split].append(example)
         return Block({split: self._join(kept[split]) for split in SPLITS}, ledger)
 
+    def _examples(self, item: Item) -> Iterator[_Example]:
+        if item.flaw is not None:
+            raise BadItem(item.flaw)
+        if self.format == "tinystories-instruct":
+            return self._story_examples(item)
+        return self._chat_examples(item) if self.format == "chat-jsonl" else self._text_examples(item)
+
     def _story_examples(self, item: Item) -> Iterator[_Example]:
         record = parse_record(item.text)
         if record is None:
@@ -129,9 +120,9 @@ class Encoder:
             raise _Unused("a story too long for any task")
         # Validation asks one thing at a time: its figures are of one task each.
         follow_ups = item.split == "train"
-        for conversation in make_tasks(record, self.seed, self.rates, follow_ups, brief=item.brief):
-            request = _request(conversation)
-            yield self._first_that_fits(conversation.versions(), conversation.task)._replace(request=request)
+        for conversation in make_tasks(record, self.seed, self.rates, follow_ups, item.brief):
+            example = self._first_that_fits(conversation.task, conversation.versions())
+            yield example._replace(request=conversation.to_json())
 
     def _chat_examples(self, item: Item) -> Iterator[_Example]:
         try:
@@ -144,7 +135,7 @@ class Encoder:
             is_other = not (isinstance(line, dict) and line.keys() & {"messages", "prompt", "completion"})
             hint = "; to learn the file as it is, give --format text" if is_other else ""
             raise BadItem("not a conversation", f"{error}{hint}") from None
-        yield self._first_that_fits([messages], "chat")._replace(unread=chat.unread_fields(line))
+        yield self._first_that_fits("chat", [messages])._replace(unread=chat.unread_fields(line))
 
     def _text_examples(self, item: Item) -> Iterator[_Example]:
         """A document, in consecutive pieces where it is longer than max_tokens.
@@ -156,7 +147,7 @@ class Encoder:
             piece = ids[start : start + self.max_tokens]
             yield _Example("text", piece, np.arange(piece.size) > 0)
 
-    def _first_that_fits(self, versions: Iterable[chat.Messages], task: str) -> _Example:
+    def _first_that_fits(self, task: str, versions: Iterable[chat.Messages]) -> _Example:
         """Encodes the first version of a conversation that max_tokens allows."""
         for n_trims, messages in enumerate(versions):
             if sum(len(message["content"]) for message in messages) > self.max_tokens * LONGEST_TOKEN:
@@ -173,14 +164,8 @@ class Encoder:
             supervised=np.concatenate([np.zeros(0, bool), *(example.supervised for example in examples)]),
             lengths=np.array([example.ids.size for example in examples], np.int32),
             tasks=np.array([self.task_names.index(example.task) for example in examples], np.uint8),
-            requests=[example.request for example in examples] if self.format == "tinystories-instruct" else None,
+            requests=[example.request for example in examples if example.request is not None],
         )
-
-
-def _request(conversation: Conversation) -> dict[str, Any]:
-    """A conversation's first request and answer, without a copy of its story."""
-    answer = None if conversation.task in STORIES else conversation.messages[1]["content"]
-    return {"task": conversation.task, "conditions": conversation.conditions, "answer": answer}
 
 
 def _kind(error: UserError) -> str:

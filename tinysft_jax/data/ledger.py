@@ -1,5 +1,6 @@
 """The ledger of `prepare`: what became of everything that was read, so that nothing is left out silently."""
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -8,38 +9,25 @@ from rich.table import Table
 
 from tinysft_jax.console import shown
 
-# How many of the bad lines are named.
-NAMED_BAD_LINES = 5
-# How many of a split's fields that are not read are named, and up to what length as they are.
-NAMED_FIELDS = 20
-LONGEST_FIELD = 100
-OTHER_FIELDS = "(others)"
+# How many bad lines, and how many unread fields of a split, are named.
+NAMED_BAD_LINES, NAMED_FIELDS = 5, 20
+# The names of fields are abbreviated from this length on; those after the first few are counted together.
+LONGEST_FIELD, OTHER_FIELDS = 100, "(others)"
 
 
 @dataclass
 class Ledger:
-    """Counts by split and task; the ledgers of parts, added in order, make up that of the whole.
+    """Counts by split and task; the ledgers of parts, added in order, make up that of the whole."""
 
-    Attributes:
-      read: split -> records, lines or documents.
-      skipped: (split, reason) -> records that nothing could be made of.
-      bad: the first few of the skipped that are not what they should be, each with its place.
-      trimmed: (split, task) -> kept conversations whose prompt was shortened.
-      left_out: (split, task, reason) -> conversations that were made but are not in the data set.
-      lengths: (split, task, tokens) -> kept conversations of that length.
-      supervised: (split, task) -> supervised tokens of the kept.
-      unread: (split, field) -> how often a field was passed over, of lines or of their messages; in the order in which
-        they came up, those after the first few as OTHER_FIELDS.
-    """
-
-    read: Counter[str] = field(default_factory=Counter)
-    skipped: Counter[tuple[str, str]] = field(default_factory=Counter)
-    bad: list[str] = field(default_factory=list)
+    read: Counter[str] = field(default_factory=Counter)  # split -> records, lines or documents
+    skipped: Counter[tuple[str, str]] = field(default_factory=Counter)  # (split, reason) -> unusable records
+    bad: list[str] = field(default_factory=list)  # the first of them that are malformed, with their place
+    # (split, task) -> kept conversations whose prompt was shortened; supervised tokens
     trimmed: Counter[tuple[str, str]] = field(default_factory=Counter)
-    left_out: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-    lengths: Counter[tuple[str, str, int]] = field(default_factory=Counter)
     supervised: Counter[tuple[str, str]] = field(default_factory=Counter)
-    unread: Counter[tuple[str, str]] = field(default_factory=Counter)
+    lengths: Counter[tuple[str, str, int]] = field(default_factory=Counter)  # (split, task, tokens) -> kept
+    left_out: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # (split, task, reason) -> not kept
+    unread: Counter[tuple[str, str]] = field(default_factory=Counter)  # (split, field) -> times it was not read
 
     @property
     def kept(self) -> int:
@@ -47,26 +35,26 @@ class Ledger:
         return self.lengths.total()
 
     def keep(self, split: str, task: str, tokens: int, supervised: int, trimmed: bool) -> None:
-        """Enters a conversation that is in the data set."""
+        """Counts a conversation that is in the data set."""
         self.lengths[split, task, tokens] += 1
         self.supervised[split, task] += supervised
         self.trimmed[split, task] += trimmed
 
     def skip(self, split: str, reason: str, bad: str | None = None) -> None:
-        """Enters a record that nothing could be made of; `bad` is what to say of it, if it's not what it should be."""
+        """Counts a record that gives no conversation; `bad` is what to say of it if it is malformed."""
         self.skipped[split, reason] += 1
         if bad is not None and len(self.bad) < NAMED_BAD_LINES:
             self.bad.append(bad)
 
     def pass_over(self, split: str, name: str, times: int = 1) -> None:
-        """Enters a field that is not read. A file may have any number of them, and of any length."""
+        """Counts a field that is not read. A file may have any number of them, with names of any length."""
         name = name if name.isprintable() and len(name) <= LONGEST_FIELD else shown(name)
-        if (split, name) not in self.unread and sum(s == split for s, _ in self.unread) >= NAMED_FIELDS:
+        if (split, name) not in self.unread and len(_select(self.unread, split)) >= NAMED_FIELDS:
             name = OTHER_FIELDS
         self.unread[split, name] += times
 
     def add(self, part: "Ledger") -> None:
-        """Adds what another ledger holds, of items that come after those of this one."""
+        """Adds another ledger, of items that come after those of this one."""
         self.bad = (self.bad + part.bad)[:NAMED_BAD_LINES]
         for (split, name), times in part.unread.items():
             self.pass_over(split, name, times)
@@ -76,87 +64,73 @@ class Ledger:
 
     def to_json(self, splits: tuple[str, ...], tasks: tuple[str, ...]) -> dict[str, Any]:
         """The content of `ledger.json`."""
-        return {
-            "format_version": 1,
-            "splits": {
-                split: {
-                    "read": self.read[split],
-                    "skipped": {reason: n for (s, reason), n in sorted(self.skipped.items()) if s == split},
-                    "unread_fields": {name: n for (s, name), n in sorted(self.unread.items()) if s == split},
-                    "tasks": {
-                        task: self._conversations(split, task) | {"tokens": self._tokens(split, task)} for task in tasks
-                    },
-                }
-                for split in splits
-            },
-            "first_bad": self.bad,
+        entries = {
+            split: {
+                "read": self.read[split],
+                "skipped": _select(self.skipped, split),
+                "unread_fields": _select(self.unread, split),
+                "tasks": {task: self._entry(split, task) for task in tasks},
+            }
+            for split in splits
         }
+        return {"format_version": 1, "splits": entries, "first_bad": self.bad}
 
-    def tables(self, splits: tuple[str, ...], tasks: tuple[str, ...]) -> list[Table]:
-        """The ledger for people: conversations, and their tokens."""
-        conversations, tokens = Table("split", "task"), Table("split", "task")
-        for column in ("made", "kept", "trimmed", "left out"):
-            conversations.add_column(column, justify="right")
-        for column in ("tokens", "supervised", "mean", "median", "max"):
-            tokens.add_column(column, justify="right")
-        for split in splits:
-            for task in tasks:
-                counts, lengths = self._conversations(split, task), self._tokens(split, task)
-                if counts["made"]:
-                    numbers = (counts["made"], counts["kept"], counts["trimmed"], counts["made"] - counts["kept"])
-                    conversations.add_row(split, task, *(f"{number:,}" for number in numbers))
-                if counts["kept"]:
-                    share = lengths.pop("supervised") / lengths["total"]
-                    total, *others = (f"{number:,}" for number in lengths.values())
-                    tokens.add_row(split, task, total, f"{share:.1%}", *others)
-        return [conversations, tokens]
-
-    def reasons(self) -> list[str]:
-        """Why records and conversations are not in the data set, one phrase a reason with the number of them."""
-        skipped, left_out = Counter[str](), Counter[str]()
-        for (_, reason), n in self.skipped.items():
-            skipped[reason] += n
-        for (_, _, reason), n in self.left_out.items():
-            left_out[reason] += n
-        return [
-            *(f"skipped {n:,} records: {reason}" for reason, n in sorted(skipped.items())),
-            *(f"left out {n:,} conversations: {reason}" for reason, n in sorted(left_out.items())),
-        ]
-
-    def unread_fields(self) -> list[str]:
-        """What was not read of the records that were, one phrase a field."""
-        times = Counter[str]()
-        for (_, name), n in self.unread.items():
-            times[name] += n
-        return [f"not read, {n:,} times: the field {name}" for name, n in sorted(times.items())]
-
-    def _conversations(self, split: str, task: str) -> dict[str, Any]:
-        left_out = {reason: n for (s, t, reason), n in sorted(self.left_out.items()) if (s, t) == (split, task)}
-        kept = sum(self._lengths(split, task).values())
+    def _entry(self, split: str, task: str) -> dict[str, Any]:
+        lengths, left_out = _select(self.lengths, split, task), _select(self.left_out, split, task)
+        kept, tokens = sum(lengths.values()), sum(length * n for length, n in lengths.items())
+        up_to = zip(lengths, itertools.accumulate(lengths.values()), strict=True)
         return {
             "made": kept + sum(left_out.values()),
             "kept": kept,
             "trimmed": self.trimmed[split, task],
             "left_out": left_out,
+            "tokens": {
+                "total": tokens,
+                "supervised": self.supervised[split, task],
+                "mean": round(tokens / kept, 1) if kept else 0.0,
+                "median": next((length for length, n in up_to if 2 * n >= kept), 0),  # the lower one of two
+                "longest": max(lengths, default=0),
+            },
         }
 
-    def _tokens(self, split: str, task: str) -> dict[str, int | float]:
-        """Tokens of the kept conversations, and their lengths: the median is the lower one of two."""
-        lengths = self._lengths(split, task)
-        kept, tokens = sum(lengths.values()), sum(length * n for length, n in lengths.items())
-        below, median = 0, 0
-        for length, n in lengths.items():
-            if 2 * below < kept:
-                median = length
-            below += n
-        return {
-            "total": tokens,
-            "supervised": self.supervised[split, task],
-            "mean": round(tokens / kept, 1) if kept else 0.0,
-            "median": median,
-            "longest": max(lengths, default=0),
-        }
+    def tables(self, splits: tuple[str, ...], tasks: tuple[str, ...]) -> list[Table]:
+        """The ledger for the terminal: conversations, and their tokens."""
+        conversations, tokens = Table("split", "task"), Table("split", "task")
+        for column in ("made", "kept", "trimmed", "left out"):
+            conversations.add_column(column, justify="right")
+        for column in ("tokens", "supervised", "mean", "median", "max"):
+            tokens.add_column(column, justify="right")
+        for split, task in itertools.product(splits, tasks):
+            entry = self._entry(split, task)
+            if entry["made"]:
+                numbers = (entry["made"], entry["kept"], entry["trimmed"], entry["made"] - entry["kept"])
+                conversations.add_row(split, task, *(f"{number:,}" for number in numbers))
+            if entry["kept"]:
+                total, supervised, *others = entry["tokens"].values()
+                numbers = (f"{number:,}" for number in others)
+                tokens.add_row(split, task, f"{total:,}", f"{supervised / total:.1%}", *numbers)
+        return [conversations, tokens]
 
-    def _lengths(self, split: str, task: str) -> dict[int, int]:
-        """Length -> conversations, by rising length."""
-        return {length: n for (s, t, length), n in sorted(self.lengths.items()) if (s, t) == (split, task)}
+    def reasons(self) -> list[str]:
+        """Why records and conversations are not in the data set, one phrase a reason with the number of them."""
+        return [
+            *(f"skipped {n:,} records: {reason}" for reason, n in _totals(self.skipped)),
+            *(f"left out {n:,} conversations: {reason}" for reason, n in _totals(self.left_out)),
+        ]
+
+    def unread_fields(self) -> list[str]:
+        """The fields that were not read, one phrase a field."""
+        return [f"not read, {n:,} times: the field {name}" for name, n in _totals(self.unread)]
+
+
+def _select(counts: Counter, *key: str) -> dict[Any, int]:
+    """The counts whose key begins so, sorted by the last part of the key."""
+    return {last: n for (*first, last), n in sorted(counts.items()) if first == [*key]}
+
+
+def _totals(counts: Counter) -> list[tuple[Any, int]]:
+    """The sums over all but the last part of the key, sorted by that."""
+    totals = Counter()
+    for (*_, last), n in counts.items():
+        totals[last] += n
+    return sorted(totals.items())

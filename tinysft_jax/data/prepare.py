@@ -19,7 +19,7 @@ from tinysft_jax import chat, console, files
 from tinysft_jax.console import RunError, UserError, progress
 from tinysft_jax.data.encode import BAD_ITEMS, Encoder
 from tinysft_jax.data.ledger import Ledger
-from tinysft_jax.data.sources import FORMATS, Item, Source, download, open_embedded, open_files, open_input, rates_for
+from tinysft_jax.data.sources import FORMATS, Item, Source, download, open_embedded, open_files, open_input
 from tinysft_jax.data.store import FORMAT_VERSION, SPLITS, ShardWriter
 from tinysft_jax.data.workers import map_in_order, usable_cpus
 from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     source = _open_source(flags)
     template = None if source.format == "text" else flags.template
     tokenizer = ChatTokenizer(template, flags.bpe_ranks)
-    encoder = Encoder(source.format, tokenizer, flags.max_tokens, flags.seed, rates_for(source), flags.bad_lines)
+    encoder = Encoder(source.format, tokenizer, flags.max_tokens, flags.seed, source.rates(), flags.bad_lines)
 
     start = time.monotonic()
     ledger, totals = prepare(source, encoder, flags.output, flags.workers, flags.overwrite)

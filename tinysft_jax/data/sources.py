@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +24,8 @@ EMBEDDED_TRAIN_PER_VALID = 20
 _TRAIN_NAME = re.compile(r"(|.*[-_.])train(\.\w+)")
 _STORY_HEADER = re.compile("^Story:", re.MULTILINE)
 _BYTES_TO_GUESS_FROM = 1 << 16
+# Records whose yes/no questions decide how often such a question is asked.
+RECORDS_TO_COUNT = 4096
 _LINES_OF_JSON = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 
 Found = TypeVar("Found")
@@ -37,7 +39,7 @@ class Item(NamedTuple):
       where: where it was read, for the user.
       text: its text; empty if it has a flaw.
       flaw: why there is no text, or None.
-      brief: whether its story is one to be asked for as "a very short story".
+      brief: whether its maker wants it to be asked for as "a very short story".
     """
 
     split: str
@@ -65,6 +67,10 @@ class Source:
 
     def __iter__(self) -> Iterator[Item]:
         raise NotImplementedError
+
+    def rates(self) -> Rates:
+        """How often each task is made of its stories."""
+        return RATES
 
 
 @dataclass
@@ -108,6 +114,13 @@ class FileSource(Source):
             texts = self._values(path) if self.format == "chat-jsonl" else self._records(path)
             for where, text, flaw in itertools.islice(texts, self.limit):
                 yield Item(split or split_of(text, self.valid_fraction), where, text, flaw)
+
+    def rates(self) -> Rates:
+        """Those that balance the answers of the first records. Raises: UserError, if these can't be read."""
+        if self.format != "tinystories-instruct":
+            return RATES
+        items = itertools.islice(replace(self), RECORDS_TO_COUNT)
+        return balanced_rates(record for item in items if (record := parse_record(item.text)) is not None)
 
     def _values(self, path: Path) -> Iterator[tuple[str, str, str | None]]:
         for place, _, content in self._pieces(path, functools.partial(read_json, path=path)):
@@ -303,20 +316,3 @@ def download(repository: str, revision: str | None = None) -> Download:
     except hub_file.FAILURES as error:
         raise UserError(f"the download failed ({reason(error)}); try again, or {by_hand}") from None
     return Download([(path, split) for (path, _), split in zip(found, SPLITS, strict=True)], found[0][1])
-
-
-RECORDS_TO_COUNT = 4096
-
-
-def rates_for(source: Source) -> Rates:
-    """The rates for what a source holds, judged by its first records; those of `RATES` for the embedded stories.
-
-    Raises:
-      UserError: if the source can't be read.
-    """
-    if source.format != "tinystories-instruct" or isinstance(source, EmbeddedSource):
-        return RATES
-    items = itertools.islice(source, RECORDS_TO_COUNT)
-    rates = balanced_rates(record for item in items if (record := parse_record(item.text)) is not None)
-    source.position = 0  # nothing of it has been prepared yet
-    return rates

@@ -5,7 +5,7 @@ import itertools
 import json
 import tokenize
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -280,7 +280,7 @@ class Encoded:
     supervised: Bool[np.ndarray, " tokens"]
     lengths: Int32[np.ndarray, " conversations"]
     tasks: UInt8[np.ndarray, " conversations"]
-    requests: list[dict[str, Any]] | None = None  # as `Split.request` reads them; None where the format has none
+    requests: Sequence[dict[str, Any]] = ()  # as `Split.request` reads them; empty where the format has none
 
 
 class ShardWriter:
@@ -307,11 +307,11 @@ class ShardWriter:
         if not encoded.lengths.size:
             return
         if not self._files:
-            self._open(has_requests=encoded.requests is not None)
+            self._open(has_requests=bool(encoded.requests))
         self._append("offsets", self._sizes["tokens"] + np.cumsum(encoded.lengths, dtype=np.int64))
         for name in ("tokens", "supervised", "tasks"):
             self._append(name, getattr(encoded, name))
-        for request in encoded.requests or ():
+        for request in encoded.requests:
             self._files["requests"].write(json.dumps(request, ensure_ascii=False).encode() + b"\n")
         self.totals["conversations"] += encoded.lengths.size
         self.totals["tokens"] += encoded.tokens.size

@@ -9,7 +9,7 @@ _END = re.compile(r"""(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)[.!?…]["'”’)]*(
 
 
 def sentence_ends(text: str) -> Iterator[int]:
-    """Yields the index after each sentence but the last."""
+    """Yields the index after each sentence but the last. A quotation is not divided."""
     start = straight = curly = 0
     for match in _END.finditer(text):
         _, line_break, part = text[start : match.end()].rpartition("\n")
@@ -24,52 +24,44 @@ def sentence_ends(text: str) -> Iterator[int]:
 
 def sentences(text: str) -> Iterator[str]:
     """Yields the sentences of the text, without the white space around them."""
-    start = 0
-    for end in itertools.chain(sentence_ends(text), (len(text),)):
+    for start, end in itertools.pairwise((0, *sentence_ends(text), len(text))):
         if sentence := text[start:end].strip():
             yield sentence
-        start = end
 
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!Mr\.)(?<!Mrs\.)(?<!Ms\.)(?<!Dr\.)\s+|\n+")
+_MORALS = (
+    # The moral of the story is: share what you find. / The lesson is to be kind to others. / Moral: ...
+    re.compile(r"\b(?:moral|lesson)\b(?: of (?:the|this) \w+)?(?: is\b[:,]?| was\b[:,]?|:) \W*\w+ \w+ \w+", re.I),
+    # Tom learned that it is good to share. / They learned an important lesson: never lie. But not: Tom learned to swim.
+    re.compile(
+        r"\blearn(?:ed|t) (?:(?:that day )?that |how important |the (?:importance|value) |not to "
+        r"|(?:to )?(?:always|never) |.{0,30}\blesson\b.{0,20}(?:[:,–—]| -| about| that) \w+)"
+    ),
+    # Tom realized that he should share. But not: Tom realized that his ball was gone.
+    re.compile(
+        r"\b(?:reali[sz]ed|understood) (?:how important |that .*\b(?:should|must|need|important|better|always|never)\b)"
+    ),
+)
 _SPEECH = re.compile(r"[\"“”]|^['‘]")
-
-# The moral of the story is: share what you find. / The lesson is to be kind to others. / Moral: ...
-_MORAL = re.compile(r"\b(?:moral|lesson)\b(?: of (?:the|this) \w+)?(?: is\b[:,]?| was\b[:,]?|:) \W*\w+ \w+ \w+", re.I)
-# Tom learned that it is good to share. / They learned an important lesson: never lie. But not: Tom learned to swim.
-_LEARNED = re.compile(
-    r"\blearn(?:ed|t) (?:(?:that day )?that |how important |the (?:importance|value) |not to |(?:to )?(?:always|never) "
-    r"|.{0,30}\blesson\b.{0,20}(?:[:,–—]| -| about| that) \w+)"
-)
-# Tom realized that he should share. But not: Tom realized that his ball was gone.
-_REALISED = re.compile(
-    r"\b(?:reali[sz]ed|understood) (?:how important |that .*\b(?:should|must|need|important|better|always|never)\b)"
-)
 
 
 def find_moral(story: str) -> str | None:
     """The last sentence of the story that says what there is to learn, word for word.
 
-    A sentence that names the moral goes before one about what somebody learned, and that before one about what
-    somebody realised.
-
-    Returns:
-      None where no sentence does, or only one that needs its neighbours to be understood ("He learned his lesson."),
-      or that somebody speaks.
+    A sentence that names the moral goes before one about what somebody learned, and that before one about what somebody
+    realised. None where there is no such sentence, or it is speech, or needs its neighbours to be understood ("He
+    learned his lesson.").
     """
-    sentences = [sentence.strip() for sentence in _SENTENCE_END.split(story)]
-    for pattern in (_MORAL, _LEARNED, _REALISED):
-        for sentence in reversed(sentences):
-            if pattern.search(sentence) and not _SPEECH.search(sentence):
-                return sentence
-    return None
+    found = [sentence for line in story.split("\n") for sentence in sentences(line)]
+    told = [sentence for sentence in reversed(found) if not _SPEECH.search(sentence)]
+    return next((sentence for pattern in _MORALS for sentence in told if pattern.search(sentence)), None)
 
 
-def _words(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_SAYS = _words(
+_SAYS = word_set(
     """say says said saying ask asks asked asking reply replies replied answer answers answered tell tells told cry
     cries cried shout shouts shouted yell yells yelled scream screamed call calls called whisper whispers
     whispered explain explains explained exclaim exclaims exclaimed add adds added beg begs begged sing sings sang
@@ -95,8 +87,7 @@ _SINGLE_QUOTES = re.compile(r"(?<!\S)['‘][A-Z]")
 def has_dialogue(story: str) -> bool | None:
     """Whether somebody in the story speaks in quotation marks, straight or curly.
 
-    Returns:
-      None where that isn't clear: a quotation reads like speech but no verb says so, or the quotes are single ones.
+    None where that isn't clear: a quotation reads like speech but no verb says so, or the quotes are single ones.
     """
     unclear = False
     story = re.sub("[“”„]", '"', story)

@@ -9,36 +9,29 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from tinysft_jax.tasks.answers import word_set
+
 # The character that is named most needs this many mentions, and so many more than the next one: fewer if it also comes
 # first in the story. A mention that opens a sentence counts twice.
 MIN_MENTIONS = 2
 MARGIN = 3
 MARGIN_IF_FIRST = 1
 
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
 # Capitalised words that occur inside sentences and are not names. The family's titles are among them because they say
 # who someone is to the main character.
-_NOT_NAMES = _words(
+_NOT_NAMES = word_set(
     """Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July August
     September October November December Christmas Halloween Easter Thanksgiving Earth English God End Ok Yes No Mom
     Mommy Mum Mummy Mama Momma Mother Dad Daddy Papa Father Grandma Grandpa Granny Grandmother Grandfather Grandad
-    Nana Sir Miss Mister Madam Mrs Mr Ms Dr Little Big Old Young Happy Birthday"""
-)
-# Words that open sentences and are no names either.
-_OPENERS = _NOT_NAMES | _words(
-    """He She They It We You I The A An His Her Their My Your Our Its This That These Those There Then But And So When
+    Nana Sir Miss Mister Madam Mrs Mr Ms Dr Little Big Old Young Happy Birthday
+    He She They It We You I The A An His Her Their My Your Our Its This That These Those There Then But And So When
     As After Before While Once One Every Everyone Everybody Everything Suddenly Finally Soon Now At In On From With For
     To Inside Outside If Because What Why Who Where How Oh Not All Some Many Just Even Later Luckily Next Also
     Sometimes Wow Hello Hi Hey Please Thank Thanks Look Let Can Do Don Are Is Was Did Will Come Go Sorry Okay Good
     Great Yay"""
 )
-
 # Nouns that are beings in every story. Any other noun is one where it thinks, feels or speaks.
-_BEINGS = _words(
+_BEINGS = word_set(
     """boy girl child kid baby toddler man woman lady farmer king queen prince princess knight pirate wizard witch
     fairy giant elf monster dragon unicorn mermaid ghost robot clown sailor captain baker teacher doctor cat kitten
     kitty dog puppy pup mouse rat rabbit bunny hare bear fox wolf lion tiger elephant giraffe zebra monkey horse
@@ -47,20 +40,20 @@ _BEINGS = _words(
     crocodile dinosaur snail worm caterpillar butterfly bee ant beetle ladybug spider bird duck duckling goose swan
     hen chick chicken rooster turkey owl eagle crow parrot penguin pigeon robin sparrow bat animal creature"""
 )
-_FEELS = _words(
+_FEELS = word_set(
     """said says asked replied answered cried shouted yelled whispered laughed smiled giggled sang thought wanted
     wished hoped decided felt loved liked knew learned learnt understood remembered believed"""
 )
-_INDEFINITE = frozenset(("a", "an", "another"))
+_INDEFINITE = word_set("a an another")
 _ARTICLES = _INDEFINITE | {"the", "this", "that"}
-_PREPOSITIONS = _words("of to in on at by for from with without near under over into behind beside like about")
-_FUNCTION_WORDS = _words(
+_PREPOSITIONS = word_set("of to in on at by for from with without near under over into behind beside like about")
+_FUNCTION_WORDS = word_set(
     """and or but as than then that who which when was were is are be had has have did do not his her its their my your
     our he she it they we you i"""
 )
 # What ends the search for a noun's article; everything else between the two counts as an adjective.
 _NOT_ADJECTIVES = _FEELS | _PREPOSITIONS | _FUNCTION_WORDS
-_NOT_NOUNS = _NOT_ADJECTIVES | _words("one other both rest voice family sign note letter book people children")
+_NOT_NOUNS = _NOT_ADJECTIVES | word_set("one other both rest voice family sign note letter book people children")
 _NAMING = frozenset(("named", "called"))
 
 _WORD = re.compile(r"(?:(?:(?:Mr|Mrs|Ms|Dr)\.?|Miss|Aunt|Uncle|Mother|Father) (?=[A-Z]))?[^\W\d_]+(?:-[^\W\d_]+)*")
@@ -69,7 +62,7 @@ _OPENING = re.compile(r"[.!?:…\n–—]|[\"“”'‘(\[]$| - $")
 
 class _Word(NamedTuple):
     text: str  # without a possessive ending: that is the next word
-    gap: str  # what stands between the word before and this one
+    gap: str  # between the word before and this one
     opens: bool  # a sentence or a quotation
 
 
@@ -84,23 +77,25 @@ class _Being(NamedTuple):
 def main_character(story: str) -> str | None:
     """The name ("Lily") or the being with its article ("the little duck") that the story is about.
 
-    Returns:
-      None where it isn't clear: two characters are named about as often, or nobody is named twice.
+    None where it isn't clear: two characters are named about as often, or nobody is named twice.
     """
     words = _split(story)
     names = _names(words)
     mentions = _mentions(words, names)
-    pairs = list(_pairs(words, names))
-    openers = {index for index, word in enumerate(words) if word.opens}
-    openers |= {second for first, second in pairs if first in openers}  # "Tom and Lily ran" is about both
-    opened = {name: len(openers.intersection(found)) for name, found in mentions.items()}
-    scores = {name: len(found) + opened[name] for name, found in mentions.items()}
     if not mentions:
         return None
+    pairs = [  # "Tom and Lily": both open a sentence with it, and neither comes first
+        (index - 2, index)
+        for index in range(2, len(words))
+        if words[index - 1].text == "and" and {words[index - 2].text, words[index].text} <= names
+    ]
+    openers = {index for index, word in enumerate(words) if word.opens}
+    openers |= {second for first, second in pairs if first in openers}
+    opened = {name: len(openers.intersection(found)) for name, found in mentions.items()}
+    scores = {name: len(found) + opened[name] for name, found in mentions.items()}
     best, *others = sorted(mentions, key=lambda name: (-scores[name], mentions[name][0]))
-    is_being = best.startswith("the ")
     is_person = best in names and (opened[best] or any(_is_subject(words, index) for index in mentions[best]))
-    if not (is_being or is_person) or len(mentions[best]) < MIN_MENTIONS:
+    if not (best.startswith("the ") or is_person) or len(mentions[best]) < MIN_MENTIONS:
         return None
     lead = scores[best] - max((scores[other] for other in others), default=0)
     start = mentions[best][0]
@@ -133,14 +128,7 @@ def _names(words: list[_Word]) -> set[str]:
     for first, link, second in zip(words, words[1:], words[2:], strict=False):
         if first.text[0].isupper() and link.text == "and" and second.text in names:
             names.add(first.text)
-    return {word for word in names if word not in _OPENERS and not word.isupper()}
-
-
-def _pairs(words: list[_Word], names: set[str]) -> Iterator[tuple[int, int]]:
-    """The indices of the two names of each "Tom and Lily"."""
-    for index in range(2, len(words)):
-        if words[index - 1].text == "and" and {words[index - 2].text, words[index].text} <= names:
-            yield index - 2, index
+    return {word for word in names if word not in _NOT_NAMES and not word.isupper()}
 
 
 def _mentions(words: list[_Word], names: set[str]) -> dict[str, list[int]]:
@@ -152,11 +140,29 @@ def _mentions(words: list[_Word], names: set[str]) -> dict[str, list[int]]:
     written = Counter(word.text for word in words)
     for index, word in enumerate(words):
         may_be_name = word.opens and (index == 0 or written[word.text] > 1) and not written[word.text.lower()]
-        if word.text in names or (may_be_name and word.text not in _OPENERS):
+        if word.text in names or (may_be_name and word.text not in _NOT_NAMES):
             mentions[word.text].append(index)
     for character, index in _being_mentions(words, names):
         mentions[character].append(index)
     return {character: sorted(found) for character, found in mentions.items()}
+
+
+def _beings(words: list[_Word]) -> list[_Being]:
+    """The nouns with an article that stand for beings, in order."""
+    phrases = []
+    acting = set(_BEINGS)
+    texts = [word.text for word in words] + [""]
+    for index, word in enumerate(words):
+        if word.text.islower() and word.text not in _NOT_NOUNS and (start := _article(words, index)) is not None:
+            phrases.append((start, index))
+            acts = texts[index + 1] in _FEELS and words[index + 1].gap == " "
+            if acts and (start == 0 or texts[start - 1].lower() not in _PREPOSITIONS):
+                acting.add(word.text)
+    return [
+        _Being(start, end, texts[end], tuple(texts[start + 1 : end]), texts[start].lower() in _INDEFINITE)
+        for start, end in phrases
+        if texts[end] in acting and texts[end + 1] not in acting  # "baby" is an adjective in "the baby elephant"
+    ]
 
 
 def _article(words: list[_Word], noun: int) -> int | None:
@@ -170,47 +176,27 @@ def _article(words: list[_Word], noun: int) -> int | None:
     return None
 
 
-def _beings(words: list[_Word]) -> Iterator[_Being]:
-    """The nouns with an article that stand for beings, in order."""
-    phrases = []
-    acting = set(_BEINGS)
-    for index, word in enumerate(words):
-        if word.text.islower() and word.text not in _NOT_NOUNS and (start := _article(words, index)) is not None:
-            phrases.append((start, index))
-            acts = index + 1 < len(words) and words[index + 1].text in _FEELS and words[index + 1].gap == " "
-            if acts and (start == 0 or words[start - 1].text.lower() not in _PREPOSITIONS):
-                acting.add(word.text)
-    for start, index in phrases:
-        noun = words[index].text
-        is_adjective = index + 1 < len(words) and words[index + 1].text in acting  # of "the baby elephant"
-        if noun in acting and not is_adjective:
-            adjectives = tuple(word.text for word in words[start + 1 : index])
-            yield _Being(start, index, noun, adjectives, words[start].text.lower() in _INDEFINITE)
-
-
 def _being_mentions(words: list[_Word], names: set[str]) -> Iterator[tuple[str, int]]:
     """Yields (character, word index) for each mention of a being; the character is its name where it has one.
 
     "The duck" is whoever was introduced as a duck. Where the story has two of them, an adjective has to tell which.
     """
-    beings = list(_beings(words))
-    introduced: defaultdict[str, dict[tuple[str, ...], set[str]]] = defaultdict(dict)
+    beings = _beings(words)
+    introduced: defaultdict[str, dict[tuple[str, ...], set[str]]] = defaultdict(dict)  # noun → adjectives → names
     for being in beings:
-        known = introduced[being.noun]
-        if being.introduces or not known:
-            known.setdefault(being.adjectives, set())
+        if being.introduces or not introduced[being.noun]:
+            introduced[being.noun].setdefault(being.adjectives, set())
 
     def candidates(being: _Being) -> list[tuple[str, ...]]:
-        known = introduced[being.noun]
         if being.introduces:
             return [being.adjectives]
+        known = introduced[being.noun]
         return [adjectives for adjectives in known if set(adjectives) & set(being.adjectives)] or list(known)
 
     for being, name in _named_beings(words, beings):
         known = candidates(being)
         if name in names and len(known) == 1:
             introduced[being.noun][known[0]].add(name)
-
     for being in beings:
         characters = set()
         for adjectives in candidates(being):

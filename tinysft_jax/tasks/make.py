@@ -56,27 +56,21 @@ MIN_KEPT = 0.5
 
 @dataclass(frozen=True)
 class Conversation:
-    """A task made of a record.
+    """A task made of a record."""
 
-    Attributes:
-      task: one of `TASK_NAMES`; that of the first request, if others follow.
-      messages: a user's and an assistant's in turn, each `{"role": ..., "content": ...}`.
-      request: the first message, before it is worded.
-    """
-
-    task: str
-    messages: list[dict[str, str]]
-    request: Request
+    task: str  # of TASK_NAMES; that of the first request, if others follow
+    messages: list[dict[str, str]]  # a user's and an assistant's in turn, each {"role": ..., "content": ...}
+    request: Request  # the first message, before it is worded
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What the first request asks a story to have; empty for other tasks. See `Request`."""
+        """What the first request asks a story to have, as of `Request`; empty for other tasks."""
         return self.request.conditions
 
     def versions(self) -> Iterator[list[dict[str, str]]]:
         """Yields the messages, then ever shorter versions: with fewer turns, then with less of the prompt's story.
 
-        Answers are never cut, nor is a story whose task needs its end. Stories end with a sentence.
+        Stories end with a sentence. Answers are never cut, nor is a story whose task needs its end.
         """
         for end in range(len(self.messages), 0, -2):
             yield self.messages[:end]
@@ -87,6 +81,11 @@ class Conversation:
             if end < MIN_KEPT * len(story):
                 return
             yield _turn(replace(self.request, story=story[:end]).text(), self.messages[1]["content"])
+
+    def to_json(self) -> dict[str, Any]:
+        """What `prepare` writes of the first request; the answer is None where it is the story."""
+        answer = None if self.task in STORIES else self.messages[1]["content"]
+        return {"task": self.task, "conditions": self.conditions, "answer": answer}
 
 
 def _moral(record: StoryRecord) -> str | None:

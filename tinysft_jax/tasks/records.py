@@ -1,8 +1,8 @@
 """TinyStories-Instruct text → story records.
 
 A record ends at `<|endoftext|>`, on a line of its own or glued to text. A line that starts with one of five headers at
-its first column opens that field, which runs to the next such line or to the record's end. Fields stand in any order
-and any of them may be missing. Where a header occurs twice, the first field that isn't empty counts: what is usually
+its first column opens that field, which runs to the next such line or to the record's end. Fields come in any order and
+any of them may be missing. Where a header occurs twice, the first field that isn't empty counts: what is usually
 repeated is the instruction, and the story must not swallow it.
 """
 
@@ -25,7 +25,7 @@ class StoryRecord:
     Attributes:
       features: of Dialogue, BadEnding, Twist, Foreshadowing, MoralValue and Conflict those that the story has. None
         where the record has no such line: then nothing is known, also not that the ending is happy.
-      words: the words that the story was asked to use; empty where none were asked for.
+      words: the words that the story was asked to use; may be empty.
       summary: the summary, or None.
       random_sentence: the sentence that the story was asked to contain, or None.
       story: the story, never empty.
@@ -38,14 +38,23 @@ class StoryRecord:
     story: str
 
 
-def split_records(lines: Iterable[str]) -> Iterator[str]:
-    r"""Yields the text of each record, without parsing it; holds one record at a time.
-
-    The texts don't show how the file was written: line ends are `\n`, a byte-order mark is gone.
+def parse_records(lines: Iterable[str], skipped: Counter[str] | None = None) -> Iterator[StoryRecord]:
+    """Yields the records of TinyStories-Instruct text in order; holds one at a time.
 
     Args:
       lines: an open file or any lines, each with or without its line end.
+      skipped: counts the records that were left out, by reason ("no story").
     """
+    for text in split_records(lines):
+        record = parse_record(text)
+        if record is not None:
+            yield record
+        elif skipped is not None:
+            skipped["no story"] += 1
+
+
+def split_records(lines: Iterable[str]) -> Iterator[str]:
+    """Yields the text of each record, cleaned and not parsed; `lines` as for `parse_records`."""
     if isinstance(lines, str):
         raise TypeError("lines must be an iterable of lines, not one string")
     pending: list[str] = []
@@ -64,10 +73,9 @@ def split_records(lines: Iterable[str]) -> Iterator[str]:
 
 
 def clean_record(text: str) -> str:
-    """What stands between two separators, as `split_records` yields it; empty if nothing of it can be seen."""
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    # A byte-order mark opens a file, and stands wherever in a record files were put together.
+    r"""A record without empty lines around it, its line ends as `\n`; empty if it is blank."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    # A byte-order mark opens a file, and is anywhere in a record where files were put together.
     text = text.replace("\ufeff", "").strip("\n")
     return "" if is_blank(text) else text
 
@@ -87,21 +95,6 @@ def parse_record(text: str) -> StoryRecord | None:
         random_sentence=fields.get("Random sentence") or None,
         story=fields["Story"],
     )
-
-
-def parse_records(lines: Iterable[str], skipped: Counter[str] | None = None) -> Iterator[StoryRecord]:
-    """Yields the records of TinyStories-Instruct text in order; holds one at a time.
-
-    Args:
-      lines: an open file or any lines, each with or without its line end.
-      skipped: is given the number of records that were left out, by reason ("no story").
-    """
-    for text in split_records(lines):
-        record = parse_record(text)
-        if record is not None:
-            yield record
-        elif skipped is not None:
-            skipped["no story"] += 1
 
 
 def _items(field: str) -> tuple[str, ...]:

@@ -137,56 +137,35 @@ def make_tasks(
       follow_ups: whether each conversation goes on with requests about its story.
       brief: whether the story is to be asked for as "a very short story".
     """
-    draws = _draws(record, seed)
+    # The same draws in every process and on every machine.
+    digest = hashlib.blake2b(f"{seed}\n{record}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    draws = random.Random(int.from_bytes(digest))
     chosen = {name: draws.random() for name in TASK_NAMES}
     wordings = {name: draws.random() for name in TASK_NAMES}
-    answers = _answers(record, chosen, rates)
+    answers = {name: answer for name, find in _ANSWERS.items() if (answer := find(record)) is not None}
     conversations = []
-    for name in (name for name in TASK_NAMES if name in answers):
+    for name in _choose_tasks(answers, chosen, rates):
         request = _request(name, record, wordings[name], draws, brief)
         conversations.append(Conversation(name, _turn(request.text(), answers[name]), request))
     if follow_ups:
-        found = {name: answers.get(name) or _ANSWERS[name](record) for name in ABOUT_A_STORY}
-        known = {name: answer for name, answer in found.items() if answer is not None}
         for conversation in conversations:
-            conversation.messages.extend(_follow_ups(known, rates, draws, conversation.messages[1]["content"]))
+            conversation.messages.extend(_follow_ups(answers, rates, draws, conversation.messages[1]["content"]))
     return conversations
 
 
-def _draws(record: StoryRecord, seed: int) -> random.Random:
-    """Numbers in [0, 1) drawn for this record: the same in every process and on every machine."""
-    digest = hashlib.blake2b(f"{seed}\n{record}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return random.Random(int.from_bytes(digest))
+def _choose_tasks(answers: dict[str, str], chosen: dict[str, float], rates: Rates) -> list[str]:
+    """The tasks that a record gets, of those that have an answer."""
+    rate_of = {name: _rate(rates, name, answers[name]) for name in TASK_NAMES if name in answers}
+    ranks = {name: chosen[name] / rate for name, rate in rate_of.items() if rate}
+    questions = sorted((name for name in QUESTIONS if name in ranks), key=ranks.__getitem__)
+    asked = [name for place, name in enumerate(questions) if place == 0 or (place < MAX_QUESTIONS and ranks[name] < 1)]
+    return [name for name, rank in ranks.items() if name in asked or (rank < 1 and name not in QUESTIONS)]
 
 
-def _answers(record: StoryRecord, chosen: dict[str, float], rates: Rates) -> dict[str, str]:
-    """The tasks that the record gets, with their answers."""
-    drawn = [name for name in TASK_NAMES if name not in QUESTIONS and chosen[name] < rates[name]]
-    answers = {name: answer for name in drawn if (answer := _ANSWERS[name](record)) is not None}
-    return answers | _questions(record, chosen, rates)
-
-
-def _questions(record: StoryRecord, chosen: dict[str, float], rates: Rates) -> dict[str, str]:
-    """The questions that the record gets, with their answers."""
-    # To find a main character takes time, so only answers that decide the rate are looked for now.
-    answers = {name: _ANSWERS[name](record) for name in QUESTIONS if isinstance(rates[name], Mapping)}
-    ranks = {name: chosen[name] / rate for name in QUESTIONS if (rate := _rate(rates, name, answers.get(name)))}
-    asked: dict[str, str] = {}
-    for name in sorted(ranks, key=ranks.__getitem__):
-        if len(asked) == MAX_QUESTIONS or (asked and ranks[name] >= 1):
-            break
-        answer = answers[name] if name in answers else _ANSWERS[name](record)
-        if answer is not None:
-            asked[name] = answer
-    return asked
-
-
-def _rate(rates: Rates, name: str, answer: str | None) -> float:
-    """How often a task is asked for, where its answer may decide."""
+def _rate(rates: Rates, name: str, answer: str) -> float:
+    """How often a task is asked for; its answer may decide."""
     rate = BEGINNING_RATE if name == "beginning" else rates[name]
-    if isinstance(rate, Mapping):
-        return 0.0 if answer is None else rate[_answer_key(answer)]
-    return rate
+    return rate[_answer_key(answer)] if isinstance(rate, Mapping) else rate
 
 
 def _answer_key(answer: str) -> str:
@@ -212,14 +191,15 @@ def _some_conditions(record: StoryRecord, draws: random.Random) -> dict[str, Any
     return {name: known[name] for name in sorted(chosen, key=order.__getitem__)}
 
 
-def _follow_ups(known: dict[str, str], rates: Rates, draws: random.Random, first: str) -> Iterator[dict[str, str]]:
+def _follow_ups(answers: dict[str, str], rates: Rates, draws: random.Random, first: str) -> Iterator[dict[str, str]]:
     """Turns about the story of a conversation, in an order that is drawn; no answer is repeated."""
     said = {first}
-    for name, answer in sorted(known.items(), key=lambda _: draws.random()):
+    known = [name for name in ABOUT_A_STORY if name in answers]
+    for name in sorted(known, key=lambda _: draws.random()):
         chosen, wording = draws.random(), draws.random()
-        if chosen < _rate(rates, name, answer) and answer not in said:
-            said.add(answer)
-            yield from _turn(follow_up(name, wording), answer)
+        if chosen < _rate(rates, name, answers[name]) and answers[name] not in said:
+            said.add(answers[name])
+            yield from _turn(follow_up(name, wording), answers[name])
 
 
 def _turn(question: str, answer: str) -> list[dict[str, str]]:

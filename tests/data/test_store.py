@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -315,6 +316,16 @@ def test_requests_are_those_of_the_conversations(stories):
             assert request["answer"] == (None if request["task"] in STORIES else answer)
             assert bool(request["conditions"]) == (request["task"] in STORIES)
             assert all(word in prompt for word in request["conditions"].get("words", ()))
+
+
+def test_the_code_in_the_docs_reads_the_arrays(stories, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").symlink_to(stories)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, {})
+    ids, supervised = PreparedData(stories).split("train").conversation(0)
+    assert capsys.readouterr().out == f"{np.array(ids)} {np.array(supervised)}\n"
 
 
 def test_requests_of_several_shards_travel_to_other_processes(tmp_path):

@@ -83,8 +83,9 @@ def test_the_canonical_request_for_a_story_has_the_data_sets_headers():
 
 
 def test_other_wordings_name_features_as_people_do():
-    prompt = Request("story", 0.5, conditions={"features": ["BadEnding", "MoralValue"]}).text()
-    assert prompt.endswith(": a bad ending, a moral")
+    conditions = {"words": ["Twist"], "features": ["BadEnding", "MoralValue"]}
+    _, words, features = Request("story", 0.5, conditions=conditions).text().split("\n")
+    assert words.endswith(": Twist") and features.endswith(": a bad ending, a moral")
 
 
 @given(words=ITEMS, sentence=LINES, draw=DRAWS, order=st.permutations(CONDITIONS))

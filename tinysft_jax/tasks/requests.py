@@ -101,22 +101,14 @@ _LENGTHS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What the first message of a conversation asks.
+    """What the first message of a conversation asks."""
 
-    Attributes:
-      task: one of `PHRASINGS`, or "story".
-      draw: from [0, 1); decides the wording.
-      story: what is asked about; empty where a story is asked for.
-      conditions: what a story that is asked for should have, as JSON, in the order of their lines: "features" and
-        "words" (lists), "summary", "random_sentence". Empty where a story is asked about.
-      brief: whether "a very short story" is asked for.
-    """
-
-    task: str
-    draw: float
-    story: str = ""
+    task: str  # of PHRASINGS, or "story"
+    draw: float  # from [0, 1); decides the wording
+    story: str = ""  # what is asked about; empty where a story is asked for
+    # What that story should have, as JSON, in this order: "features" and "words" (lists), "summary", "random_sentence".
     conditions: dict[str, Any] = field(default_factory=dict)
-    brief: bool = False
+    brief: bool = False  # whether "a very short story" is asked for
 
     def text(self) -> str:
         """The request in words."""
@@ -125,13 +117,16 @@ class Request:
             content = self.story or ", ".join(self.conditions["words"])
             return choose(PHRASINGS[self.task], self.draw).format(content, **length)
         phrasing = choose(STORY_PHRASINGS, self.draw)
-        names = FEATURE_NAMES if phrasing is not STORY_PHRASINGS[0] else {}
-        labels = dict(zip(CONDITIONS, phrasing[1:], strict=True))
-        lines = [phrasing[0].format(**length)]
-        for name, value in self.conditions.items():
-            content = value if isinstance(value, str) else ", ".join(names.get(item, item) for item in value)
-            lines.append(f"{labels[name]}: {content}")
-        return "\n".join(lines)
+        contents = dict(self.conditions)
+        if "features" in contents and phrasing is not STORY_PHRASINGS[0]:
+            contents["features"] = [FEATURE_NAMES.get(feature, feature) for feature in contents["features"]]
+        opening, *labels = phrasing
+        label_of = dict(zip(CONDITIONS, labels, strict=True))
+        lines = [
+            f"{label_of[name]}: {content if isinstance(content, str) else ', '.join(content)}"
+            for name, content in contents.items()
+        ]
+        return "\n".join([opening.format(**length), *lines])
 
 
 def choose(phrasings: Sequence[T], draw: float) -> T:

@@ -390,9 +390,9 @@ def altered_data(draw: st.DrawFn, originals: dict[str, bytes]) -> dict[str, byte
 def test_prepared_data(fuzz, tmp_path):
     """Whoever alters a file can write a manifest that fits."""
     small = tmp_path / "small"
-    lines = tmp_path / "chats.jsonl"
-    lines.write_text("".join(json.dumps({"prompt": f"Hi {i}", "completion": "Ho"}) + "\n" for i in range(6)))
-    prepare.main([f"--input={lines}", f"--output={small}", "--bpe_ranks=256", "--valid_fraction=0.4", "--workers=1"])
+    stories = tmp_path / "stories.txt"
+    stories.write_text("<|endoftext|>".join(f"Words: cat\nStory: Tom saw {i} boys." for i in range(5)))
+    prepare.main([f"--input={stories}", f"--output={small}", "--bpe_ranks=256", "--valid_fraction=0.4", "--workers=1"])
     names = [path.relative_to(small).as_posix() for path in small.rglob("*") if path.is_file()]
     originals = {name: (small / name).read_bytes() for name in names}
 
@@ -409,6 +409,7 @@ def test_prepared_data(fuzz, tmp_path):
                 ids, supervised = split.conversation(index)
                 assert 0 < len(ids) == len(supervised) == split.lengths[index]
                 assert data.tasks[split.tasks[index]] and load_tokenizer(small).decode(ids)
+                assert (split.request(index) or {"task": "none"})["task"] is not None
             if len(split):
                 source = BatchSource(split, plan_epoch(split.lengths, 1024), 2, 1024)
                 tokens = sum(int((source[i]["segment_ids"] > 0).sum()) for i in range(len(source)))

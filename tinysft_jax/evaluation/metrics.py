@@ -19,7 +19,6 @@ Metric = Callable[[Case, str], float | bool | None]
 
 # Words around the character's name: "The main character is Lily." and "It is about Lily." are the same answer.
 _AROUND_A_NAME = frozenset(re.findall(r"\w+", "the main character of this story is a; it was about an"))
-NGRAM = 4  # words of a sequence whose second occurrence counts as a repetition
 
 
 def words_used(case: Case, answer: str) -> float | None:
@@ -101,7 +100,7 @@ CORRECTNESS: dict[str, Metric] = {
 
 def repetition(answer: str) -> float:
     """The fraction of the answer's sequences of four words that occurred in it before; 0 where it is shorter."""
-    ngrams = _ngrams(words_of(answer), NGRAM)
+    ngrams = _ngrams(words_of(answer), 4)
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 

@@ -149,7 +149,7 @@ def markdown(report: Report) -> str:
     """The content of `report.md`: tables that are aligned, so that they read well in a terminal, too."""
     found = {column for metrics in report["tasks"].values() for figures in metrics.values() for column in figures}
     columns = [column for column in COLUMNS if column in found]
-    header = _row("", "cases", [column.replace("_", " ") for column in columns])
+    header = _row("", "cases", columns)
     rule = f"|{'-' * 22}|{'-' * 6}:|" + f"{'-' * 24}:|" * len(columns)
     lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in report["settings"].items())]
     for task, metrics in report["tasks"].items():
@@ -160,7 +160,7 @@ def markdown(report: Report) -> str:
     used = {metric for metrics in report["tasks"].values() for metric in metrics}
     lines += ["", "## What the figures are", "", LEGEND, ""]
     lines += [f"- **{metric}**: {meaning}." for metric, meaning in MEANINGS.items() if metric in used]
-    lines += ["", *(f"- **{column.replace('_', ' ')}**: {COLUMNS[column]}." for column in columns)]
+    lines += ["", *(f"- **{column}**: {COLUMNS[column]}." for column in columns)]
     return "\n".join(lines) + "\n"
 
 
@@ -213,5 +213,4 @@ def _plot_column(axes: Axes, column: str, figures: Sequence[Figure | None]) -> N
     values, low, high = (np.array([figure[key] for _, figure in points], float) for key in ("value", "low", "high"))
     reach = None if marker == "|" else (values - low, high - values)
     if rows := [row for row, _ in points]:
-        label = column.replace("_", " ")
-        axes.errorbar(values, rows, xerr=reach, fmt=marker, color=colour, markersize=size, label=label)
+        axes.errorbar(values, rows, xerr=reach, fmt=marker, color=colour, markersize=size, label=column)

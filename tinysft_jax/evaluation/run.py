@@ -130,11 +130,7 @@ def write(output: Path, report: reports.Report, cases: Sequence[Case], answers: 
 
 def examples(cases: Sequence[Case], count: int) -> list[int]:
     """The indices of the first `count` cases round by round: one of each task, then a second of each."""
-
-    def n_before(i: int) -> int:
-        return sum(case.task == cases[i].task for case in cases[:i])
-
-    return sorted(range(len(cases)), key=n_before)[:count]
+    return sorted(range(len(cases)), key=lambda i: sum(case.task == cases[i].task for case in cases[:i]))[:count]
 
 
 def transcript(case: Case, answers: dict[str, Answer]) -> str:

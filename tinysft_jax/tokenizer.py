@@ -204,7 +204,8 @@ def load_tokenizer(path: str | Path) -> ChatTokenizer:
     name = next((name for name in ("model.json", "model/model.json", "data.json") if (path / name).exists()), None)
     if name is None:
         raise UserError(f"{path} is neither a model directory nor a prepared data set: no model.json, no data.json")
-    description = files.read_json(path / name, "a model directory or a prepared data set", format_version=1)
+    newest = 2 if name == "data.json" else 1
+    description = files.read_json(path / name, "a model directory or a prepared data set", format_version=newest)
     try:
         return ChatTokenizer.from_description(description)
     except UserError as error:

@@ -77,7 +77,7 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, records: Pa
     run(records / "samples.txt", tmp_path / "one", *flags)
     run(records / "samples.txt", tmp_path / "two", *flags, "--workers", "2")
     assert (tmp_path / "one" / "manifest.json").read_text() == (tmp_path / "two" / "manifest.json").read_text()
-    assert len(json.loads((tmp_path / "one" / "manifest.json").read_text())["files"]) == 10
+    assert len(json.loads((tmp_path / "one" / "manifest.json").read_text())["files"]) == 12
 
 
 def test_the_size_of_the_blocks_changes_nothing(tmp_path: Path, records: Path, monkeypatch):
@@ -106,6 +106,7 @@ def test_chats_of_both_forms(tmp_path: Path):
     path = write_chats(tmp_path / "chats.jsonl", {"messages": turns}, {"prompt": "Hi", "completion": '"Hi"'})
     description = run(path, tmp_path / "data", "--valid_fraction", "0")
     assert (description["format"], description["tasks"]) == ("chat-jsonl", ["chat"])
+    assert (description["format_version"], description["dtype"]) == (2, "uint16")
     default = "You are a helpful assistant that answers questions about stories."
     assert conversations(tmp_path / "data") == [
         ("chat", "<|system|>SYSTEM<|user|>USER<|assistant|>ASSISTANT<|endoftext|>", "ASSISTANT<|endoftext|>"),

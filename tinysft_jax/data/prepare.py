@@ -84,7 +84,9 @@ def _description(source: Source, encoder: Encoder, totals: dict[str, dict[str, i
     return {
         "format_version": FORMAT_VERSION,
         "format": encoder.format,
+        "dtype": "uint16",
         **encoder.tokenizer.description(),
+        "tokenizer_hash": encoder.tokenizer.fingerprint(),
         "max_tokens": encoder.max_tokens,
         "tasks": list(encoder.task_names),
         "seed": encoder.seed,

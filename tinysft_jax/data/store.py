@@ -1,25 +1,31 @@
-"""A prepared data set: `data.json` and memory-mapped arrays, as they are written and read."""
+"""A prepared data set: `data.json`, memory-mapped arrays and requests, as they are written and read."""
 
 import functools
+import itertools
+import json
 import tokenize
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Bool, Int32, Integer, UInt8, UInt16
 
 from tinysft_jax import files
-from tinysft_jax.console import UserError, reason
-from tinysft_jax.files import COUNT, NUMBER, SIZE, TEXT, TEXT_OR_NULL, Kind, Schema, check
+from tinysft_jax.console import UserError, reason, shown
+from tinysft_jax.files import COUNT, NUMBER, SIZE, TEXT, TEXT_OR_NULL, Schema, check
 from tinysft_jax.tokenizer import ChatTokenizer
 
-FORMAT_VERSION = 1
+# Version 1 had no requests, dtype and tokenizer_hash.
+FORMAT_VERSION = 2
 SPLITS = ("train", "valid")
-
+TOKENS_PER_SHARD = 50_000_000
 # A task's id is a byte.
 MOST_TASKS = 256
+# A shard's arrays.
+DTYPES = {"tokens": np.uint16, "supervised": np.bool_, "offsets": np.int64, "tasks": np.uint8}
 
 
 def _is_task_list(value: Any) -> bool:
@@ -27,57 +33,64 @@ def _is_task_list(value: Any) -> bool:
     return is_text and 0 < len(set(value)) == len(value) <= MOST_TASKS
 
 
-_TASKS: Kind = (f"a list of 1 to {MOST_TASKS} different names", _is_task_list)
-
 _TOTALS = {"conversations": COUNT, "tokens": COUNT, "supervised_tokens": COUNT, "longest": SIZE, "shards": SIZE}
-
-_CONTENT: Schema = {
+_DESCRIPTION: Schema = {
     "format": TEXT,
     "chat_template": TEXT_OR_NULL,
     "tokenizer": {"kind": TEXT, "bpe_ranks": NUMBER},
     "max_tokens": SIZE,
-    "tasks": _TASKS,
+    "tasks": (f"a list of 1 to {MOST_TASKS} different names", _is_task_list),
     "seed": NUMBER,
     "source": {},
     "splits": dict.fromkeys(SPLITS, _TOTALS),
 }
+_SINCE_VERSION_2: Schema = {"dtype": ("'uint16'", lambda value: value == "uint16"), "tokenizer_hash": TEXT}
+_REQUEST: Schema = {"task": TEXT, "conditions": {}, "answer": TEXT_OR_NULL}
+
+
+def _unusable(message: str) -> UserError:
+    return UserError(f"{message}; prepare the data again")
 
 
 def read_description(directory: Path) -> dict[str, Any]:
-    """Reads `data.json`: every key that `prepare` writes for readers is there, and of its type.
+    """Reads `data.json`.
 
     Raises:
-      UserError: if `directory` is not a prepared data set, or one of a newer program, or its description can't be.
+      UserError: if `directory` is not a prepared data set, or a newer program's; if a key that readers use is missing
+        or of another type; or if the tokenizer that it names has another hash than the one that wrote the ids.
     """
     where = directory / "data.json"
     description = files.read_json(where, "a prepared data set", FORMAT_VERSION)
+    has_hash = description["format_version"] > 1
     try:
-        check(description, _CONTENT)
-        ChatTokenizer.from_description(description)
+        check(description, _DESCRIPTION | _SINCE_VERSION_2 if has_hash else _DESCRIPTION)
+        tokenizer = ChatTokenizer.from_description(description)
+        if has_hash and description["tokenizer_hash"] != (found := tokenizer.fingerprint()):
+            said = shown(description["tokenizer_hash"])
+            raise UserError(f"tokenizer_hash is {said}; it must be {found!r}, that of the tokenizer it names")
     except UserError as error:
-        raise UserError(f"{where}: {error}; prepare the data again") from None
+        raise _unusable(f"{where}: {error}") from None
     return description
 
 
-# A shard's arrays, each in a file.
-DTYPES = {"tokens": np.uint16, "supervised": np.bool_, "offsets": np.int64, "tasks": np.uint8}
+def file_name(content: str, number: int) -> str:
+    """The name of the file that holds an array, or the "requests", of a split's shard."""
+    return f"{content}-{number:05d}.{'npy' if content in DTYPES else 'jsonl'}"
 
 
-def file_name(array: str, number: int) -> str:
-    """The name of the file that holds an array of a split's shard."""
-    return f"{array}-{number:05d}.npy"
+def _has_requests(description: dict[str, Any]) -> bool:
+    return description["format_version"] > 1 and description["format"] == "tinystories-instruct"
 
 
 class PreparedData:
     """What `prepare` wrote.
 
     Attributes:
-      directory: where it lies.
+      directory: where it is.
       description: `data.json`.
 
     Raises:
-      UserError: if `directory` is not a prepared data set, or one of a newer program, or a file is not as long as it
-        was.
+      UserError: if it is not a prepared data set, or one of a newer program, or a file's size has changed.
     """
 
     def __init__(self, directory: str | Path):
@@ -85,130 +98,130 @@ class PreparedData:
         self.description: dict[str, Any] = read_description(self.directory)
         self.verify(hashes=False)
 
+    @property
+    def tasks(self) -> list[str]:
+        """Task names; a task's id is its index."""
+        return self.description["tasks"]
+
     def verify(self, hashes: bool = True) -> None:
         """Compares the files with the manifest.
 
         Args:
-          hashes: whether to read all files, compare their SHA-256, not only their sizes, and look at every token.
+          hashes: whether to compare SHA-256 hashes, not only sizes, and to check every token.
 
         Raises:
-          UserError: naming a file that is not what it was, or a split that can't be.
+          UserError: naming a file that has changed, or a split that contradicts itself.
         """
         if damage := files.find_damage(self.directory, hashes, self._file_names()):
             raise UserError(f"{self.directory} is damaged: {damage}; copy or prepare the data again")
         for name in SPLITS if hashes else ():
             self.split(name).verify()
 
-    @property
-    def tasks(self) -> list[str]:
-        """Task names; a task's id is its index."""
-        return self.description["tasks"]
-
     def split(self, name: str) -> "Split":
-        """Opens a split.
-
-        Raises:
-          UserError: if there is no such split, or its arrays contradict each other or `data.json`.
-        """
+        """Opens a split. Raises: UserError, if there is none, or its arrays contradict each other or `data.json`."""
         if name not in SPLITS:
             raise UserError(f"there is no split {name!r}; choose one of {', '.join(SPLITS)}")
-        vocab_size = ChatTokenizer.from_description(self.description).vocab_size
-        split = Split(self.directory / name, self.description["splits"][name], len(self.tasks), vocab_size)
-        split.check_index()
+        split = Split(self.directory / name, self.description)
+        _ = split.lengths, split.tasks  # which checks them
         return split
 
     def _file_names(self) -> Iterator[str]:
         """What will be read."""
         yield "data.json"
+        contents = (*DTYPES, "requests") if _has_requests(self.description) else DTYPES
         for name in SPLITS:
             for number in range(self.description["splits"][name]["shards"]):
-                yield from (f"{name}/{file_name(array, number)}" for array in DTYPES)
+                yield from (f"{name}/{file_name(content, number)}" for content in contents)
 
 
 class Split:
     """The conversations of one split, addressed by index.
 
     Attributes:
-      directory: of the shards.
+      directory: of the shards; has the split's name.
       totals: the split's entry in `data.json`.
-      n_tasks: task ids are below it.
-      vocab_size: token ids are below it.
 
     Raises:
-      UserError: if a shard is missing or its size is not what `data.json` says.
+      UserError: if a shard is missing or its size is not what `data.json`, the description, says.
     """
 
-    def __init__(self, directory: Path, totals: dict[str, int], n_tasks: int, vocab_size: int):
-        self.directory, self.totals, self.n_tasks, self.vocab_size = directory, totals, n_tasks, vocab_size
+    def __init__(self, directory: Path, description: dict[str, Any]):
+        self.directory, self.totals = directory, description["splits"][directory.name]
+        self._description = description
+        self._vocab_size = ChatTokenizer.from_description(description).vocab_size
+        self._shards = [_map_shard(directory, number) for number in range(self.totals["shards"])]
+        # The index of each shard's first conversation, and the number of all.
+        self._first = np.cumsum([0, *(len(shard["tasks"]) for shard in self._shards)])
+        self._starts_of_requests: dict[int, np.ndarray] = {}
         self._check_total("conversations", len(self))
         self._check_total("tokens", sum(len(shard["tokens"]) for shard in self._shards))
 
     def __reduce__(self):
         # Another process maps the files itself instead of being sent their content.
-        return Split, (self.directory, self.totals, self.n_tasks, self.vocab_size)
+        return Split, (self.directory, self._description)
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     @functools.cached_property
     def lengths(self) -> Int32[np.ndarray, " n"]:
-        """Each conversation's tokens, at least one.
-
-        Raises:
-          UserError: if there are others.
-        """
+        """Each conversation's tokens, at least one. Raises: UserError, if there are others."""
         parts = [np.zeros(0, np.int32)]
         for shard in self._shards:
             lengths = np.diff(shard["offsets"])
-            # Also of numbers that no int32 holds.
+            # Checked as int64: in an int32, some would look sound.
             if lengths.min(initial=1) < 1 or lengths.max(initial=0) > self.totals["longest"]:
-                raise UserError(
+                raise _unusable(
                     f"{self.directory}: offsets give a conversation {lengths.min()} or {lengths.max()} tokens, "
-                    f"data.json says 1 to {self.totals['longest']}; prepare the data again"
+                    f"data.json says 1 to {self.totals['longest']}"
                 )
             parts.append(lengths.astype(np.int32))
         return np.concatenate(parts)
 
     @functools.cached_property
     def tasks(self) -> UInt8[np.ndarray, " n"]:
-        """Each conversation's task id.
-
-        Raises:
-          UserError: if there is no such task.
-        """
+        """Each conversation's task id. Raises: UserError, if there is no such task."""
         tasks = np.concatenate([np.zeros(0, np.uint8), *(shard["tasks"] for shard in self._shards)])
-        if (highest := tasks.max(initial=0)) >= self.n_tasks:
-            raise UserError(
-                f"{self.directory} holds the task id {highest}, data.json names {self.n_tasks} tasks; prepare the "
-                "data again"
-            )
+        if (highest := tasks.max(initial=0)) >= (n_tasks := len(self._description["tasks"])):
+            raise _unusable(f"{self.directory} holds the task id {highest}, data.json names {n_tasks} tasks")
         return tasks
 
     def conversation(self, index: int) -> tuple[UInt16[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-        """A conversation's token ids, and which of them are to be predicted."""
-        shard_index = int(np.searchsorted(self._first, index, side="right")) - 1
-        shard = self._shards[shard_index]
-        start, end = shard["offsets"][index - self._first[shard_index] :][:2]
-        return shard["tokens"][start:end], shard["supervised"][start:end]
+        """A conversation's token ids, and which of them are supervised."""
+        number, place = self._locate(index)
+        start, end = self._shards[number]["offsets"][place : place + 2]
+        return self._shards[number]["tokens"][start:end], self._shards[number]["supervised"][start:end]
 
-    def check_index(self) -> None:
-        """Looks at all but the tokens. Raises: UserError, as of `lengths` and `tasks`."""
-        _ = self.lengths, self.tasks
+    def request(self, index: int) -> dict[str, Any] | None:
+        """What a conversation's first request asks; None if the data set has no requests.
+
+        Returns:
+          `{"task": ..., "conditions": {...}, "answer": ...}`, with the conditions of `tasks.requests.Request`. The
+          answer is None where it is the story: the first supervised tokens hold it.
+
+        Raises:
+          UserError: if the shard's requests can't be read.
+        """
+        if not _has_requests(self._description):
+            return None
+        number, place = self._locate(index)
+        path = self.directory / file_name("requests", number)
+        try:
+            with path.open("rb") as file:
+                file.seek(self._request_starts(number)[place])
+                request = json.loads(file.readline())
+            check(request, _REQUEST)
+        except (OSError, ValueError, RecursionError, UserError) as error:
+            raise _unusable(f"can't read {path}, line {place + 1}: {reason(error)}") from None
+        return request
 
     def check_ids(self, ids: Integer[np.ndarray, "..."]) -> None:
         """Raises: UserError, if a token id is not below the size of the vocabulary."""
-        if (highest := ids.max(initial=0)) >= self.vocab_size:
-            raise UserError(
-                f"{self.directory} holds the token id {highest}, its vocabulary has {self.vocab_size}; prepare the "
-                "data again"
-            )
+        if (highest := ids.max(initial=0)) >= self._vocab_size:
+            raise _unusable(f"{self.directory} holds the token id {highest}, its vocabulary has {self._vocab_size}")
 
     def verify(self) -> None:
-        """Looks at every token.
-
-        Raises:
-          UserError: if an id is not below the size of the vocabulary, or not as many are supervised as there were.
-        """
+        """Checks every token id, and how many tokens are supervised. Raises: UserError."""
         for shard in self._shards:
             self.check_ids(shard["tokens"])
         # As bytes: what is neither 0 nor 1 would count as 1, and then weigh more.
@@ -217,32 +230,33 @@ class Split:
 
     def _check_total(self, name: str, found: int) -> None:
         if found != self.totals[name]:
-            raise UserError(
-                f"{self.directory} holds {found} {name.replace('_', ' ')}, data.json says {self.totals[name]}; "
-                "prepare the data again"
-            )
+            noun = name.replace("_", " ")
+            raise _unusable(f"{self.directory} holds {found} {noun}, data.json says {self.totals[name]}")
 
-    @functools.cached_property
-    def _shards(self) -> list[dict[str, np.ndarray]]:
-        return [_map_shard(self.directory, number) for number in range(self.totals["shards"])]
+    def _locate(self, index: int) -> tuple[int, int]:
+        """The shard that holds a conversation, and its index there."""
+        number = int(np.searchsorted(self._first, index, side="right")) - 1
+        return number, int(index - self._first[number])
 
-    @functools.cached_property
-    def _first(self) -> np.ndarray:
-        """The index of each shard's first conversation, and the number of all."""
-        return np.cumsum([0, *(len(shard["tasks"]) for shard in self._shards)])
+    def _request_starts(self, number: int) -> np.ndarray:
+        """Where each line of a shard's requests starts, found by one pass over the file."""
+        if number not in self._starts_of_requests:
+            with (self.directory / file_name("requests", number)).open("rb") as file:
+                starts = np.fromiter(itertools.accumulate(map(len, file), initial=0), np.int64)
+            conversations = len(self._shards[number]["tasks"])
+            if len(starts) != conversations + 1:
+                raise UserError(f"the shard has {len(starts) - 1} requests and {conversations} conversations")
+            self._starts_of_requests[number] = starts
+        return self._starts_of_requests[number]
 
 
 def _map_shard(directory: Path, number: int) -> dict[str, np.ndarray]:
-    """Maps a shard's arrays; what costs nothing to see is checked.
-
-    Raises:
-      UserError: if a file is missing or holds something else, or the arrays' lengths contradict each other.
-    """
+    """Maps a shard's arrays; checks their types and that their sizes match."""
     shard = {name: _map_array(directory / file_name(name, number), dtype) for name, dtype in DTYPES.items()}
     offsets, n_tokens = shard["offsets"], len(shard["tokens"])
     fits = len(offsets) == len(shard["tasks"]) + 1 and n_tokens == len(shard["supervised"])
     if not (fits and offsets[0] == 0 and offsets[-1] == n_tokens):
-        raise UserError(f"{directory}: the arrays of shard {number} contradict each other; prepare the data again")
+        raise _unusable(f"{directory}: the arrays of shard {number} contradict each other")
     return shard
 
 
@@ -250,113 +264,84 @@ def _map_array(path: Path, dtype: type) -> np.ndarray:
     try:
         with np.errstate(over="raise"):
             array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it opens no archive
-    # A header is read as Python, and multiplied; what is none fails in as many ways.
+    # A header is a Python literal with a shape to multiply: a malformed one fails in as many ways.
     except (OSError, ValueError, TypeError, ArithmeticError, MemoryError, SyntaxError, tokenize.TokenError) as error:
-        raise UserError(f"can't read {path}: {reason(error)}; prepare the data again") from None
+        raise _unusable(f"can't read {path}: {reason(error)}") from None
     if array.dtype != dtype or array.ndim != 1:
-        raise UserError(
-            f"{path} is no row of {np.dtype(dtype)} but {array.dtype}{list(array.shape)}; prepare the data again"
-        )
+        raise _unusable(f"{path} holds {array.dtype}{list(array.shape)}, not a vector of {np.dtype(dtype)}")
     return array
-
-
-TOKENS_PER_SHARD = 50_000_000
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Conversations of one split, one after the other.
-
-    Attributes:
-      tokens: the ids of all.
-      supervised: which of them are to be predicted.
-      lengths: tokens of each conversation.
-      tasks: task id of each conversation.
-    """
+    """Conversations of one split, one after the other."""
 
     tokens: UInt16[np.ndarray, " tokens"]
     supervised: Bool[np.ndarray, " tokens"]
     lengths: Int32[np.ndarray, " conversations"]
     tasks: UInt8[np.ndarray, " conversations"]
-
-
-class _ArrayFile:
-    """A one-dimensional array in a `.npy` file that grows at its end, so that none is collected in memory."""
-
-    def __init__(self, path: Path, dtype: type):
-        self._dtype = np.dtype(dtype)
-        self._size = 0
-        self._file = path.open("wb")
-        self._write_header()
-
-    def append(self, array: np.ndarray) -> None:
-        self._file.write(np.ascontiguousarray(array, self._dtype).data)
-        self._size += array.size
-
-    def close(self) -> None:
-        # NumPy leaves room for the length to grow: the header stays as long as it was.
-        self._file.seek(0)
-        self._write_header()
-        self._file.close()
-
-    def _write_header(self) -> None:
-        description = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._size,)}
-        np.lib.format.write_array_header_1_0(self._file, description)
-
-
-class _Shard:
-    """The four files of a shard that is being written."""
-
-    def __init__(self, directory: Path, number: int):
-        self._files = {name: _ArrayFile(directory / file_name(name, number), DTYPES[name]) for name in DTYPES}
-        self._files["offsets"].append(np.zeros(1, np.int64))
-        self.tokens = 0
-
-    def add(self, encoded: Encoded) -> None:
-        for name in ("tokens", "supervised", "tasks"):
-            self._files[name].append(getattr(encoded, name))
-        self._files["offsets"].append(self.tokens + np.cumsum(encoded.lengths, dtype=np.int64))
-        self.tokens += encoded.tokens.size
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+    requests: list[dict[str, Any]] | None = None  # as `Split.request` reads them; None where the format has none
 
 
 class ShardWriter:
-    """Writes conversations as they come, into a new shard whenever one is full.
+    """Writes conversations as they come, into a new shard whenever one is full; nothing is collected in memory.
 
-    A shard is four files: `tokens` (uint16), `supervised` (bool), `offsets` (int64: where each conversation starts in
-    them, then where the last one ends) and `tasks` (uint8). A split without conversations has no shards.
+    A shard is four arrays: `tokens` (uint16), `supervised` (bool), `offsets` (int64: where each conversation starts in
+    them, then where the last one ends) and `tasks` (uint8); for stories, `requests` (JSON lines) too. A split without
+    conversations has no shards.
 
     Attributes:
       totals: what `data.json` says about the split.
     """
 
     def __init__(self, directory: Path, tokens_per_shard: int = TOKENS_PER_SHARD):
-        self.totals = {"conversations": 0, "tokens": 0, "supervised_tokens": 0, "longest": 0, "shards": 0}
-        self._directory = directory
-        self._tokens_per_shard = tokens_per_shard
-        self._shard: _Shard | None = None
-        self._directory.mkdir()
+        self.totals = dict.fromkeys(_TOTALS, 0)
+        self._directory, self._tokens_per_shard = directory, tokens_per_shard
+        # Of the shard that is being written.
+        self._files: dict[str, BinaryIO] = {}
+        self._sizes: Counter[str] = Counter()
+        directory.mkdir()
 
     def add(self, encoded: Encoded) -> None:
         """Adds conversations."""
         if not encoded.lengths.size:
             return
-        if self._shard is None:
-            self._shard = _Shard(self._directory, self.totals["shards"])
-            self.totals["shards"] += 1
-        self._shard.add(encoded)
+        if not self._files:
+            self._open(has_requests=encoded.requests is not None)
+        self._append("offsets", self._sizes["tokens"] + np.cumsum(encoded.lengths, dtype=np.int64))
+        for name in ("tokens", "supervised", "tasks"):
+            self._append(name, getattr(encoded, name))
+        for request in encoded.requests or ():
+            self._files["requests"].write(json.dumps(request, ensure_ascii=False).encode() + b"\n")
         self.totals["conversations"] += encoded.lengths.size
         self.totals["tokens"] += encoded.tokens.size
         self.totals["supervised_tokens"] += int(encoded.supervised.sum())
         self.totals["longest"] = max(self.totals["longest"], int(encoded.lengths.max()))
-        if self._shard.tokens >= self._tokens_per_shard:
+        if self._sizes["tokens"] >= self._tokens_per_shard:
             self.close()
 
     def close(self) -> None:
         """Finishes the last shard."""
-        if self._shard is not None:
-            self._shard.close()
-            self._shard = None
+        for name, file in self._files.items():
+            if name in DTYPES:
+                file.seek(0)
+                self._write_header(name)
+            file.close()
+        self._files, self._sizes = {}, Counter()
+
+    def _open(self, has_requests: bool) -> None:
+        for name in (*DTYPES, "requests") if has_requests else DTYPES:
+            self._files[name] = (self._directory / file_name(name, self.totals["shards"])).open("wb")
+        self.totals["shards"] += 1
+        for name in DTYPES:
+            self._write_header(name)
+        self._append("offsets", np.zeros(1, np.int64))
+
+    def _append(self, name: str, array: np.ndarray) -> None:
+        self._files[name].write(np.ascontiguousarray(array, DTYPES[name]).data)
+        self._sizes[name] += array.size
+
+    def _write_header(self, name: str) -> None:
+        """NumPy pads it so that the size can grow: the header that is written last is as long as the first."""
+        description = {"descr": np.dtype(DTYPES[name]).str, "fortran_order": False, "shape": (self._sizes[name],)}
+        np.lib.format.write_array_header_1_0(self._files[name], description)

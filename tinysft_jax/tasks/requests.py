@@ -1,15 +1,18 @@
-"""How requests about stories are worded, and read back."""
+"""What a conversation begins with, and how requests are worded."""
 
 import re
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 from tinysft_jax.tasks.records import StoryRecord
 
-# The share of prompts in the canonical wording; the others of a task come equally often.
+T = TypeVar("T")
+
+# The share of prompts in the canonical wording, the first of its task; the others come equally often.
 CANONICAL = 0.4
 
-# `{}` is where the story stands, or the words to use. Some wordings ask before the story and some after it.
+# `{}` is the story, or the words to use. Some wordings ask before the story and some after it.
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "summary": (
         "Please provide a brief summary of the following story: {}",
@@ -24,10 +27,10 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "{}\n\nWhat is the moral of the story above?",
     ),
     "words": (
-        "Write a short story that uses all of these words: {}",
-        "Write a story using these words: {}",
-        "Here are some words: {}\n\nTell me a short story in which each of them occurs.",
-        "Use the words {} in a short story.",
+        "Write {a_short_story} that uses all of these words: {}",
+        "Write {a_story} using these words: {}",
+        "Here are some words: {}\n\nTell me {a_short_story} in which each of them occurs.",
+        "Use the words {} in {a_short_story}.",
     ),
     "main_character": (
         "Based on this story, who is the main character? {}",
@@ -66,57 +69,21 @@ FOLLOW_UPS: dict[str, tuple[str, ...]] = {
     "beginning": ("How does it begin?", "What is its first sentence?", "And how does it start?"),
 }
 
-
-def very_short(wording: str) -> str:
-    """A request for a story, as one for a very short story."""
-    return re.sub(r"\ba (?:short )?story\b", "a very short story", wording, count=1)
-
-
-_WORDS_REQUESTS = [
-    re.compile("(.*)".join(map(re.escape, phrasing.split("{}"))), re.DOTALL)
-    for wording in PHRASINGS["words"]
-    for phrasing in (wording, very_short(wording))
-]
-
-
-def choose(n: int, draw: float) -> int:
-    """Which of n wordings to use, given a number drawn from [0, 1)."""
-    return 0 if draw < CANONICAL else 1 + int((draw - CANONICAL) / (1 - CANONICAL) * (n - 1))
-
-
-def phrase(task: str, content: str, draw: float) -> str:
-    """A prompt of the task about a story, or with words to use.
-
-    Args:
-      task: a key of `PHRASINGS`.
-      content: the story or the words.
-      draw: from [0, 1); decides the wording.
-    """
-    phrasing = PHRASINGS[task][choose(len(PHRASINGS[task]), draw)]
-    return phrasing.replace("{}", content)
-
-
-def follow_up(task: str, draw: float) -> str:
-    """A request of the task about the story that is being talked about.
-
-    Args:
-      task: a key of `FOLLOW_UPS`.
-      draw: from [0, 1); decides the wording.
-    """
-    return FOLLOW_UPS[task][int(draw * len(FOLLOW_UPS[task]))]
-
-
-def words_in(prompt: str) -> tuple[str, ...]:
-    """The words of a prompt of the task "words", in any wording; empty if it is another prompt."""
-    for request in _WORDS_REQUESTS:
-        if match := request.fullmatch(prompt):
-            return tuple(match[1].split(", "))
-    return ()
-
-
+# The task "story": a first line, and what the line of each condition begins with. The first has the data set's headers.
 CONDITIONS = ("features", "words", "summary", "random_sentence")
-
-# What the features that the data set knows are called by people.
+STORY_PHRASINGS: tuple[tuple[str, ...], ...] = (
+    ("Write {a_short_story}.", "Features", "Words", "Summary", "Random sentence"),
+    (
+        "Please write {a_story} for me.",
+        "It should have",
+        "It should use all of these words",
+        "It should tell this",
+        "It should contain this sentence",
+    ),
+    ("Tell me {a_story}.", "Put these in", "Use these words", "What happens", "Say this at some point"),
+    ("Make up {a_short_story} as follows.", "With", "Words to use", "In short", "Sentence to include"),
+)
+# Features as the data set calls them (in its own wording), and as people do (in the others).
 FEATURE_NAMES = {
     "Dialogue": "dialogue",
     "BadEnding": "a bad ending",
@@ -125,111 +92,103 @@ FEATURE_NAMES = {
     "MoralValue": "a moral",
     "Conflict": "a conflict",
 }
-_FEATURE_OF = {name: feature for feature, name in FEATURE_NAMES.items()}
+
+_LENGTHS = {
+    False: {"a_story": "a story", "a_short_story": "a short story"},
+    True: dict.fromkeys(("a_story", "a_short_story"), "a very short story"),
+}
 
 
-class _Style(NamedTuple):
-    """A wording of the request: its first line, and what each condition's line begins with."""
+@dataclass(frozen=True)
+class Request:
+    """What the first message of a conversation asks.
 
-    opening: str
-    labels: dict[str, str]
-    plain: bool  # whether features have the names that people use
+    Attributes:
+      task: one of `PHRASINGS`, or "story".
+      draw: from [0, 1); decides the wording.
+      story: what is asked about; empty where a story is asked for.
+      conditions: what a story that is asked for should have, as JSON, in the order of their lines: "features" and
+        "words" (lists), "summary", "random_sentence". Empty where a story is asked about.
+      brief: whether "a very short story" is asked for.
+    """
+
+    task: str
+    draw: float
+    story: str = ""
+    conditions: dict[str, Any] = field(default_factory=dict)
+    brief: bool = False
+
+    def text(self) -> str:
+        """The request in words."""
+        length = _LENGTHS[self.brief]
+        if self.task != "story":
+            content = self.story or ", ".join(self.conditions["words"])
+            return choose(PHRASINGS[self.task], self.draw).format(content, **length)
+        phrasing = choose(STORY_PHRASINGS, self.draw)
+        names = FEATURE_NAMES if phrasing is not STORY_PHRASINGS[0] else {}
+        labels = dict(zip(CONDITIONS, phrasing[1:], strict=True))
+        lines = [phrasing[0].format(**length)]
+        for name, value in self.conditions.items():
+            content = value if isinstance(value, str) else ", ".join(names.get(item, item) for item in value)
+            lines.append(f"{labels[name]}: {content}")
+        return "\n".join(lines)
 
 
-def _style(opening: str, features: str, words: str, summary: str, random_sentence: str, plain: bool = True) -> _Style:
-    labels = dict(zip(CONDITIONS, (features, words, summary, random_sentence), strict=True))
-    return _Style(opening, {condition: f"{label}: " for condition, label in labels.items()}, plain)
+def choose(phrasings: Sequence[T], draw: float) -> T:
+    """One of several phrasings, given a number drawn from [0, 1)."""
+    place = 0 if draw < CANONICAL else 1 + int((draw - CANONICAL) / (1 - CANONICAL) * (len(phrasings) - 1))
+    return phrasings[place]
 
 
-# The first is the canonical one, with the data set's own headers.
-_STYLES = (
-    _style("Write a short story.", "Features", "Words", "Summary", "Random sentence", plain=False),
-    _style(
-        "Please write a story for me.",
-        "It should have",
-        "It should use all of these words",
-        "It should tell this",
-        "It should contain this sentence",
-    ),
-    _style("Tell me a story.", "Put these in", "Use these words", "What happens", "Say this at some point"),
-    _style("Make up a short story as follows.", "With", "Words to use", "In short", "Sentence to include"),
-)
+def follow_up(task: str, draw: float) -> str:
+    """A request about the story that is being talked about, given a number drawn from [0, 1)."""
+    return FOLLOW_UPS[task][int(draw * len(FOLLOW_UPS[task]))]
+
+
+def conditions_of(record: StoryRecord) -> dict[str, Any]:
+    """Everything that the record knows of its story, each item on one line; see `Request`."""
+    conditions = {
+        "features": [_one_line(feature) for feature in record.features or ()],
+        "words": [_one_line(word) for word in record.words],
+        "summary": _one_line(record.summary or ""),
+        "random_sentence": _one_line(record.random_sentence or ""),
+    }
+    return {name: value for name, value in conditions.items() if value}
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 class StoryRequest(NamedTuple):
-    """What a story is to be written from; a field that is empty or None is not asked for.
-
-    Attributes:
-      words: words that the story is to use.
-      features: of those of a `StoryRecord`.
-      summary: what is to happen, on one line.
-      random_sentence: a sentence that is to occur, on one line.
-    """
+    """What a prompt asks a story to have, read back from its text."""
 
     words: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
     summary: str | None = None
     random_sentence: str | None = None
 
-    def prompt(self, draw: float, order: Mapping[str, float]) -> str:
-        """The request as text.
-
-        Args:
-          draw: from [0, 1); decides the wording.
-          order: a number for each condition; the lines come by rising numbers.
-        """
-        style = _STYLES[choose(len(_STYLES), draw)]
-        features = [FEATURE_NAMES.get(feature, feature) for feature in self.features] if style.plain else self.features
-        contents = {
-            "features": ", ".join(features),
-            "words": ", ".join(self.words),
-            "summary": self.summary,
-            "random_sentence": self.random_sentence,
-        }
-        lines = [
-            style.labels[name] + content for name in sorted(order, key=order.__getitem__) if (content := contents[name])
-        ]
-        return "\n".join([style.opening, *lines])
-
-
-def conditions_of(record: StoryRecord) -> StoryRequest:
-    """Everything that the record knows of its story."""
-    return StoryRequest(
-        tuple(map(_one_line, record.words)),
-        tuple(map(_one_line, record.features or ())),
-        None if record.summary is None else _one_line(record.summary),
-        None if record.random_sentence is None else _one_line(record.random_sentence),
-    )
-
 
 def parse_request(prompt: str) -> StoryRequest:
-    """What a prompt of the tasks "words" and "story" asks for, in any of their wordings.
-
-    Prompts of other tasks ask for nothing.
-    """
+    """What a prompt of the tasks "words" and "story" asks for. To be removed: conditions are stored with the data."""
+    for phrasing in PHRASINGS["words"]:
+        for length in _LENGTHS.values():
+            pattern = "(.*)".join(map(re.escape, phrasing.format("{}", **length).split("{}")))
+            if match := re.fullmatch(pattern, prompt, re.DOTALL):
+                return StoryRequest(tuple(match[1].split(", ")))
     opening, *lines = prompt.split("\n")
-    style = next((style for style in _STYLES if opening in (style.opening, very_short(style.opening))), None)
-    if style is None:
-        return StoryRequest(words_in(prompt))
-    found: dict[str, str] = {}
-    for line in lines:
-        for name, label in style.labels.items():
-            if line.startswith(label):
-                found[name] = line.removeprefix(label)
-    features = _items(found.get("features"))
-    if style.plain:
-        features = tuple(_FEATURE_OF.get(feature, feature) for feature in features)
-    return StoryRequest(_items(found.get("words")), features, found.get("summary"), found.get("random_sentence"))
-
-
-def requested_words(prompt: str) -> tuple[str, ...]:
-    """The words that a prompt of the tasks "words" and "story" asks for, in any of their wordings; or none."""
-    return parse_request(prompt).words
-
-
-def _items(line: str | None) -> tuple[str, ...]:
-    return tuple(line.split(", ")) if line else ()
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    for phrasing in STORY_PHRASINGS:
+        if opening in [phrasing[0].format(**length) for length in _LENGTHS.values()]:
+            found = {
+                name: line.removeprefix(f"{label}: ")
+                for line in lines
+                for name, label in zip(CONDITIONS, phrasing[1:], strict=True)
+                if line.startswith(f"{label}: ")
+            }
+            features = {name: feature for feature, name in FEATURE_NAMES.items()}
+            asked = (
+                tuple(features.get(name, name) for name in found["features"].split(", ")) if "features" in found else ()
+            )
+            words = tuple(found["words"].split(", ")) if "words" in found else ()
+            return StoryRequest(words, asked, found.get("summary"), found.get("random_sentence"))
+    return StoryRequest()

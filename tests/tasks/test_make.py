@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 
 from tinysft_jax.corpus.stories import embedded_stories
-from tinysft_jax.tasks.make import ABOUT_A_STORY, MAX_QUESTIONS, QUESTIONS, RATES, TASK_NAMES, make_tasks
+from tinysft_jax.tasks.make import ABOUT_A_STORY, MAX_QUESTIONS, QUESTIONS, RATES, STORIES, TASK_NAMES, make_tasks
 from tinysft_jax.tasks.records import StoryRecord, parse_records
-from tinysft_jax.tasks.requests import FOLLOW_UPS, StoryRequest, parse_request, requested_words
+from tinysft_jax.tasks.requests import FOLLOW_UPS, STORY_PHRASINGS
 
 STORY = 'Sara had a red kite. One day Sara lost it. "Oh no!" said Sara.\nSara learned that kites need a long string.'
 RECORD = StoryRecord(
@@ -82,37 +82,35 @@ def test_other_wordings_have_the_same_answer(found):
             assert all(STORY in prompt for prompt, _ in found[task])
 
 
-def test_the_words_are_asked_for_in_any_wording(found):
-    assert {requested_words(prompt) for prompt, _ in found["words"]} == {RECORD.words}
-
-
 def test_very_short_stories_are_asked_for_as_such():
-    """Only where a story is the answer; and such a request is read like the others."""
+    """Only where a story is the answer."""
     record = changed(story=f"{STORY} Then Sara told a story.")
     for seed in range(60):
         for usual, brief in zip(make_tasks(record, seed), make_tasks(record, seed, brief=True), strict=True):
             asked, asked_briefly = usual.messages[0]["content"], brief.messages[0]["content"]
-            if usual.task in ("words", "story"):
+            if usual.task in STORIES:
                 assert asked_briefly in (
                     asked.replace("a story", "a very short story", 1),
                     asked.replace("a short story", "a very short story", 1),
                 )
-                assert asked_briefly != asked and parse_request(asked_briefly) == parse_request(asked) != StoryRequest()
+                assert asked_briefly != asked
             else:
                 assert asked_briefly == asked
-            assert brief.messages[1:] == usual.messages[1:]
+            assert brief.messages[1:] == usual.messages[1:] and brief.conditions == usual.conditions
 
 
-def test_a_story_is_asked_for_from_any_subset_of_what_the_record_has(found):
-    assert {answer for _, answer in found["story"]} == {STORY}
-    requests = [parse_request(prompt) for prompt, _ in found["story"]]
-    for request in requests:
-        assert request.words in (RECORD.words, ()) and request.features in (RECORD.features, ())
-        assert request.summary in (RECORD.summary, None) and request.random_sentence is None
-    # Each of the three conditions or not, but never none of them.
-    assert len({tuple(map(bool, request)) for request in requests}) == 7
-    openings = {prompt.split("\n")[0] for prompt, _ in found["story"]}
-    assert len(openings) == 4 and "Write a short story." in openings
+def test_a_story_is_asked_for_from_any_subset_of_what_the_record_has():
+    made = [c for seed in range(400) for c in make_tasks(RECORD, seed)]
+    assert all(c.conditions == {"words": [*RECORD.words]} for c in made if c.task == "words")
+    assert all(c.conditions == {} for c in made if c.task not in STORIES)
+    known = {"features": [*RECORD.features], "words": [*RECORD.words], "summary": RECORD.summary}
+    asked = [c for c in made if c.task == "story"]
+    assert all(c.messages[1]["content"] == STORY and c.conditions.items() <= known.items() for c in asked)
+    # Each of the three conditions or not, but never none of them, in any order.
+    assert len({frozenset(c.conditions) for c in asked} - {frozenset()}) == 7
+    assert len({tuple(c.conditions) for c in asked if len(c.conditions) == 3}) == 6
+    openings = {c.messages[0]["content"].split("\n")[0] for c in asked}
+    assert len(openings) == len(STORY_PHRASINGS) and "Write a short story." in openings
 
 
 @pytest.mark.parametrize(
@@ -281,12 +279,11 @@ def test_wordings_come_as_often_as_they_should(embedded):
     assert 0.35 < share(canonical) < 0.45
 
 
-def test_what_a_story_is_written_from_holds_for_it(embedded):
+def test_what_a_story_is_written_from_holds_for_it():
     """So it can be learned to keep to the request."""
-    for story, tasks in embedded:
-        if "story" in tasks:
-            request = parse_request(tasks["story"][0])
-            assert any(request)
-            assert set(request.features) <= set(story.record.features or ())
-            assert request.random_sentence is None or request.random_sentence in " ".join(story.record.story.split())
-            assert request.words in ((), story.record.words)
+    for story in embedded_stories(300):
+        for conditions in (c.conditions for c in make_tasks(story.record) if c.task == "story"):
+            assert conditions
+            assert set(conditions.get("features", ())) <= set(story.record.features or ())
+            assert conditions.get("random_sentence", "") in " ".join(story.record.story.split())
+            assert conditions.get("words", [*story.record.words]) == [*story.record.words]

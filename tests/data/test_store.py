@@ -1,7 +1,9 @@
 """A data set that was not written by `prepare`, or was changed since: refused in one line."""
 
+import dataclasses
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +14,14 @@ import pytest
 
 from tinysft_jax import files
 from tinysft_jax.console import UserError
-from tinysft_jax.data.batches import BatchSource, epoch_batches
+from tinysft_jax.data import prepare
+from tinysft_jax.data.batches import BatchSource, batches, epoch_batches
+from tinysft_jax.data.encode import Encoder
 from tinysft_jax.data.packing import plan_epoch
-from tinysft_jax.data.store import DTYPES, PreparedData, Split
+from tinysft_jax.data.sources import Item
+from tinysft_jax.data.store import DTYPES, SPLITS, PreparedData, ShardWriter, Split
+from tinysft_jax.tasks.make import STORIES
+from tinysft_jax.tokenizer import ChatTokenizer, load_tokenizer
 
 
 @pytest.fixture
@@ -59,13 +66,15 @@ VALUES = (None, True, False, -1, 2.5, float("nan"), 2**63, -(10**4000), "", "7",
 # What each key may be, of these values; a description that differs only in that is understood.
 SOUND = {
     "format": ("", "7"),
-    "chat_template": (None,),
+    "chat_template": (),
     "tokenizer": (),
     "tokenizer.kind": (),
     "tokenizer.bpe_ranks": (),
     "max_tokens": (),
     "tasks": (),
     "seed": (-1, 2**63, -(10**4000)),
+    "dtype": (),
+    "tokenizer_hash": (),
     "source": ({}, {"a": 7}),
     "splits": (),
     "splits.train": (),
@@ -146,7 +155,7 @@ def test_an_array_must_be_a_row_of_its_dtype(data, name):
     others = [lambda array, kind=kind: np.zeros(len(array), kind) for kind in kinds]
     for change in (*others, lambda array: array[None], lambda array: array[0]):
         change_array(data, name, change)
-        assert f"{name}-00000.npy is no row of" in refusal(lambda: PreparedData(data).split("train"))
+        assert f"{name}-00000.npy holds " in refusal(lambda: PreparedData(data).split("train"))
         (data / "train" / f"{name}-00000.npy").write_bytes(original)
 
 
@@ -205,9 +214,9 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize("kind", CONTRADICTIONS)
 def test_arrays_that_contradict_each_other(data, kind):
     """Seen when a shard is opened, in a worker process as well."""
-    totals = PreparedData(data).description["splits"]["train"]
+    description = PreparedData(data).description
     change_array(data, *CONTRADICTIONS[kind])
-    assert "shard 0 contradict each other" in refusal(lambda: Split(data / "train", totals, 99, 260))
+    assert "shard 0 contradict each other" in refusal(lambda: Split(data / "train", description))
 
 
 TOO_SHORT = {
@@ -279,3 +288,98 @@ def test_a_shard_that_is_a_pipe_is_not_waited_for(data):
         content["files"]["train/tasks-00000.npy"]["bytes"] = size
         files.write_json(data / "manifest.json", content)
         assert "is not a regular file" in refusal(lambda: PreparedData(data))
+
+
+# Requests
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("stories") / "data"
+    prepare.main(["--embedded=8", f"--output={output}", "--bpe_ranks=2048", "--workers=1"])
+    return output
+
+
+def test_requests_are_those_of_the_conversations(stories):
+    """In the order of the shard. A story that is the answer is not written down a second time."""
+    data, tokenizer = PreparedData(stories), load_tokenizer(stories)
+    data.verify()
+    for split in map(data.split, SPLITS):
+        for index in range(len(split)):
+            ids, supervised = split.conversation(index)
+            prompt = tokenizer.decode(ids[: supervised.argmax()])
+            answer = tokenizer.decode(ids[supervised]).partition("<|endoftext|>")[0]
+            request = split.request(index)
+            assert request.keys() == {"task", "conditions", "answer"}
+            assert request["task"] == data.tasks[split.tasks[index]]
+            assert request["answer"] == (None if request["task"] in STORIES else answer)
+            assert bool(request["conditions"]) == (request["task"] in STORIES)
+            assert all(word in prompt for word in request["conditions"].get("words", ()))
+
+
+def test_requests_of_several_shards_travel_to_other_processes(tmp_path):
+    writer, encoder = ShardWriter(tmp_path / "train", 1), Encoder("text", ChatTokenizer(None, 256), 100, 0)
+    requests = [{"task": "words", "conditions": {"words": [f"é{i}\n"]}, "answer": None} for i in range(6)]
+    for i in range(0, 6, 2):
+        text = encoder.encode([Item("train", "here", "ab")] * 2).splits["train"]
+        writer.add(dataclasses.replace(text, requests=requests[i : i + 2]))
+    writer.close()
+    assert writer.totals["shards"] == 3
+    description = {"format": "tinystories-instruct", "format_version": 2, "splits": {"train": writer.totals}}
+    description |= encoder.tokenizer.description()
+    split = pickle.loads(pickle.dumps(Split(tmp_path / "train", description)))
+    assert [split.request(index) for index in (5, *range(6))] == [requests[5], *requests]
+
+
+def test_chats_plain_text_and_data_of_version_1_have_no_requests(chat_data, fixtures, tmp_path):
+    (tmp_path / "a.txt").write_text("Once upon a time.")
+    text = tmp_path / "text"
+    prepare.main([f"--input={tmp_path / 'a.txt'}", f"--output={text}", "--valid_fraction=0", "--workers=1"])
+    for directory in (chat_data, text, fixtures / "data_version_1"):
+        assert PreparedData(directory).split("train").request(0) is None
+        assert not list(directory.rglob("requests*"))
+
+
+@pytest.mark.parametrize("line", [b"", b"{", b"[]", b"\xff", b'{"task": "words"}', b"[" * 100_000, b'{"task": 1}'])
+def test_a_request_that_is_none(stories, tmp_path, line):
+    data = Path(shutil.copytree(stories, tmp_path / "data"))
+    path = data / "train" / "requests-00000.jsonl"
+    _, *lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([line, b"\n", *lines]))
+    files.write_manifest(data)
+    split = PreparedData(data).split("train")
+    assert "requests-00000.jsonl, line 1: " in refusal(lambda: split.request(0))
+    assert split.request(1) == json.loads(lines[0])
+
+
+def test_requests_are_as_many_as_conversations(stories, tmp_path):
+    data = Path(shutil.copytree(stories, tmp_path / "data"))
+    path = data / "train" / "requests-00000.jsonl"
+    path.write_bytes(path.read_bytes() + b"{}\n")
+    assert "requests-00000.jsonl has" in refusal(lambda: PreparedData(data))
+    files.write_manifest(data)
+    split = PreparedData(data).split("train")
+    assert f"has {len(split) + 1} requests and {len(split)} conversations" in refusal(lambda: split.request(0))
+    path.unlink()
+    assert "requests-00000.jsonl is missing" in refusal(lambda: PreparedData(data))
+    files.write_manifest(data)
+    assert "does not list train/requests-00000.jsonl" in refusal(lambda: PreparedData(data))
+
+
+# Versions
+
+
+def test_version_1_is_read(fixtures):
+    """It had no requests, no dtype and no hash of its tokenizer."""
+    data = PreparedData(fixtures / "data_version_1")
+    data.verify()
+    assert data.description["format_version"] == 1
+    batch = next(iter(batches(data.directory, split="train", batch_size=2, seq_len=1024)))
+    ids = batch["tokens"][0][batch["segment_ids"][0] == 1]
+    assert load_tokenizer(data.directory).decode(ids).startswith("<|system|>You are a helpful assistant")
+
+
+def test_ids_of_another_tokenizer_are_refused(data):
+    change_description(data, "tokenizer_hash", "0" * 16)
+    said = refusal(lambda: PreparedData(data))
+    assert f"'{'0' * 16}'" in said and ChatTokenizer("control", 256).fingerprint() in said

@@ -11,47 +11,53 @@ from tinysft_jax.console import UserError
 from tinysft_jax.data.encode import TOO_LONG, Encoder
 from tinysft_jax.data.prepare import main
 from tinysft_jax.data.sources import Item
-from tinysft_jax.tasks.make import MIN_KEPT, RATES, TASK_NAMES, TRIMMABLE_TASKS, Conversation, shortened
-from tinysft_jax.tasks.requests import PHRASINGS
+from tinysft_jax.tasks.make import MIN_KEPT, RATES, STORIES, TASK_NAMES, TRIMMABLE_TASKS, Conversation
+from tinysft_jax.tasks.requests import PHRASINGS, Request, choose
 from tinysft_jax.tokenizer import ChatTokenizer
 
 STORY = " ".join(f"Tim walked {i} steps." for i in range(10, 20))
-ANSWER = {"role": "assistant", "content": "A"}
 # A record that gives a summary and a request for its words, and hardly any other conversation.
 RECORD = f"Words: walk\nSummary: Tim walked.\nStory: {STORY}\n"
+# One for each wording of a task.
+DRAWS = (0.0, 0.5, 0.7, 0.9)
 
 
-def prompts(task: str, wording: str, story: str) -> list[str]:
-    """The shortened prompts of a task in some wording."""
-    asked = Conversation(task, [{"role": "user", "content": wording.replace("{}", story)}, ANSWER])
-    versions = list(shortened(asked, story))
-    assert all(messages[1:] == [ANSWER] and messages[0]["role"] == "user" for messages in versions)
+def turn(question: str, answer: str = "A") -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def asked(task: str, story: str = STORY, draw: float = 0.0, more: tuple = ()) -> Conversation:
+    request = Request(task, draw, story, {"words": ["walk"]} if task in STORIES else {})
+    return Conversation(task, [*turn(request.text()), *more], request)
+
+
+def prompts(conversation: Conversation) -> list[str]:
+    """Those of the shorter versions of a conversation of one turn."""
+    whole, *versions = conversation.versions()
+    assert whole == conversation.messages
+    assert all(messages == turn(messages[0]["content"]) for messages in versions)
     return [messages[0]["content"] for messages in versions]
 
 
 @pytest.mark.parametrize("task", sorted(TRIMMABLE_TASKS))
 def test_each_wording_keeps_its_question(task):
     """Before the story or after it."""
-    for wording in PHRASINGS[task]:
-        assert prompts(task, wording, STORY) == [wording.format(STORY[: i * 21 - 1]) for i in range(9, 5, -1)]
+    for draw, wording in zip(DRAWS, PHRASINGS[task], strict=True):
+        shorter = [wording.format(STORY[: i * 21 - 1]) for i in range(9, 5, -1)]
+        assert prompts(asked(task, draw=draw)) == shorter
 
 
 @pytest.mark.parametrize("task", ["moral", "happy_ending", "dialogue", "words", "story"])
 def test_tasks_that_need_the_end_of_the_story_are_not_shortened(task):
     assert {*TRIMMABLE_TASKS, "moral", "happy_ending", "dialogue", "words", "story"} == set(TASK_NAMES)
-    assert all(prompts(task, wording, STORY) == [] for wording in PHRASINGS.get(task, ("Q {}",)))
+    assert all(prompts(asked(task, draw=draw)) == [] for draw in DRAWS)
 
 
 def test_turns_go_before_sentences():
-    asked = [{"role": "user", "content": f"Q {STORY}"}, ANSWER]
-    more = [{"role": "user", "content": "And who?"}, ANSWER, {"role": "user", "content": "Why?"}, ANSWER]
-    alone, versions = ([*shortened(Conversation("summary", turns), STORY)] for turns in (asked, asked + more))
-    assert versions == [asked + more[:2], asked, *alone] and len(alone) == 4
-    assert [*shortened(Conversation("story", asked + more), STORY)] == [asked + more[:2], asked]
-
-
-def test_a_prompt_without_the_story_is_not_shortened():
-    assert prompts("summary", "What happened?", STORY) == []
+    first, second = turn("And who?"), turn("Why?")
+    (alone, *shorter), versions = ([*asked("summary", more=more).versions()] for more in ((), (*first, *second)))
+    assert versions == [alone + first + second, alone + first, alone, *shorter] and len(shorter) == 4
+    assert len([*asked("story", more=(*first, *second)).versions()]) == 3
 
 
 @pytest.mark.parametrize(
@@ -68,14 +74,15 @@ def test_a_prompt_without_the_story_is_not_shortened():
     ],
 )
 def test_cuts_are_between_sentences(story, ends):
-    assert prompts("summary", "{}\nQ", story) == [f"{end}\nQ" for end in ends]
+    wording = PHRASINGS["summary"][0]
+    assert prompts(asked("summary", story)) == [wording.format(end) for end in ends]
 
 
-@given(story=st.text(alphabet='aB. !?"“”\n', min_size=1), wording=st.sampled_from(PHRASINGS["summary"]))
-def test_a_shortened_story_is_a_beginning_of_at_least_half_of_it(story, wording):
-    before, after = wording.split("{}")
+@given(story=st.text(alphabet='aB. !?"“”\n', min_size=1), draw=st.sampled_from(DRAWS))
+def test_a_shortened_story_is_a_beginning_of_at_least_half_of_it(story, draw):
+    before, after = choose(PHRASINGS["summary"], draw).split("{}")
     lengths = []
-    for prompt in prompts("summary", wording, story):
+    for prompt in prompts(asked("summary", story, draw)):
         kept = prompt.removeprefix(before).removesuffix(after)
         assert story.startswith(kept) and MIN_KEPT * len(story) <= len(kept) < len(story)
         assert kept.rstrip('"“”')[-1] in ".!?"

@@ -126,6 +126,7 @@ def test_questions_are_those_of_the_data(story_data, template):
         ids, supervised = tokenizer.encode_chat(messages)
         assert ids.tolist() == [*case.prompt, *case.target]
         assert supervised.tolist() == [False] * len(case.prompt) + [True] * len(case.target)
+        assert bool(case.conditions) == (case.task in ("words", "story"))
         assert all(word in case.question for word in case.conditions.get("words", ()))
     assert draw_cases(data, tokenizer, 1) == [
         case for case, before in zip(cases, [None, *tasks], strict=False) if case.task != before
@@ -171,6 +172,11 @@ def test_what_does_not_fit_together_is_refused(models, chat_data, story_data, ev
     with pytest.raises(UserError, match="has a context of 128 tokens, and the data a conversation of"):
         run.main([f"--checkpoint={models / 'ends'}", f"--data={story_data / 'control'}", output])
     assert not list(tmp_path.iterdir())
+
+
+def test_data_without_requests_are_refused(fixtures, tmp_path):
+    with pytest.raises(UserError, match="without requests; prepare it again"):
+        run.main(["--checkpoint=x", f"--data={fixtures / 'data_version_1'}", f"--output={tmp_path / 'out'}"])
 
 
 def test_plain_text_has_no_questions(tmp_path):

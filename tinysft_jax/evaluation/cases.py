@@ -66,13 +66,16 @@ def draw_cases(data: PreparedData, tokenizer: ChatTokenizer, per_task: int, seed
     split = data.split("valid")
     if not len(split):
         raise UserError(f"{data.directory} has no validation data; prepare it with a --valid_fraction")
+    if data.description["format"] == "tinystories-instruct" and split.request(0) is None:
+        raise UserError(f"{data.directory} is of an older version, without requests; prepare it again")
     cases = []
     for task_id, task in enumerate(data.tasks):
         members = np.flatnonzero(split.tasks == task_id)
         for index in np.random.default_rng((seed, task_id)).permutation(members)[:per_task]:
             prompt, target = _first_turn(*split.conversation(int(index)))
             question, ground_truth = _question(prompt, tokenizer), tokenizer.decode(target[:-1])
-            cases.append(Case(task, question, ground_truth, prompt=prompt.tolist(), target=target.tolist()))
+            conditions = (split.request(int(index)) or {}).get("conditions", {})
+            cases.append(Case(task, question, ground_truth, conditions, prompt.tolist(), target.tolist()))
     return cases
 
 

@@ -1,60 +1,113 @@
-"""The report as a function of the answers."""
+"""Figures with their intervals, and the report as a function of the answers."""
 
-import json
+import math
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tinysft_jax.console import UserError
 from tinysft_jax.corpus.stories import embedded_stories
-from tinysft_jax.evaluation.cases import Answer, Answered, Case, read_answers, write_answers
-from tinysft_jax.evaluation.report import build_report, markdown
+from tinysft_jax.evaluation.cases import Answer, Case
+from tinysft_jax.evaluation.report import build_report, difference, markdown, mean
 from tinysft_jax.tasks.make import TASK_NAMES, make_tasks
 
 CONSTANT = "Yes, Lily was happy. She ran to see her little friend, and they found the ball by the tree."
 
 
-@pytest.fixture(scope="module")
-def cases() -> list[Case]:
-    """About stories of the embedded corpus, task by task."""
-    conversations = [each for story in embedded_stories(80) for each in make_tasks(story.record)]
-    asked = {
-        task: [[m["content"] for m in each.messages] for each in conversations if each.task == task]
-        for task in TASK_NAMES
-    }
-    return [Case(task, *turns, len(turns[1].split()) + 1) for task, of in asked.items() for turns in of]
+def test_mean_by_hand():
+    """0, 1/2, 1: variance 1/4, standard error sqrt(1/4 / 3)."""
+    figure, error = mean([0.0, None, 0.5, 1.0]), math.sqrt(1 / 12)
+    assert (figure["value"], figure["cases"], figure["standard_error"]) == (0.5, 3, pytest.approx(error))
+    assert (figure["low"], figure["high"]) == pytest.approx((0.5 - 1.96 * error, 0.5 + 1.96 * error), abs=1e-4)
 
 
-def answered(cases: list[Case], say, **others) -> list[Answered]:
-    speakers = {"model": say, **others}
-    return [
-        Answered(case, {name: Answer(speak(case), True, 0.5 * case.tokens) for name, speak in speakers.items()})
-        for case in cases
-    ]
+def test_weighted_mean_by_hand():
+    """(1·4 + 3·2) / 4 = 2.5; residuals 1·1.5 and 3·(-0.5): sqrt(2 · (2.25 + 2.25)) / 4 = 0.75."""
+    figure = mean([4.0, 2.0], [1.0, 3.0])
+    assert (figure["value"], figure["standard_error"]) == pytest.approx((2.5, 0.75))
+
+
+def test_nothing_and_a_single_case():
+    assert mean([None]) is None and mean([]) is None and difference([None], [1.0]) is None
+    single = {"value": 0.5, "cases": 1, "standard_error": None, "low": None, "high": None}
+    assert mean([0.5]) == difference([0.75], [0.25]) == single
+
+
+@pytest.mark.parametrize(
+    "hits, n, low, high",
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_shares_have_the_intervals_that_were_published(hits, n, low, high):
+    """Newcombe, Two-sided confidence intervals for the single proportion, 1998, table I, method 3."""
+    figure, wrong = mean([True] * hits + [False] * (n - hits)), mean([0.0] * hits + [1.0] * (n - hits))
+    assert figure["value"] == hits / n
+    assert (figure["low"], figure["high"]) == pytest.approx((low, high), abs=5e-5)
+    assert (wrong["low"], wrong["high"]) == pytest.approx((1 - figure["high"], 1 - figure["low"]))
+    assert figure["standard_error"] == pytest.approx((figure["high"] - figure["low"]) / 2 / 1.96, rel=1e-4)
+
+
+def test_a_difference_of_shares_has_the_interval_that_was_published():
+    """The example of `ci.prop.ps` in the R package statpsych, whose authors' method it is."""
+    pairs = [(False, False)] * 12 + [(False, True)] * 4 + [(True, False)] * 26 + [(True, True)] * 6
+    figure = difference(*zip(*pairs, strict=True))
+    assert (figure["value"], figure["cases"]) == (22 / 48, 48)
+    assert (figure["low"], figure["high"]) == pytest.approx((0.2548067, 0.6251933))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
+def test_intervals_hold_their_value_and_are_never_empty(pairs):
+    ones, others = zip(*pairs, strict=True)
+    for figure, least in ((mean(ones), 0), (difference(ones, others), -1)):
+        assert least <= figure["low"] <= figure["value"] <= figure["high"] <= 1 and figure["low"] < figure["high"]
+
+
+def test_differences_are_paired_and_leave_out_what_is_missing():
+    """Equal fractions differ by nothing, for certain."""
+    figure = difference([1.0, None, 0.5], [0.25, 1.0, None])
+    assert (figure["value"], figure["cases"]) == (0.75, 1)
+    assert difference([0.5, 0.25], [0.5, 0.25])["standard_error"] == 0
+
+
+@given(st.lists(st.floats(0.01, 0.99), min_size=2, max_size=50))
+def test_equal_weights_give_the_usual_standard_error(values):
+    figure = mean(values, [3.0] * len(values))
+    assert figure["value"] == pytest.approx(np.mean(values))
+    assert figure["standard_error"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(len(values)), abs=1e-9)
+
+
+def test_the_weighted_error_is_that_of_repeated_draws():
+    """Against the spread of the weighted mean over many samples of cases whose values depend on their weights."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(2000):
+        weights = rng.integers(1, 40, 60)
+        found.append(mean((5 / weights + rng.normal(0, 0.3, 60)).tolist(), weights.astype(float).tolist()))
+    spread = np.std([figure["value"] for figure in found])
+    assert np.mean([figure["standard_error"] for figure in found]) == pytest.approx(spread, rel=0.05)
+
+
+def values_of(figures):
+    return {name: {column: figure["value"] for column, figure in of.items()} for name, of in figures.items()}
 
 
 def test_by_hand():
     """Four yes/no cases, the model right in three; shuffled, each answer goes to the next case."""
-    gold, said = ("Yes.", "Yes.", "No.", "No."), ("Yes.", "Yes.", "No.", "Yes.")
-    rows = [
-        Answered(
-            Case("dialogue", "?", right, tokens),
-            {"model": Answer(text, stopped, nll), "baseline": Answer("No.", True, 2.0)},
-        )
-        for right, text, tokens, stopped, nll in zip(
-            gold, said, (1, 1, 1, 5), (True, False, True, True), (1.0, 2.0, 3.0, 2.0), strict=True
-        )
-    ]
-    report = build_report({"seed": 3}, rows)
-    assert report["format_version"] == 1 and report["settings"] == {"seed": 3}
+    truths, said = ("Yes.", "Yes.", "No.", "No."), ("Yes.", "Yes.", "No.", "Yes.")
+    lengths, stopped, nll = (1, 1, 1, 5), (True, False, True, True), (1.0, 2.0, 3.0, 2.0)
+    cases = [Case("dialogue", "?", truth, target=[0] * n) for truth, n in zip(truths, lengths, strict=True)]
+    answers = {"model": list(map(Answer, said, stopped, nll)), "baseline": [Answer("No.", True, 2.0)] * 4}
+    report = build_report({"seed": 3}, cases, answers)
+    assert report["format_version"] == 2 and report["settings"] == {"seed": 3}
     figures = report["tasks"]["dialogue"]
-    values = {name: {column: figure["value"] for column, figure in of.items()} for name, of in figures.items()}
+    values = values_of(figures)
     assert values["loss"] == {"model": 1.0, "baseline": 1.0, "difference": 0.0}
     assert values["stopped"] == {"model": 0.75, "baseline": 1.0, "difference": -0.25}
     assert values["yes_no_correct"] == {
         "model": 0.75,
         "baseline": 0.5,
         "difference": 0.25,
-        "gold": 1.0,
+        "ground_truth": 1.0,
         "shuffled": 0.75,  # Yes Yes Yes No
     }
     # The differences of yes_no_correct are 1, 1, 0, -1; with a case more each way: 3/6 - 2/6 ± 1.96 √(29/36 / 6).
@@ -64,93 +117,85 @@ def test_by_hand():
 
 
 def test_a_single_case_has_no_floor_and_only_a_share_an_interval():
-    figures = build_report({}, answered([Case("moral", "?", "Be kind.", 3)], lambda case: "Be kind."))["tasks"]["moral"]
-    assert figures["moral_correct"].keys() == {"model", "gold"}
+    answers = {"model": [Answer("Be kind.", True, 1.5)]}
+    figures = build_report({}, [Case("moral", "?", "Be kind.", target=[1, 2, 3])], answers)["tasks"]["moral"]
+    assert figures["moral_correct"].keys() == {"model", "ground_truth"}
     assert figures["moral_correct"]["model"]["low"] == pytest.approx(0.2065, abs=5e-5)  # 1 / (1 + 1.96²)
-    assert figures["loss"]["model"] == {
-        **{"value": 0.5, "cases": 1, "share": False},
-        **{"standard_error": None, "low": None, "high": None},
-    }
+    assert figures["loss"]["model"] == mean([0.5]) | {"share": False}
 
 
-def test_gold_answers_from_disk_give_the_ceiling(cases, tmp_path):
-    """Both ways: the model's column equals the gold one, and the gold one of a report on other answers."""
-    write_answers(tmp_path / "answers.jsonl", answered(cases, lambda case: case.gold))
-    report = build_report({}, read_answers(tmp_path / "answers.jsonl"))
-    other = build_report({}, answered(cases, lambda case: CONSTANT))
+@pytest.fixture(scope="module")
+def cases() -> list[Case]:
+    """About stories of the embedded corpus, task by task."""
+    conversations = [each for story in embedded_stories(80) for each in make_tasks(story.record)]
+    drawn = []
+    for task in TASK_NAMES:
+        for each in (each for each in conversations if each.task == task):
+            question, answer = (message["content"] for message in each.messages)
+            drawn.append(Case(task, question, answer, each.conditions, target=[*answer.split(), "end"]))
+    return drawn
+
+
+def report_on(cases, **speakers):
+    return build_report({"data": "stories"}, cases, {name: answers_of(cases, say) for name, say in speakers.items()})
+
+
+def answers_of(cases, say):
+    return [Answer(say(case), True, 0.5 * len(case.target)) for case in cases]
+
+
+def truth(case):
+    return case.ground_truth
+
+
+def test_the_ground_truth_is_the_ceiling(cases):
+    """The model's column equals that of the ground truth, which no answers change; it scores full marks."""
+    report, other = report_on(cases, model=truth), report_on(cases, model=lambda case: CONSTANT)
     assert list(report["tasks"]) == list(TASK_NAMES)
     for task, metrics in report["tasks"].items():
         for name, figures in metrics.items():
-            if name not in ("loss", "stopped"):
-                assert figures["model"] == figures["gold"] == other["tasks"][task][name]["gold"]
+            if "ground_truth" in figures:
+                assert figures["model"] == figures["ground_truth"] == other["tasks"][task][name]["ground_truth"]
+            if "shuffled" in figures:
+                assert figures["ground_truth"]["value"] >= (0.9 if "honoured" in name else 1), (task, name)
 
 
 @pytest.mark.parametrize("constant", [CONSTANT, "No.", ""])
 def test_a_constant_answer_is_no_better_than_the_floor(cases, constant):
     """And the truth is, by far."""
-    constant, truth = (
-        build_report({}, answered(cases, say)) for say in (lambda case: constant, lambda case: case.gold)
-    )
+    report, true_report = report_on(cases, model=lambda case: constant), report_on(cases, model=truth)
     compared = set()
-    for task, metrics in constant["tasks"].items():
+    for task, metrics in report["tasks"].items():
         for name, figures in metrics.items():
             if "shuffled" in figures:
                 compared.add(name)
                 model, floor = figures["model"], figures["shuffled"]
                 assert abs(model["value"] - floor["value"]) <= 2 * floor["standard_error"], (task, name)
-                truly = truth["tasks"][task][name]
-                assert truly["gold"]["value"] - 2 * truly["gold"]["standard_error"] > truly["shuffled"]["value"]
+                true_model, floor = (true_report["tasks"][task][name][column] for column in ("model", "shuffled"))
+                assert true_model["value"] - 2 * true_model["standard_error"] > floor["value"]
     assert compared >= {"words_used", "character_correct", "yes_no_correct", "moral_correct", "rouge_l"}
 
 
-def test_markdown_has_every_figure_and_says_what_it_is(cases):
-    report = build_report({"data": "stories"}, answered(cases, lambda case: CONSTANT))
+def test_markdown_has_every_figure_in_one_form_a_row_and_says_what_it_is(cases):
+    report = report_on(cases, model=lambda case: CONSTANT, baseline=truth)
     text = markdown(report)
     assert "- data: stories" in text
     for task, metrics in report["tasks"].items():
-        assert f"\n## {task}\n" in text
-        for name, figures in metrics.items():
-            sign = "[" if figures["model"]["share"] else "± "
-            assert f"| {name} | {figures['model']['cases']} | {figures['model']['value']:.3f} {sign}" in text
+        section = text.partition(f"\n## {task}\n")[2].partition("\n## ")[0]
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if "|" in line]
+        assert [row[0] for row in rows[2:]] == list(metrics)
+        for (name, figures), (_, n_cases, *cells) in zip(metrics.items(), rows[2:], strict=True):
             assert f"- **{name}**: " in text
+            assert n_cases == str(figures["model"]["cases"])
+            assert cells[0].startswith(f"{figures['model']['value']:.3f} ")
+            assert {"[" in cell for cell in cells if cell} == {figures["model"]["share"]}
 
 
-def test_answers_survive_the_file(cases, tmp_path):
-    rows = answered(cases, lambda case: 'a\n"\u2028ü', baseline=lambda case: "")
-    write_answers(tmp_path / "answers.jsonl", rows)
-    assert read_answers(tmp_path / "answers.jsonl") == rows
-
-
-LINE = {
-    "task": "chat",
-    "question": "a",
-    "gold": "b",
-    "tokens": 2,
-    "model": {"text": "c", "stopped": True, "nll": 1.5},
-}
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ([], "holds no answers"),
-        ([LINE, "{"], ":2 is not an answer"),
-        ([LINE, []], ":2 is not an answer"),
-        ([{**LINE, "tokens": 0}], ":1 is not an answer of an evaluation: tokens must be 1 or more"),
-        ([{**LINE, "tokens": True}], ":1 .* tokens must be int, not bool"),
-        ([{**LINE, "gold": 3}], ":1 .* gold must be str"),
-        ([{**LINE, "model": {"text": "c", "stopped": True}}], ":1 .*nll must be float, not NoneType"),
-        ([{key: value for key, value in LINE.items() if key != "model"}], ":1 .*text must be str"),
-        ([LINE, {**LINE, "baseline": LINE["model"]}], "some lines have a baseline"),
-    ],
-)
-def test_a_damaged_file_is_one_line(lines, message, tmp_path):
-    path = tmp_path / "answers.jsonl"
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    with pytest.raises(UserError, match=message):
-        read_answers(path)
-
-
-def test_a_missing_file_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="can't read"):
-        read_answers(tmp_path / "answers.jsonl")
+def test_fractions_that_are_all_0_or_1_claim_no_certainty():
+    """A row has one form, and where no spread tells the error, that of a share does."""
+    cases = [Case("story", "?", "a b c d", target=[1]) for _ in range(60)]
+    answers = {"model": [Answer("a b", True, 1.0)] * 60, "baseline": [Answer("a b a b a b", True, 1.0)] * 60}
+    text = markdown(build_report({}, cases, answers))
+    (row,) = (line for line in text.splitlines() if line.startswith("| repetition "))
+    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    assert cells == ["60", "0.000 ± 0.015", "0.333 ± 0.000", "-0.333 ± 0.000", "0.000 ± 0.015"]

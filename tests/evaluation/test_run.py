@@ -1,7 +1,6 @@
 """The command, from models and prepared data to a report."""
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ from tinysft_jax.console import RunError, UserError
 from tinysft_jax.data import prepare
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation import metrics, run
-from tinysft_jax.evaluation.cases import draw_cases
+from tinysft_jax.evaluation.cases import Answer, Case, draw_cases
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.state import starting_model
 
@@ -67,16 +66,17 @@ def test_the_output(evaluated, chat_data, models):
     figures = json.loads((output / "report.json").read_text())["tasks"]["chat"]
     assert figures["stopped"]["baseline"]["value"] == 0
     assert figures["loss"]["difference"]["cases"] == 6
-    assert figures["rouge_l"]["gold"]["value"] == 1
+    assert figures["rouge_l"]["ground_truth"]["value"] == 1
 
     # The negative log-likelihoods, each from a forward pass of its own.
     data, model = PreparedData(chat_data), load_model(models / "ends")
     forward = jax.jit(lambda tokens: jax.nn.log_softmax(model(tokens)))
     tokenizer = ChatTokenizer.from_description(data.description)
-    for line, (case, ids, supervised) in zip(lines, draw_cases(data, tokenizer, 6), strict=True):
-        assert (line["question"], line["gold"]) == (case.question, case.gold)
+    for line, case in zip(lines, draw_cases(data, tokenizer, 6), strict=True):
+        assert (line["question"], line["ground_truth"]) == (case.question, case.ground_truth)
+        ids = [*case.prompt, *case.target]
         log_p = forward(np.pad(ids, (0, 64 - len(ids))).astype(np.int32)[None])[0]
-        nll = [-log_p[i, ids[i + 1]] for i in range(len(ids) - 1) if supervised[i + 1]]
+        nll = [-log_p[i - 1, ids[i]] for i in range(len(case.prompt), len(ids))]
         assert len(nll) == line["tokens"]
         assert line["model"]["nll"] == pytest.approx(float(np.sum(nll)), rel=1e-4)
 
@@ -98,39 +98,6 @@ def test_drawn_answers_follow_the_seed(evaluated, tmp_path):
     assert drawn != greedy and len(set(drawn)) > len(drawn) / 2
 
 
-def test_rescoring_gives_the_same_report(evaluated, tmp_path, capsys):
-    output, _ = evaluated
-    run.main([f"--rescore={output}", f"--output={tmp_path / 'again'}", "--show=2"])
-    assert content(tmp_path / "again") == content(output)
-    printed = capsys.readouterr().out
-    assert "rouge_l" in printed and printed.count("--- chat\nQuestion: ") == 2
-
-
-def test_an_output_of_before_is_rescored_with_intervals(tmp_path, capsys):
-    """100 of 100 is no certainty: the share is above 0.963, and the difference to 90 of 100 from 0.034 to 0.162."""
-    old, new = tmp_path / "old", tmp_path / "new"
-    old.mkdir()
-    figures = {"stopped": {"model": {"value": 1.0, "cases": 100, "standard_error": 0.0}}}
-    report = {"format_version": 1, "settings": {"seed": 0}, "tasks": {"moral": figures}}
-    (old / "report.json").write_text(json.dumps(report))
-    case = {"task": "moral", "question": "?", "gold": "Be kind.", "tokens": 4}
-    rows = [
-        case | {name: {"text": "Be kind to all.", "stopped": stopped, "nll": 1.0 + i} for name, stopped in speakers}
-        for i in range(100)
-        for speakers in [(("model", True), ("baseline", i < 90))]
-    ]
-    (old / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run.main([f"--rescore={old}", f"--output={new}"])
-    shown = ["1.000 [0.963, 1.000]", "0.900 [0.826, 0.945]", "0.100 [0.034, 0.162]"]
-    lines = [line for line in (new / "report.md").read_text().splitlines() if line.startswith("| stopped |")]
-    assert lines == [f"| stopped | 100 | {' | '.join(shown)} |  |  |"]
-    printed = capsys.readouterr().out
-    assert all(text in printed for text in shown)
-    figure = json.loads((new / "report.json").read_text())["tasks"]["moral"]["stopped"]["model"]
-    assert figure["low"] == pytest.approx(100 / (100 + 1.96**2), rel=1e-4) and figure["high"] == 1
-    assert figure["standard_error"] == pytest.approx((1 - figure["low"]) / 2 / 1.96, rel=1e-4)
-
-
 def test_a_model_without_a_template_is_asked_as_fine_tuning_starts_from_it(chat_data, evaluated, tmp_path):
     """Its table grows by the markers' rows; a work directory's step 0 has the same."""
     plain = make_model_directory(tmp_path / "plain", None, 128)
@@ -146,33 +113,23 @@ def test_a_model_without_a_template_is_asked_as_fine_tuning_starts_from_it(chat_
     assert asked == started and len({answer["nll"] for answer in asked}) > 1
 
 
-def test_rescoring_can_replace_the_directory_that_it_reads(evaluated, tmp_path):
-    output, _ = evaluated
-    shutil.copytree(output, tmp_path / "copy")
-    (tmp_path / "copy" / "report.md").unlink()
-    run.main([f"--rescore={tmp_path / 'copy'}", f"--output={tmp_path / 'copy'}", "--overwrite"])
-    assert content(tmp_path / "copy") == content(output)
-
-
 @pytest.mark.parametrize("template", ["control", "text"])
 def test_questions_are_those_of_the_data(story_data, template):
     """Task by task, with the prompt's ids and what the data answers."""
     data = PreparedData(story_data / template)
     tokenizer = ChatTokenizer.from_description(data.description)
-    drawn = draw_cases(data, tokenizer, 3)
-    tasks = [each.case.task for each in drawn]
+    cases = draw_cases(data, tokenizer, 3)
+    tasks = [case.task for case in cases]
     assert tasks == sorted(tasks, key=data.tasks.index) and max(map(tasks.count, tasks)) == 3
-    for each in drawn:
-        messages = [
-            {"role": "user", "content": each.case.question},
-            {"role": "assistant", "content": each.case.gold},
-        ]
-        assert tokenizer.encode_prompt(messages[:1]).tolist() == each.prompt
+    for case in cases:
+        messages = [{"role": "user", "content": case.question}, {"role": "assistant", "content": case.ground_truth}]
         ids, supervised = tokenizer.encode_chat(messages)
-        np.testing.assert_array_equal(ids, each.ids)
-        np.testing.assert_array_equal(supervised, each.supervised)
-    assert [each.case for each in draw_cases(data, tokenizer, 1)] == [
-        each.case for each, before in zip(drawn, [None, *tasks], strict=False) if each.case.task != before
+        assert ids.tolist() == [*case.prompt, *case.target]
+        assert supervised.tolist() == [False] * len(case.prompt) + [True] * len(case.target)
+        assert bool(case.conditions) == (case.task in ("words", "story"))
+        assert all(word in case.question for word in case.conditions.get("words", ()))
+    assert draw_cases(data, tokenizer, 1) == [
+        case for case, before in zip(cases, [None, *tasks], strict=False) if case.task != before
     ]
 
 
@@ -184,22 +141,20 @@ def test_of_a_longer_chat_the_first_answer_counts(tmp_path):
     prepare.main([f"--input={tmp_path / 'chats.jsonl'}", f"--output={tmp_path / 'data'}", *options])
     data = PreparedData(tmp_path / "data")
     tokenizer = ChatTokenizer.from_description(data.description)
-    case, ids, _ = draw_cases(data, tokenizer, 1)[0]
-    assert (case.question, case.gold, case.tokens) == ("a", "b", 2)
-    assert tokenizer.decode(ids) == "<|system|>s<|user|>a<|assistant|>b<|endoftext|>"
+    (case,) = draw_cases(data, tokenizer, 1)
+    assert (case.question, case.ground_truth, case.conditions) == ("a", "b", {})
+    assert tokenizer.decode([*case.prompt, *case.target]) == "<|system|>s<|user|>a<|assistant|>b<|endoftext|>"
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "give --checkpoint and --data, or --rescore"),
+        (["--data=x"], "required: --checkpoint"),
         (["--checkpoint=x", "--data=x", "--cases=0"], "--cases is 0"),
         (["--checkpoint=x", "--data=x", "--seed=-1"], "--seed is -1"),
         (["--checkpoint=x", "--data=x", "--batch_size=0"], "--batch_size is 0"),
         (["--checkpoint=x", "--data=x", "--show=-1"], "--show is -1"),
         (["--checkpoint=x", "--data=nowhere"], "nowhere is not a prepared data set"),
-        (["--checkpoint=x", "--rescore=x"], "leave out --checkpoint"),
-        (["--rescore=nowhere"], "nowhere is not an evaluation"),
     ],
 )
 def test_mistakes_are_one_line(flags, message, tmp_path):
@@ -219,6 +174,11 @@ def test_what_does_not_fit_together_is_refused(models, chat_data, story_data, ev
     assert not list(tmp_path.iterdir())
 
 
+def test_data_without_requests_are_refused(fixtures, tmp_path):
+    with pytest.raises(UserError, match="without requests; prepare it again"):
+        run.main(["--checkpoint=x", f"--data={fixtures / 'data_version_1'}", f"--output={tmp_path / 'out'}"])
+
+
 def test_plain_text_has_no_questions(tmp_path):
     prepare.main(["--embedded=60", f"--output={tmp_path / 'data'}", "--format=text", "--bpe_ranks=256", "--workers=1"])
     with pytest.raises(UserError, match="holds plain text"):
@@ -226,34 +186,32 @@ def test_plain_text_has_no_questions(tmp_path):
 
 
 def test_a_diverged_model_ends_the_run(models, chat_data, tmp_path, monkeypatch):
-    from tinysft_jax.evaluation import run as respondent
-
-    monkeypatch.setattr(respondent, "_make_weigh", lambda model: lambda batch: np.full(len(batch["tokens"]), np.nan))
+    monkeypatch.setattr(run, "_make_losses", lambda *_: lambda cases: np.full(len(cases), np.nan))
     with pytest.raises(RunError, match="diverged or is damaged"):
         run.main([f"--checkpoint={models / 'ends'}", f"--data={chat_data}", f"--output={tmp_path / 'out'}"])
     assert not list(tmp_path.iterdir())
 
 
-def test_a_newer_format_is_refused(evaluated, tmp_path):
-    shutil.copytree(evaluated[0], tmp_path / "newer")
-    report = json.loads((tmp_path / "newer" / "report.json").read_text())
-    (tmp_path / "newer" / "report.json").write_text(json.dumps(report | {"format_version": 2}))
-    with pytest.raises(UserError, match="format_version 2"):
-        run.main([f"--rescore={tmp_path / 'newer'}", f"--output={tmp_path / 'out'}"])
-
-
 def test_the_exit_code_of_a_mistake(tmp_path):
-    command = [sys.executable, "-m", "tinysft_jax.evaluation.run", f"--output={tmp_path / 'out'}", "--rescore=nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tinysft_jax.evaluation.run", f"--output={tmp_path / 'out'}"]
+    done = subprocess.run([*command, "--checkpoint=x", "--data=nowhere"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: nowhere is not an evaluation") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: nowhere is not a prepared data set") and done.stderr.count("\n") == 1
 
 
 def test_a_missing_library_is_said_before_the_work(monkeypatch, tmp_path):
-    def missing(name):
-        raise ImportError(name)
-
-    metrics._lemma.cache_clear()
-    monkeypatch.setattr(metrics.importlib, "import_module", missing)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs simplemma; pip install 'tinysft-jax\[eval\]'"):
         run.main(["--checkpoint=x", "--data=nowhere", f"--output={tmp_path / 'out'}"])
+
+
+def test_examples_come_round_by_round():
+    cases = [Case("moral", "1", ""), Case("moral", "2", ""), Case("moral", "3", ""), Case("words", "4", "")]
+    assert run.examples(cases, 3) == [0, 3, 1]
+    assert run.examples(cases, 0) == [] and len(run.examples(cases, 9)) == 4
+
+
+def test_a_transcript_has_all_answers():
+    answers = {"model": Answer("said", True, 1.0), "baseline": Answer("before", True, 1.0)}
+    text = run.transcript(Case("words", "Use cat.", "truth"), answers)
+    assert text == "--- words\nQuestion: Use cat.\nModel: said\nBaseline: before\nData: truth"

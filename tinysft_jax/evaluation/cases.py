@@ -1,15 +1,14 @@
-"""Held-out questions with the answers that the data gives them, and the file of what models answered."""
+"""Held-out questions with their ground truth, and the file of models' answers."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, UInt16
 
-from tinysft_jax import chat
+from tinysft_jax.chat import ROLE_MARKERS
 from tinysft_jax.console import UserError
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.tokenizer import ChatTokenizer
@@ -17,84 +16,23 @@ from tinysft_jax.tokenizer import ChatTokenizer
 
 @dataclass(frozen=True)
 class Case:
-    """All that an answer is scored by.
+    """A held-out question.
 
     Attributes:
-      task: the conversation's.
-      question: what the user asks.
-      gold: what the data answers.
-      tokens: of the gold answer, with the end-of-text that closes it.
+      task: of the conversation.
+      question: the user's message.
+      ground_truth: the data's answer.
+      conditions: what a story was asked to have, as `Split.request` gives it; empty where no story was asked for.
+      prompt: token ids up to the place where the assistant speaks.
+      target: token ids of the ground truth, end-of-text included.
     """
 
     task: str
     question: str
-    gold: str
-    tokens: int
-
-
-class HeldOut(NamedTuple):
-    """A case with its token ids.
-
-    Attributes:
-      case: what it is scored by.
-      ids: the conversation up to the end of the first answer that is supervised.
-      supervised: which of them are that answer.
-    """
-
-    case: Case
-    ids: UInt16[np.ndarray, " n"]
-    supervised: Bool[np.ndarray, " n"]
-
-    @property
-    def prompt(self) -> list[int]:
-        """The ids up to where the assistant speaks."""
-        return self.ids[: len(self.ids) - self.case.tokens].tolist()
-
-
-def draw_cases(data: PreparedData, tokenizer: ChatTokenizer, per_task: int, seed: int = 0) -> list[HeldOut]:
-    """Draws conversations of the validation split, task by task, in an order that the seed decides.
-
-    Args:
-      data: a prepared data set of conversations.
-      tokenizer: the data's.
-      per_task: cases of each task, at most.
-      seed: which ones. A larger `per_task` adds to the cases of a smaller one.
-
-    Raises:
-      UserError: if the split is empty, or holds plain text.
-    """
-    if tokenizer.template is None:
-        raise UserError(f"{data.directory} holds plain text, no conversations; there is nothing to ask")
-    split = data.split("valid")
-    if not len(split):
-        raise UserError(f"{data.directory} has no validation data; prepare it with a --valid_fraction")
-    drawn = []
-    for task_id, task in enumerate(data.tasks):
-        members = np.flatnonzero(split.tasks == task_id)
-        chosen = np.random.default_rng((seed, task_id)).permutation(members)[:per_task]
-        drawn += [_first_turn(task, *split.conversation(int(index)), tokenizer) for index in chosen]
-    return drawn
-
-
-def _first_turn(task: str, ids: np.ndarray, supervised: np.ndarray, tokenizer: ChatTokenizer) -> HeldOut:
-    start = int(np.argmax(supervised))
-    rest = supervised[start:]
-    end = start + (len(rest) if rest.all() else int(np.argmin(rest)))
-    gold = tokenizer.decode(ids[start : end - 1])  # without end-of-text
-    case = Case(task, _question(ids[:start], tokenizer), gold, end - start)
-    return HeldOut(case, ids[:end], supervised[:end])
-
-
-def _question(prompt: np.ndarray, tokenizer: ChatTokenizer) -> str:
-    """What stands between the user's marker and the assistant's, the prompt's end."""
-    user, assistant = chat.ROLE_MARKERS["user"], chat.ROLE_MARKERS["assistant"]
-    if tokenizer.template == "text":  # markers are text, and no other text spells them
-        return tokenizer.decode(prompt).rpartition(user)[2].removesuffix(assistant)
-    begin = int(np.flatnonzero(prompt == tokenizer.control_ids[user])[-1]) + 1
-    return tokenizer.decode(prompt[begin:-1])
-
-
-SPEAKERS = ("model", "baseline")
+    ground_truth: str
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    prompt: Sequence[int] = ()
+    target: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -102,9 +40,9 @@ class Answer:
     """A model's answer to a case.
 
     Attributes:
-      text: what it said.
-      stopped: whether it ended with end-of-text rather than for lack of room.
-      nll: negative log-likelihood that the model gives the gold answer, end-of-text included, in nats.
+      text: without end-of-text.
+      stopped: whether end-of-text ended it, not a lack of room.
+      nll: negative log-likelihood of the ground truth under the model, end-of-text included, in nats.
     """
 
     text: str
@@ -112,59 +50,55 @@ class Answer:
     nll: float
 
 
-@dataclass(frozen=True)
-class Answered:
-    """A case and what each speaker answered to it: the model and, where there is one, the baseline."""
-
-    case: Case
-    answers: dict[str, Answer]
+Answers = Mapping[str, Sequence[Answer]]  # by speaker ("model", "baseline"), in the order of the cases
 
 
-def write_answers(path: Path, answered: Iterable[Answered]) -> None:
-    """Writes a line for each case: its task, question, gold answer and tokens, and an object for each speaker."""
-    with path.open("w", encoding="utf-8") as file:
-        for each in answered:
-            line = vars(each.case) | {speaker: vars(answer) for speaker, answer in each.answers.items()}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def draw_cases(data: PreparedData, tokenizer: ChatTokenizer, per_task: int, seed: int = 0) -> list[Case]:
+    """Draws up to `per_task` conversations of each task from the validation split.
 
-
-def read_answers(path: Path) -> list[Answered]:
-    """Reads what `write_answers` wrote.
+    A larger `per_task` adds to the cases of a smaller one. A conversation's first supervised answer counts.
 
     Raises:
-      UserError: if the file is missing, empty, or a line is not such an object; names the line.
+      UserError: if the split is empty, holds plain text, or was prepared without requests.
     """
-    answered = []
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    answered.append(_parse(json.loads(line)))
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{path}:{number} is not an answer of an evaluation: {error}") from None
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from None
-    if not answered:
-        raise UserError(f"{path} holds no answers")
-    if len({tuple(each.answers) for each in answered}) > 1:
-        raise UserError(f"{path}: some lines have a baseline's answer and some have none")
-    return answered
+    if tokenizer.template is None:
+        raise UserError(f"{data.directory} holds plain text, no conversations; there is nothing to ask")
+    split = data.split("valid")
+    if not len(split):
+        raise UserError(f"{data.directory} has no validation data; prepare it with a --valid_fraction")
+    if data.description["format"] == "tinystories-instruct" and split.request(0) is None:
+        raise UserError(f"{data.directory} is of an older version, without requests; prepare it again")
+    cases = []
+    for task_id, task in enumerate(data.tasks):
+        members = np.flatnonzero(split.tasks == task_id)
+        for index in np.random.default_rng((seed, task_id)).permutation(members)[:per_task]:
+            prompt, target = _first_turn(*split.conversation(int(index)))
+            question, ground_truth = _question(prompt, tokenizer), tokenizer.decode(target[:-1])
+            conditions = (split.request(int(index)) or {}).get("conditions", {})
+            cases.append(Case(task, question, ground_truth, conditions, prompt.tolist(), target.tolist()))
+    return cases
 
 
-def _parse(line: Any) -> Answered:
-    case = Case(*(_typed(line, name, kind) for name, kind in Case.__annotations__.items()))
-    if case.tokens < 1:
-        raise ValueError("tokens must be 1 or more")
-    answers = {
-        speaker: Answer(*(_typed(line.get(speaker), name, kind) for name, kind in Answer.__annotations__.items()))
-        for speaker in SPEAKERS
-        if speaker == "model" or speaker in line
-    }
-    return Answered(case, answers)
+def _first_turn(ids: np.ndarray, supervised: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ids before the first supervised answer, and those of the answer."""
+    start = int(np.argmax(supervised))
+    length = int(np.argmin(np.append(supervised[start:], False)))
+    return ids[:start], ids[start : start + length]
 
 
-def _typed(fields: Any, name: str, kind: type) -> Any:
-    value = fields.get(name) if isinstance(fields, dict) else None
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        raise ValueError(f"{name} must be {kind.__name__}, not {type(value).__name__}")
-    return value
+def _question(prompt: np.ndarray, tokenizer: ChatTokenizer) -> str:
+    """The text between the last user marker and the assistant marker."""
+    user, assistant = ROLE_MARKERS["user"], ROLE_MARKERS["assistant"]
+    if tokenizer.template == "text":  # the markers are text, and no other text spells them
+        return tokenizer.decode(prompt).rpartition(user)[2].removesuffix(assistant)
+    begin = int(np.flatnonzero(prompt == tokenizer.control_ids[user])[-1]) + 1
+    return tokenizer.decode(prompt[begin:-1])
+
+
+def write_answers(path: Path, cases: Sequence[Case], answers: Answers) -> None:
+    """Writes a JSON object for each case, with each speaker's answer."""
+    with path.open("w", encoding="utf-8") as file:
+        for i, case in enumerate(cases):
+            line = {key: getattr(case, key) for key in ("task", "question", "conditions", "ground_truth")}
+            line |= {"tokens": len(case.target)} | {speaker: vars(of[i]) for speaker, of in answers.items()}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,184 +1,139 @@
-"""The report of an evaluation: figures with their intervals, tables and plot."""
+"""The report of an evaluation: figures with their 95 % intervals, as JSON, Markdown and a plot."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any
 
-from matplotlib import figure as plots
-from rich.table import Table
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Image
 
-from tinysft_jax.evaluation.cases import Answered, Case
-from tinysft_jax.evaluation.metrics import CORRECTNESS, Metric, distinct_2, repetition
+from tinysft_jax.evaluation.cases import Answers, Case
+from tinysft_jax.evaluation.metrics import CORRECTNESS, distinct_2, repetition
 
-Values = Sequence[float | None]  # by case; None where a metric doesn't apply
+FORMAT_VERSION = 2  # 1 called the ground truth "gold"
+Z = NormalDist().inv_cdf(0.975)  # half of a 95 % interval, in standard errors
 
-Z = NormalDist().inv_cdf(0.975)  # standard errors to each side of a 95 % interval
-
-
-class Figure(NamedTuple):
-    """A mean over cases.
-
-    Attributes:
-      value: the mean.
-      cases: how many it is over.
-      standard_error: of the mean, from the cases' differences; of a share, its interval's half-width / 1.96. None for a
-        single case that is no share, and so are the next two.
-      low: the lower end of the mean's 95 % interval.
-      high: the upper end.
-      share: whether all cases are 0 or 1, so that the mean is a share, or a difference of two shares.
-    """
-
-    value: float
-    cases: int
-    standard_error: float | None
-    low: float | None
-    high: float | None
-    share: bool
-
-
-def mean(values: Values, weights: Sequence[float] | None = None) -> Figure | None:
-    """The weighted mean of the cases that have a value; None if there are none.
-
-    Without weights, values that are all 0 or 1 are a share, with the interval of Wilson, Probable inference, the law of
-    succession, and statistical inference, 1927: it says something about 100 of 100, too, where the cases' spread is 0.
-    """
-    known = [value for value in values if value is not None]
-    if weights is not None or not known or not _are_shares(known):
-        return _weighted_mean(values, weights)
-    n, share = len(known), sum(known) / len(known)
-    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return _share(share, n, centre - half, centre + half, least=0)
-
-
-def difference(values: Values, others: Values, weights: Sequence[float] | None = None) -> Figure | None:
-    """The mean of value minus other, case by case, over the cases that have both; None if there are none.
-
-    Of shares, with the adjusted Wald interval of Bonett & Price, Adjusted Wald confidence interval for a difference of
-    binomial proportions based on paired data, 2012, https://doi.org/10.3102/1076998611411915. It adds a case to those
-    that only the first is right in, and one to those that only the second is.
-    """
-    pairs = list(zip(values, others, strict=True))
-    known = [pair for pair in pairs if None not in pair]
-    if weights is not None or not known or not all(map(_are_shares, known)):
-        return _weighted_mean([None if None in pair else pair[0] - pair[1] for pair in pairs], weights)
-    n, only_first, only_second = len(known), known.count((1, 0)), known.count((0, 1))
-    first, second = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
-    half = Z * math.sqrt((first + second - (first - second) ** 2) / (n + 2))
-    return _share((only_first - only_second) / n, n, first - second - half, first - second + half, least=-1)
-
-
-def _are_shares(values: Sequence[float]) -> bool:
-    return all(value in (0, 1) for value in values)
-
-
-def _share(value: float, n: int, low: float, high: float, least: int) -> Figure:
-    """A figure from `least` to 1; round-off at the ends must not put it outside its interval."""
-    low, high = min(max(low, least), value), max(min(high, 1.0), value)
-    return Figure(value, n, (high - low) / (2 * Z), low, high, share=True)
-
-
-def _weighted_mean(values: Values, weights: Sequence[float] | None) -> Figure | None:
-    """The mean with its standard error.
-
-    The weights, a case's tokens, are drawn with the cases. So the mean is a ratio of two sums, and its error that of a
-    ratio estimator (Cochran, Sampling Techniques, 1977, section 6.4): s.e.² = n/(n − 1) Σ w²(v − mean)² / (Σ w)². With
-    equal weights that is the standard error of the mean.
-    """
-    weights = [1.0] * len(values) if weights is None else weights
-    pairs = [(value, weight) for value, weight in zip(values, weights, strict=True) if value is not None]
-    n, total = len(pairs), math.fsum(weight for _, weight in pairs)
-    if not n:
-        return None
-    centre = math.fsum(weight * value for value, weight in pairs) / total
-    if n == 1:
-        return Figure(centre, n, None, None, None, share=False)
-    error = math.sqrt(math.fsum((weight * (value - centre)) ** 2 for value, weight in pairs) * n / (n - 1)) / total
-    return Figure(centre, n, error, centre - Z * error, centre + Z * error, share=False)
-
-
-FORMAT_VERSION = 1
-
+Values = Sequence[float | bool | None]  # by case; None where a metric doesn't apply
+# value: the mean; cases: how many it is over; low, high: its 95 % interval; standard_error: the interval's half-width /
+# 1.96; share: whether each case is right or wrong. A single case that is neither 0 nor 1 has None for an interval.
+Figure = dict[str, Any]
 Figures = dict[str, Figure]  # by column
 Report = dict[str, Any]
 
-# Every column that a report can have, and what it says.
 COLUMNS = {
     "model": "the model's answers",
     "baseline": "the baseline's answers",
-    "difference": "the model's minus the baseline's, case by case",
-    "gold": "the data's own answers: what the rules can give at most",
-    "shuffled": "the model's answers, each scored as the answer to the next case of its task: what it would score "
+    "difference": "model minus baseline, case by case",
+    "ground_truth": "the data's own answers: the ceiling",
+    "shuffled": "the model's answers, each scored against the next case of its task: the floor, what it would score "
     "without reading the question",
 }
 MEANINGS = {
-    "loss": "Negative log-likelihood of a token of the gold answer, in nats",
-    "stopped": "Answers that ended with end-of-text, not for lack of room",
+    "loss": "Negative log-likelihood of a token of the ground truth, in nats",
+    "stopped": "Whether the answer ended with end-of-text, not for lack of room",
     **{
         metric.__name__: metric.__doc__.splitlines()[0].rstrip(".")
         for metric in (*CORRECTNESS.values(), distinct_2, repetition)
     },
 }
-
 LEGEND = (
-    "Each is a mean over cases. Where all cases are 0 or 1, as for right and wrong, it is a share and stands with its "
-    "95 % interval: Wilson's, or of a difference of shares that of Bonett and Price (2012). Other means stand ± their "
-    "standard error."
+    "Figures are means over cases. Where each case is right or wrong, the mean is a share, shown with its 95 % "
+    "interval: Wilson's, or for a difference that of Bonett and Price (2012). Other means are shown ± their standard "
+    "error; where all values are 0 or 1, it is taken from the interval that a share would have."
 )
 
 
-def build_report(settings: dict[str, Any], answered: Sequence[Answered]) -> Report:
-    """The content of `report.json`.
+def mean(values: Values, weights: Sequence[float] | None = None) -> Figure | None:
+    """The weighted mean of the cases that have a value; None if there are none.
 
-    Args:
-      settings: what the answers were made with; stands in the report as it is.
-      answered: the cases, those of a task in the order in which they were drawn.
+    Values that are all 0 or 1 have the interval of Wilson, Probable inference, the law of succession, and statistical
+    inference, 1927: it has a width even where all cases agree.
     """
-    tasks: dict[str, list[Answered]] = {}
-    for each in answered:
-        tasks.setdefault(each.case.task, []).append(each)
-    return {
-        "format_version": FORMAT_VERSION,
-        "settings": settings,
-        "tasks": {
-            task: {
-                metric: {column: figure._asdict() for column, figure in figures.items()}
-                for metric, figures in task_figures(members).items()
-            }
-            for task, members in tasks.items()
-        },
-    }
+    values = np.array(values, float)  # None becomes nan
+    known = values[~np.isnan(values)]
+    if weights is not None or not _is_binary(known):
+        return _mean_with_error(values, weights)
+    n, p = len(known), known.mean()
+    centre, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    scale = 1 + Z**2 / n
+    return _figure(p, n, max((centre - half) / scale, 0), min((centre + half) / scale, 1))
 
 
-def task_figures(answered: Sequence[Answered]) -> dict[str, Figures]:
-    """The figures of one task's cases, by metric and column; metrics that don't apply to the task are left out."""
-    cases = [each.case for each in answered]
-    by_speaker = {name: [each.answers[name] for each in answered] for name in answered[0].answers}
-    tokens = [float(case.tokens) for case in cases]
-    nll = {
-        name: [answer.nll / case.tokens for case, answer in zip(cases, of, strict=True)]
-        for name, of in by_speaker.items()
-    }
-    texts = {name: [answer.text for answer in of] for name, of in by_speaker.items()}
-    texts["gold"] = [case.gold for case in cases]
+def difference(values: Values, others: Values, weights: Sequence[float] | None = None) -> Figure | None:
+    """The mean of value minus other over the cases that have both; None if there are none.
+
+    Values that are all 0 or 1 have the interval of Bonett & Price, Adjusted Wald confidence interval for a difference
+    of binomial proportions based on paired data, 2012, https://doi.org/10.3102/1076998611411915.
+    """
+    pairs = np.array([values, others], float)
+    known = pairs[:, ~np.isnan(pairs).any(axis=0)]
+    if weights is not None or not _is_binary(known):
+        return _mean_with_error(pairs[0] - pairs[1], weights)
+    n, first, second = known.shape[1], *known
+    p, q = (np.sum(first > second) + 1) / (n + 2), (np.sum(first < second) + 1) / (n + 2)
+    half = Z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    return _figure(np.mean(first - second), n, max(p - q - half, -1), min(p - q + half, 1))
+
+
+def _is_binary(values: np.ndarray) -> bool:
+    return values.size > 0 and bool(np.isin(values, (0, 1)).all())
+
+
+def _mean_with_error(values: np.ndarray, weights: Sequence[float] | None) -> Figure | None:
+    """The mean ± 1.96 standard errors.
+
+    The weights (a case's tokens) are drawn with the cases, so the error is that of a ratio estimator: Cochran, Sampling
+    Techniques, 1977, section 6.4. With equal weights it is the standard error of the mean.
+    """
+    known = ~np.isnan(values)
+    weights = (np.ones(len(values)) if weights is None else np.array(weights))[known]
+    values, n = values[known], int(known.sum())
+    if not n:
+        return None
+    value = float(np.average(values, weights=weights))
+    if n == 1:
+        return {"value": value, "cases": 1, "standard_error": None, "low": None, "high": None}
+    error = math.sqrt(n / (n - 1)) * np.linalg.norm(weights * (values - value)) / weights.sum()
+    return _figure(value, n, value - Z * error, value + Z * error)
+
+
+def _figure(value: float, cases: int, low: float, high: float) -> Figure:
+    value, low, high = float(value), float(min(low, value)), float(max(high, value))  # round-off excludes no value
+    return {"value": value, "cases": cases, "standard_error": (high - low) / (2 * Z), "low": low, "high": high}
+
+
+def build_report(settings: dict[str, Any], cases: Sequence[Case], answers: Answers) -> Report:
+    """The content of `report.json`. A task's cases must be in the order in which they were drawn."""
+    tasks = {}
+    for task in dict.fromkeys(case.task for case in cases):
+        members = [i for i, case in enumerate(cases) if case.task == task]
+        of_task = {speaker: [each[i] for i in members] for speaker, each in answers.items()}
+        tasks[task] = task_figures([cases[i] for i in members], of_task)
+    return {"format_version": FORMAT_VERSION, "settings": settings, "tasks": tasks}
+
+
+def task_figures(cases: Sequence[Case], answers: Answers) -> dict[str, Figures]:
+    """One task's figures by metric and column; metrics that don't apply to the task are left out."""
+    tokens = [float(len(case.target)) for case in cases]
+    texts = {speaker: [answer.text for answer in each] for speaker, each in answers.items()}
+    texts["ground_truth"] = [case.ground_truth for case in cases]
+    # Cases were drawn in random order, so the next one is a random other one.
+    shuffled = {"shuffled": texts["model"][-1:] + texts["model"][:-1]} if len(cases) > 1 else {}
+    losses = {speaker: np.divide([answer.nll for answer in each], tokens) for speaker, each in answers.items()}
     figures = {
-        "loss": _columns(nll, tokens),
-        "stopped": _columns({name: [float(answer.stopped) for answer in of] for name, of in by_speaker.items()}),
-        **{name: _columns(_scores(metric, cases, texts)) for name, metric in CORRECTNESS.items()},
-        "distinct_2": _columns({column: distinct_2(of) for column, of in texts.items()}),
-        "repetition": _columns({column: [repetition(text) for text in of] for column, of in texts.items()}),
+        "loss": _columns(losses, tokens),
+        "stopped": _columns({speaker: [answer.stopped for answer in each] for speaker, each in answers.items()}),
+        **{
+            name: _columns({column: list(map(metric, cases, each)) for column, each in (texts | shuffled).items()})
+            for name, metric in CORRECTNESS.items()
+        },
+        "distinct_2": _columns({column: distinct_2(each) for column, each in texts.items()}),
+        "repetition": _columns({column: list(map(repetition, each)) for column, each in texts.items()}),
     }
     return {name: columns for name, columns in figures.items() if columns}
-
-
-def _scores(metric: Metric, cases: Sequence[Case], texts: dict[str, list[str]]) -> dict[str, Values]:
-    """Each case's score, by column."""
-    if len(cases) > 1:
-        # They were drawn in random order: the neighbour is a case at random, and never the same one.
-        texts = texts | {"shuffled": texts["model"][-1:] + texts["model"][:-1]}
-    return {column: [metric(*pair) for pair in zip(cases, of, strict=True)] for column, of in texts.items()}
 
 
 def _columns(scores: dict[str, Values], weights: list[float] | None = None) -> Figures:
@@ -186,33 +141,22 @@ def _columns(scores: dict[str, Values], weights: list[float] | None = None) -> F
     figures = {column: mean(values, weights) for column, values in scores.items()}
     if "baseline" in scores:
         figures["difference"] = difference(scores["model"], scores["baseline"], weights)
-    return {column: figure for column in COLUMNS if (figure := figures.get(column)) is not None}
-
-
-def table(report: Report) -> Table:
-    """The report for a terminal."""
-    columns = _columns_in(report)
-    shown = Table(title="share [95 % interval] or mean ± standard error", title_justify="left")
-    shown.add_column("", no_wrap=True)
-    for column in ("cases", *columns):
-        shown.add_column(column, justify="right", no_wrap=True)
-    for task, metrics in report["tasks"].items():
-        shown.add_section()
-        shown.add_row(f"[bold]{task}")
-        for metric, figures in metrics.items():
-            shown.add_row(f"  {metric}", _cases(figures), *(_text(figures.get(column)) for column in columns))
-    return shown
+    share = all(isinstance(value, bool) for values in scores.values() for value in values if value is not None)
+    return {column: figure | {"share": share} for column in COLUMNS if (figure := figures.get(column))}
 
 
 def markdown(report: Report) -> str:
-    """The content of `report.md`."""
-    columns = _columns_in(report)
+    """The content of `report.md`: tables that are aligned, so that they read well in a terminal, too."""
+    found = {column for metrics in report["tasks"].values() for figures in metrics.values() for column in figures}
+    columns = [column for column in COLUMNS if column in found]
+    header = _row("", "cases", columns)
+    rule = f"|{'-' * 22}|{'-' * 6}:|" + f"{'-' * 24}:|" * len(columns)
     lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in report["settings"].items())]
     for task, metrics in report["tasks"].items():
-        lines += ["", f"## {task}", "", f"| | cases | {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) + 1)]
+        lines += ["", f"## {task}", "", header, rule]
         for metric, figures in metrics.items():
-            cells = [metric, _cases(figures), *(_text(figures.get(column)) for column in columns)]
-            lines.append(f"| {' | '.join(cells)} |")
+            n_cases = max(figure["cases"] for figure in figures.values())
+            lines.append(_row(metric, f"{n_cases:,}", [_text(figures.get(column)) for column in columns]))
     used = {metric for metrics in report["tasks"].values() for metric in metrics}
     lines += ["", "## What the figures are", "", LEGEND, ""]
     lines += [f"- **{metric}**: {meaning}." for metric, meaning in MEANINGS.items() if metric in used]
@@ -220,77 +164,53 @@ def markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _columns_in(report: Report) -> list[str]:
-    used = {column for metrics in report["tasks"].values() for figures in metrics.values() for column in figures}
-    return [column for column in COLUMNS if column in used]
+def _row(name: str, n_cases: str, cells: Sequence[str]) -> str:
+    return " | ".join([f"| {name:<20}", f"{n_cases:>5}", *(f"{cell:>23}" for cell in cells)]) + " |"
 
 
-def _cases(figures: dict[str, dict[str, Any]]) -> str:
-    return f"{max(figure['cases'] for figure in figures.values()):,}"
-
-
-def _text(figure: dict[str, Any] | None) -> str:
+def _text(figure: Figure | None) -> str:
     if figure is None:
         return ""
-    value, error = figure["value"], figure["standard_error"]
+    value, error = f"{figure['value']:z.3f}", figure["standard_error"]
     if figure["share"]:
-        return f"{value:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
-    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+        return f"{value} [{figure['low']:z.3f}, {figure['high']:z.3f}]"
+    return value if error is None else f"{value} ± {error:.3f}"
 
 
-# Column: marker, colour, and how far below the middle of its line it is drawn.
+# Column: marker, its size, colour, and how far below the middle of its row it is drawn.
 _LOOKS = {
-    "gold": ("|", "tab:green", 0.0),
-    "shuffled": ("|", "tab:gray", 0.0),
-    "baseline": ("s", "tab:orange", 0.16),
-    "model": ("o", "tab:blue", -0.16),
+    "ground_truth": ("|", 11, "tab:green", 0.0),
+    "shuffled": ("|", 11, "tab:gray", 0.0),
+    "baseline": ("s", 4, "tab:orange", 0.16),
+    "model": ("o", 4, "tab:blue", -0.16),
 }
 
 
-def plot_report(report: dict[str, Any], path: Path) -> None:
-    """Draws loss and correctness with 95 % intervals, floor and ceiling.
-
-    Args:
-      report: the content of `report.json`.
-      path: the image to write.
-    """
-    lines = {
-        f"{task}: {metric}": of
-        for task, metrics in report["tasks"].items()
-        for metric, of in metrics.items()
-        if metric in ("loss", *CORRECTNESS)
-    }
+def plot_report(report: Report, path: Path) -> None:
+    """Draws loss and correctness with 95 % intervals, floor and ceiling, into a PNG file."""
     panels = {
-        "loss (nats a token)": {name: of for name, of in lines.items() if name.endswith(": loss")},
-        "score": {name: of for name, of in lines.items() if not name.endswith(": loss")},
+        label: {f"{task}: {name}": of[name] for task, of in report["tasks"].items() for name in names if name in of}
+        for label, names in (("loss (nats a token)", ["loss"]), ("score", CORRECTNESS))
     }
     heights = [len(panel) + 2 for panel in panels.values()]
-    figure = plots.Figure(figsize=(9, 0.27 * sum(heights) + 0.6), layout="constrained")
-    all_axes = figure.subplots(2, 1, height_ratios=heights)
+    image = Image(figsize=(9, 0.27 * sum(heights) + 0.6), layout="constrained")
+    all_axes = image.subplots(2, 1, height_ratios=heights)
     for axes, (label, panel) in zip(all_axes, panels.items(), strict=True):
-        for column, (marker, colour, below) in _LOOKS.items():
-            points = [(row + below, of[column]) for row, of in enumerate(panel.values()) if column in of]
-            if points:
-                axes.errorbar(
-                    [point["value"] for _, point in points],
-                    [row for row, _ in points],
-                    xerr=[*zip(*(_reach(point) for _, point in points), strict=True)] if marker != "|" else None,
-                    fmt=marker,
-                    color=colour,
-                    markersize=4 if marker != "|" else 11,
-                    label=column,
-                )
+        for column in _LOOKS:
+            _plot_column(axes, column, [figures.get(column) for figures in panel.values()])
         axes.set_yticks(range(len(panel)), list(panel), fontsize="small")
         axes.set_ylim(len(panel) - 0.4, -0.6)
         axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.3)
     all_axes[-1].set_xlim(-0.03, 1.03)
     all_axes[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=120, format="png")
+    image.savefig(path, dpi=120, format="png")
 
 
-def _reach(point: dict[str, Any]) -> tuple[float, float]:
-    """How far the interval goes down and up from the value."""
-    if point["low"] is None:
-        return 0.0, 0.0
-    return point["value"] - point["low"], point["high"] - point["value"]
+def _plot_column(axes: Axes, column: str, figures: Sequence[Figure | None]) -> None:
+    marker, size, colour, below = _LOOKS[column]
+    points = [(row + below, figure) for row, figure in enumerate(figures) if figure]
+    values, low, high = (np.array([figure[key] for _, figure in points], float) for key in ("value", "low", "high"))
+    reach = None if marker == "|" else (values - low, high - values)
+    if rows := [row for row, _ in points]:
+        axes.errorbar(values, rows, xerr=reach, fmt=marker, color=colour, markersize=size, label=column)

@@ -1,0 +1,132 @@
+"""Each metric against values that were worked out by hand."""
+
+import importlib.util
+
+import pytest
+
+from tinysft_jax.console import UserError
+from tinysft_jax.evaluation import metrics
+from tinysft_jax.evaluation.cases import Case
+
+WORDS = Case("words", "?", "", {"words": ["jump", "ice cream", "happy"]})
+STORY = Case(
+    "story",
+    "?",
+    "",
+    {"words": ["jump", "cat"], "features": ["Dialogue", "MoralValue"], "random_sentence": "The cat, Tom, ran!"},
+)
+NOTHING_ASKED = {"words": [], "features": [], "summary": "A cat runs.", "random_sentence": None}
+
+
+@pytest.mark.parametrize(
+    ("answer", "exact", "inflected", "every"),
+    [
+        ("She can jump. HAPPY about ice-cream!", 1, 1, True),
+        ("They jumped, happier than ever, for ice creams.", 0, 1, True),
+        ("The jumper had ice and cream, happily.", 0, 0, False),
+        ("Jumping for ice cream.", 1 / 3, 2 / 3, False),
+        ("", 0, 0, False),
+    ],
+)
+def test_words(answer, exact, inflected, every):
+    assert metrics.words_used(WORDS, answer) == pytest.approx(exact)
+    assert metrics.words_used_inflected(WORDS, answer) == pytest.approx(inflected)
+    assert metrics.all_words_used(WORDS, answer) is every
+
+
+def test_irregular_forms_count_both_ways():
+    case = Case("words", "?", "", {"words": ["ran", "mouse"]})
+    assert metrics.words_used_inflected(case, "The mice like to run.") == 1
+    assert metrics.words_used(case, "The mice like to run.") == 0
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "score"),
+    [
+        (metrics.words_used, "The cat sat.", 0.5),
+        (metrics.dialogue_honoured, '"Come here," said Tom.', True),
+        (metrics.dialogue_honoured, "Tom said nothing.", False),
+        (metrics.dialogue_honoured, "'Come here,' said Tom.", False),  # single quotes aren't clear
+        (metrics.moral_honoured, "Tom learned that it is good to share.", True),
+        (metrics.moral_honoured, "Tom learned to swim.", False),
+        (metrics.sentence_included, "Once the cat Tom ran. The end.", True),
+        (metrics.sentence_included, "The cat Tom then ran.", False),
+    ],
+)
+def test_conditions_of_a_story(metric, answer, score):
+    assert metric(STORY, answer) is score or metric(STORY, answer) == score == 0.5
+    for conditions in (NOTHING_ASKED, {}):
+        assert metric(Case("story", "?", "", conditions), answer) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "correct"),
+    [
+        ("The main character is the little duck.", True),
+        ("the story is about a little duck", True),
+        ("The main character is the duck.", False),
+        ("The main character is the little duck and Tom.", False),
+        ("", False),
+    ],
+)
+def test_main_character(answer, correct):
+    case = Case("main_character", "?", "The main character is the little duck.")
+    assert metrics.character_correct(case, answer) is correct
+
+
+@pytest.mark.parametrize("task", ["happy_ending", "dialogue"])
+@pytest.mark.parametrize(
+    ("answer", "correct"),
+    [("No.", True), ("no, nobody speaks", True), ("Yes, no.", False), ("Nobody.", False), ("", False)],
+)
+def test_yes_and_no(task, answer, correct):
+    assert metrics.yes_no_correct(Case(task, "?", "No, there is no dialogue in this story."), answer) is correct
+
+
+def test_moral():
+    case = Case("moral", "?", "Tom learned that it's good to share.")
+    assert metrics.moral_correct(case, "tom learned that it’s good to share") is True
+    assert metrics.moral_correct(case, "Tom learned that it's good.") is False
+
+
+def test_rouge_l():
+    """Longest common subsequence of the stems "the cat ran away": 3 of 4 words each way."""
+    case = Case("summary", "?", "The cat ran away.")
+    assert metrics.rouge_l(case, "The cats run away!") == pytest.approx(3 / 4)
+    assert metrics.rouge_l(case, "The cat") == pytest.approx(2 * 1 * 0.5 / 1.5)
+    assert metrics.rouge_l(case, "") == 0
+
+
+def test_distinct_2():
+    """Of ab ba ab and ab bc, three are different: 3/5 in all, the mean weighted by the numbers of pairs."""
+    found = metrics.distinct_2(["a b a b", "A b. C!", "c", ""])
+    assert found == [pytest.approx(5 / 9), pytest.approx(2 / 3), None, None]
+    assert (3 * found[0] + 2 * found[1]) / 5 == pytest.approx(3 / 5)
+
+
+def test_repetition():
+    assert metrics.repetition("a b a b a b") == pytest.approx(1 / 3)  # abab baba abab
+    assert metrics.repetition("a b c") == 0
+
+
+APPLIES = {
+    "summary": {"rouge_l"},
+    "what_happened": {"rouge_l"},
+    "chat": {"rouge_l"},
+    "moral": {"moral_correct", "rouge_l"},
+    "main_character": {"character_correct"},
+    "happy_ending": {"yes_no_correct"},
+    "dialogue": {"yes_no_correct"},
+}
+
+
+@pytest.mark.parametrize("task", APPLIES)
+def test_metrics_apply_to_their_tasks(task):
+    case = Case(task, "?", "A ground truth.")
+    assert {name for name, metric in metrics.CORRECTNESS.items() if metric(case, "Yes.") is not None} == APPLIES[task]
+
+
+def test_a_missing_library_is_one_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs simplemma; pip install 'tinysft-jax\[eval\]'"):
+        metrics.require_libraries()

@@ -25,17 +25,11 @@ PRONOUNS = {"he": ("him", "his"), "she": ("her", "her"), "it": ("it", "its")}
 
 @dataclass(frozen=True)
 class Character:
-    """Somebody in a story.
+    """Somebody in a story."""
 
-    Attributes:
-      name: what the story calls them: "Lily", or "the little duck" where there is no name.
-      he: the pronoun, "he", "she" or "it".
-      kind: "girl", "mouse"; empty where the name says it all.
-    """
-
-    name: str
-    he: str
-    kind: str = ""
+    name: str  # "Lily", or "the little duck" where there is no name
+    he: str  # the pronoun: "he", "she" or "it"
+    kind: str = ""  # "girl", "mouse"; empty where the name says it
 
     def __str__(self) -> str:
         return self.name
@@ -86,26 +80,17 @@ CHANTED = ("moral", *WORDS["noun"], *WORDS["verb"], *WORDS["adjective"], *(child
 class EmbeddedStory:
     """A record of the embedded corpus, and the ground truth about its story.
 
-    Attributes:
-      record: as a parser would read it from the text.
-      main_character: what a reader would call the main character: "Lily", or "the little duck".
-      happy_ending: whether the story ends well for the main character.
-      dialogue: whether somebody speaks in quotes.
-      plot: the plot's name.
-      sketch: a story of a few sentences about the same character and words, with the same kind of ending.
-      verses: a few words, repeated.
-
     Training data has the sketches and, as plain text, the verses as well: in a short context it takes a small model far
     fewer steps to learn that words come back, and what a question is about, than in a story.
     """
 
-    record: StoryRecord
-    main_character: str
-    happy_ending: bool
-    dialogue: bool
-    plot: str
-    sketch: StoryRecord
-    verses: tuple[str, ...]
+    record: StoryRecord  # as a parser would read it from the text
+    main_character: str  # as a reader would name it: "Lily", or "the little duck"
+    happy_ending: bool  # for the main character
+    dialogue: bool  # whether somebody speaks in quotes
+    plot: str  # its name
+    sketch: StoryRecord  # a story of a few sentences with the same character, words and kind of ending
+    verses: tuple[str, ...]  # a few words each, repeated
 
 
 def embedded_stories(n: int, split: Literal["train", "valid"] = "train", seed: int = 0) -> Iterator[EmbeddedStory]:

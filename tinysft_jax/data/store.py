@@ -24,7 +24,7 @@ SPLITS = ("train", "valid")
 TOKENS_PER_SHARD = 50_000_000
 # A task's id is a byte.
 MOST_TASKS = 256
-# A shard's arrays.
+# A shard's arrays. The offsets are where each conversation starts in tokens and supervised, then where the last ends.
 DTYPES = {"tokens": np.uint16, "supervised": np.bool_, "offsets": np.int64, "tasks": np.uint8}
 
 
@@ -83,19 +83,15 @@ def _has_requests(description: dict[str, Any]) -> bool:
 
 
 class PreparedData:
-    """What `prepare` wrote.
-
-    Attributes:
-      directory: where it is.
-      description: `data.json`.
+    """What `prepare` wrote; `description` is its `data.json`.
 
     Raises:
-      UserError: if it is not a prepared data set, or one of a newer program, or a file's size has changed.
+      UserError: as of `read_description`, or if the size of a file has changed.
     """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory).expanduser()
-        self.description: dict[str, Any] = read_description(self.directory)
+        self.description = read_description(self.directory)
         self.verify(hashes=False)
 
     @property
@@ -104,10 +100,7 @@ class PreparedData:
         return self.description["tasks"]
 
     def verify(self, hashes: bool = True) -> None:
-        """Compares the files with the manifest.
-
-        Args:
-          hashes: whether to compare SHA-256 hashes, not only sizes, and to check every token.
+        """Compares sizes with the manifest and, if asked for, SHA-256 hashes; then checks every token as well.
 
         Raises:
           UserError: naming a file that has changed, or a split that contradicts itself.
@@ -135,14 +128,10 @@ class PreparedData:
 
 
 class Split:
-    """The conversations of one split, addressed by index.
-
-    Attributes:
-      directory: of the shards; has the split's name.
-      totals: the split's entry in `data.json`.
+    """The conversations of one split, addressed by index; `totals` is the split's entry in `data.json`.
 
     Raises:
-      UserError: if a shard is missing or its size is not what `data.json`, the description, says.
+      UserError: if a shard is missing or its size is not what the description, `data.json`, says.
     """
 
     def __init__(self, directory: Path, description: dict[str, Any]):
@@ -152,7 +141,7 @@ class Split:
         self._shards = [_map_shard(directory, number) for number in range(self.totals["shards"])]
         # The index of each shard's first conversation, and the number of all.
         self._first = np.cumsum([0, *(len(shard["tasks"]) for shard in self._shards)])
-        self._starts_of_requests: dict[int, np.ndarray] = {}
+        self._line_starts: dict[int, np.ndarray] = {}  # of the requests of a shard, found when the first is read
         self._check_total("conversations", len(self))
         self._check_total("tokens", sum(len(shard["tokens"]) for shard in self._shards))
 
@@ -208,7 +197,12 @@ class Split:
         path = self.directory / file_name("requests", number)
         try:
             with path.open("rb") as file:
-                file.seek(self._request_starts(number)[place])
+                if number not in self._line_starts:
+                    self._line_starts[number] = np.fromiter(itertools.accumulate(map(len, file), initial=0), np.int64)
+                starts, conversations = self._line_starts[number], len(self._shards[number]["tasks"])
+                if len(starts) != conversations + 1:
+                    raise UserError(f"the shard has {len(starts) - 1} requests and {conversations} conversations")
+                file.seek(starts[place])
                 request = json.loads(file.readline())
             check(request, _REQUEST)
         except (OSError, ValueError, RecursionError, UserError) as error:
@@ -237,17 +231,6 @@ class Split:
         """The shard that holds a conversation, and its index there."""
         number = int(np.searchsorted(self._first, index, side="right")) - 1
         return number, int(index - self._first[number])
-
-    def _request_starts(self, number: int) -> np.ndarray:
-        """Where each line of a shard's requests starts, found by one pass over the file."""
-        if number not in self._starts_of_requests:
-            with (self.directory / file_name("requests", number)).open("rb") as file:
-                starts = np.fromiter(itertools.accumulate(map(len, file), initial=0), np.int64)
-            conversations = len(self._shards[number]["tasks"])
-            if len(starts) != conversations + 1:
-                raise UserError(f"the shard has {len(starts) - 1} requests and {conversations} conversations")
-            self._starts_of_requests[number] = starts
-        return self._starts_of_requests[number]
 
 
 def _map_shard(directory: Path, number: int) -> dict[str, np.ndarray]:
@@ -286,12 +269,7 @@ class Encoded:
 class ShardWriter:
     """Writes conversations as they come, into a new shard whenever one is full; nothing is collected in memory.
 
-    A shard is four arrays: `tokens` (uint16), `supervised` (bool), `offsets` (int64: where each conversation starts in
-    them, then where the last one ends) and `tasks` (uint8); for stories, `requests` (JSON lines) too. A split without
-    conversations has no shards.
-
-    Attributes:
-      totals: what `data.json` says about the split.
+    A split without conversations has no shards. `totals` is what `data.json` says about the split.
     """
 
     def __init__(self, directory: Path, tokens_per_shard: int = TOKENS_PER_SHARD):

@@ -207,14 +207,10 @@ def _turn(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def balanced_rates(records: Iterable[StoryRecord], rates: Rates = RATES) -> Rates:
-    """Rates for records like these: an answer that is more frequent than the others is asked for less often.
+    """Rates for records like these, some thousands: a more frequent answer is asked for less often.
 
-    The question as a whole is asked as often as before, as far as there are enough of the rarest answer. A question
-    with the same answer for all of the records is not asked at all.
-
-    Args:
-      records: a sample, some thousands; read to its end.
-      rates: what to start from.
+    A question as a whole is asked as often as before, as far as there are enough of the rarest answer; not at all where
+    all of the records have the same one.
     """
     balanced = {name: rate for name, rate in rates.items() if isinstance(rate, Mapping)}
     counts = {name: Counter(dict.fromkeys(rate, 0)) for name, rate in balanced.items()}

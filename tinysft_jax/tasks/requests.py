@@ -1,9 +1,8 @@
 """What a conversation begins with, and how requests are worded."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from tinysft_jax.tasks.records import StoryRecord
 
@@ -153,37 +152,3 @@ def conditions_of(record: StoryRecord) -> dict[str, Any]:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-class StoryRequest(NamedTuple):
-    """What a prompt asks a story to have, read back from its text."""
-
-    words: tuple[str, ...] = ()
-    features: tuple[str, ...] = ()
-    summary: str | None = None
-    random_sentence: str | None = None
-
-
-def parse_request(prompt: str) -> StoryRequest:
-    """What a prompt of the tasks "words" and "story" asks for. To be removed: conditions are stored with the data."""
-    for phrasing in PHRASINGS["words"]:
-        for length in _LENGTHS.values():
-            pattern = "(.*)".join(map(re.escape, phrasing.format("{}", **length).split("{}")))
-            if match := re.fullmatch(pattern, prompt, re.DOTALL):
-                return StoryRequest(tuple(match[1].split(", ")))
-    opening, *lines = prompt.split("\n")
-    for phrasing in STORY_PHRASINGS:
-        if opening in [phrasing[0].format(**length) for length in _LENGTHS.values()]:
-            found = {
-                name: line.removeprefix(f"{label}: ")
-                for line in lines
-                for name, label in zip(CONDITIONS, phrasing[1:], strict=True)
-                if line.startswith(f"{label}: ")
-            }
-            features = {name: feature for feature, name in FEATURE_NAMES.items()}
-            asked = (
-                tuple(features.get(name, name) for name in found["features"].split(", ")) if "features" in found else ()
-            )
-            words = tuple(found["words"].split(", ")) if "words" in found else ()
-            return StoryRequest(words, asked, found.get("summary"), found.get("random_sentence"))
-    return StoryRequest()

@@ -117,7 +117,7 @@ def describe(split: Split, packed: bool, rows: int, seq_len: int) -> Batches:
         plan = plan_epoch(split.lengths, seq_len)
     else:
         order = np.random.default_rng(0).permutation(len(split)).astype(np.uint32)
-        plan = PackingPlan.create(order, np.arange(len(order) + 1))
+        plan = PackingPlan(order, np.arange(len(order) + 1))
     source = BatchSource(split, plan, rows, seq_len)
     supervised, key_blocks = [], []
     for i in range(len(source) - 1):

@@ -112,11 +112,6 @@ def test_the_fingerprint_names_the_rows_lengths():
     assert len({fingerprint, Packing(lengths, 65).fingerprint, Packing(lengths[1:], 64).fingerprint}) == 3
 
 
-def test_a_part_of_the_conversations_can_be_packed():
-    lengths = np.array([5, 60, 7, 9], np.int32)
-    assert sorted(plan_epoch(lengths, 20, among=np.array([0, 2, 3])).order) == [0, 2, 3]
-
-
 def test_a_conversation_longer_than_a_row_is_an_error():
     with pytest.raises(UserError, match=r"seq_len is 50.*has 60 tokens.*--max_tokens"):
         plan_epoch(np.array([5, 60], np.int32), 50)

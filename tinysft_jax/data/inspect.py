@@ -41,12 +41,13 @@ class Segment(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command; `arguments` are the command line's unless given."""
-    flags = _parser().parse_args(arguments)
+    flags = _parse(arguments)
     data = PreparedData(flags.data)
     if flags.verify:
         data.verify()
     split = data.split(flags.split)
-    _check(flags, split)
+    if not len(split):
+        raise UserError(f"the {flags.split} split of {flags.data} is empty")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # characters that the terminal's encoding lacks
     screen = Console()
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
 
-def _parser() -> console.Parser:
+def _parse(arguments: list[str] | None) -> Namespace:
     parser = console.Parser(
         prog="python -m tinysft_jax.data.inspect", description="A packed row, as training reads it."
     )
@@ -83,18 +84,11 @@ def _parser() -> console.Parser:
     parser.add_argument("--seed", type=int, default=0, help="as seed of the run")
     parser.add_argument("--epoch", type=int, default=0, help="which epoch, from 0")
     parser.add_argument("--verify", action="store_true", help="first compare all files with the manifest's hashes")
-    return parser
-
-
-def _check(flags: Namespace, split: Split) -> None:
+    flags = parser.parse_args(arguments)
     for name in ("seed", "epoch"):
         if getattr(flags, name) < 0:
             raise UserError(f"--{name} must be 0 or more, not {getattr(flags, name)}")
-    if not len(split):
-        raise UserError(f"the {flags.split} split of {flags.data} is empty")
-    longest = int(split.lengths.max())
-    if flags.conversation is None and flags.seq_len < longest:
-        raise UserError(f"--seq_len is {flags.seq_len}, but the longest conversation has {longest:,} tokens")
+    return flags
 
 
 def _check_index(noun: str, index: int, count: int) -> None:

@@ -47,7 +47,6 @@ class Packing:
     Args:
       lengths: tokens of each conversation.
       seq_len: tokens of a row.
-      among: indices of the conversations to pack; None: all.
 
     Attributes:
       seq_len: tokens of a row.
@@ -59,18 +58,16 @@ class Packing:
       UserError: if a conversation is longer than a row.
     """
 
-    def __init__(self, lengths: Int[np.ndarray, " n"], seq_len: int, among: Int[np.ndarray, " m"] | None = None):
+    def __init__(self, lengths: Int[np.ndarray, " n"], seq_len: int):
         self.seq_len, self._lengths = seq_len, lengths
-        self._among = None if among is None else np.asarray(among, np.uint32)
-        counts = np.bincount(lengths if among is None else lengths[among])
+        counts = np.bincount(lengths)
         if len(counts) > seq_len + 1:
             raise UserError(
-                f"data.seq_len is {seq_len}, but the longest conversation has {len(counts) - 1} tokens; "
-                "raise data.seq_len or prepare with a smaller --max_tokens"
+                f"seq_len is {seq_len}, but the longest conversation has {len(counts) - 1:,} tokens; "
+                "raise it, or prepare with a smaller --max_tokens"
             )
-        rows = sorted(
-            fill_rows({int(length): int(counts[length]) for length in np.flatnonzero(counts)}, seq_len).items()
-        )
+        demand = {length: count for length, count in enumerate(counts.tolist()) if count}
+        rows = sorted(fill_rows(demand, seq_len).items())
         self.fingerprint = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
         self._row_counts = np.array([n for _, n in rows], np.int64)
         self._pattern_sizes = np.array([len(pattern) for pattern, _ in rows], np.int64)
@@ -95,23 +92,16 @@ class Packing:
         within_patterns += np.arange(row_starts[-1])
         places = self._pattern_lengths[within_patterns]
         del within_patterns  # with millions of conversations, memory counts
-        chosen = np.arange(len(self._lengths), dtype=np.uint32) if self._among is None else self._among
-        chosen = random.permutation(chosen)
+        chosen = random.permutation(np.arange(len(self._lengths), dtype=np.uint32))
         chosen = chosen[np.argsort(self._lengths[chosen].astype(self._dtype), kind="stable")]
         order = np.empty_like(chosen)
         order[np.argsort(places, kind="stable")] = chosen
         return PackingPlan(order, row_starts)
 
 
-def plan_epoch(
-    lengths: Int[np.ndarray, " n"],
-    seq_len: int,
-    seed: int = 0,
-    epoch: int = 0,
-    among: Int[np.ndarray, " m"] | None = None,
-) -> PackingPlan:
+def plan_epoch(lengths: Int[np.ndarray, " n"], seq_len: int, seed: int = 0, epoch: int = 0) -> PackingPlan:
     """The rows of one epoch; see `Packing`."""
-    return Packing(lengths, seq_len, among).epoch(seed, epoch)
+    return Packing(lengths, seq_len).epoch(seed, epoch)
 
 
 # Rows above the least conceivable number, as a share, with which the search ends.

@@ -89,16 +89,7 @@ def _open_source(flags: Namespace) -> Source:
 def prepare(
     source: Source, encoder: Encoder, output: Path, workers: int = 1, overwrite: bool = False
 ) -> tuple[Ledger, dict[str, dict[str, int]]]:
-    """Writes a prepared data set.
-
-    Args:
-      source: what to read.
-      encoder: of the source's format.
-      output: the directory to write; `overwrite`: also if it exists.
-      workers: processes to encode with.
-
-    Returns:
-      The ledger, and the totals of each split.
+    """Writes a prepared data set; returns the ledger, and the totals of each split.
 
     Raises:
       UserError: if an item is malformed, or no conversation is left; nothing is written then.

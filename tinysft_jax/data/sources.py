@@ -1,6 +1,5 @@
 """What `prepare` reads, as one stream of items: files, a data set on the Hub, or the embedded stories."""
 
-import functools
 import hashlib
 import itertools
 import re
@@ -160,29 +159,24 @@ def open_embedded(n_stories: int, format: str, seed: int) -> EmbeddedSource:
 
 
 def open_input(path: Path, format: str, valid_fraction: float, limit: int | None) -> FileSource:
-    """A file, or the train and valid pair of a directory.
-
-    Args:
-      path: the file or directory.
-      format: one of FORMATS, or "auto" to guess it from the file's beginning and name.
-      valid_fraction: share of a single file's items that are for validation.
-      limit: read at most so many items of each file.
-
-    Raises:
-      UserError: if there is no such file or pair, or it is empty.
-    """
+    """A file, or the train and valid pair of a directory. Raises UserError if there is none, or it is empty."""
     if not path.exists():
         raise UserError(f"there is no {path}; --input takes a file or a directory with a train and valid pair")
-    if not path.is_dir():
-        return open_files([(path, None)], format, valid_fraction, limit)
-    train = _pair_in(path)
-    return open_files([(train, "train"), (_valid_of(train), "valid")], format, valid_fraction, limit)
+    return open_files(_pair_in(path) if path.is_dir() else [(path, None)], format, valid_fraction, limit)
 
 
 def open_files(
     files: list[tuple[Path, str | None]], format: str, valid_fraction: float, limit: int | None, **description: Any
 ) -> FileSource:
-    """Files, each with its split or None; see `open_input`. `description` is added to the source's."""
+    """Text files.
+
+    Args:
+      files: each with its split, or None to divide it.
+      format: one of FORMATS, or "auto" to guess it from the beginning and the name of each file.
+      valid_fraction: share of the items of divided files that are for validation.
+      limit: read at most so many items of each file.
+      description: to be added to the source's.
+    """
     sizes = {path.name: path.stat().st_size for path, _ in files}
     for path, _ in files:
         if not sizes[path.name]:
@@ -199,21 +193,18 @@ def open_files(
     return FileSource(format, description, sum(sizes.values()), files, valid_fraction, limit)
 
 
-def _pair_in(directory: Path) -> Path:
-    """The train file of the one pair in a directory."""
+def _pair_in(directory: Path) -> list[tuple[Path, str]]:
+    """The one train and valid pair in a directory."""
     trains = [path for path in sorted(directory.iterdir()) if _TRAIN_NAME.fullmatch(path.name)]
-    pairs = [path for path in trains if _valid_of(path).is_file()]
+    valids = [path.with_name(_TRAIN_NAME.sub(r"\1valid\2", path.name)) for path in trains]
+    pairs = [(train, valid) for train, valid in zip(trains, valids, strict=True) if valid.is_file()]
     if len(pairs) == 1:
-        return pairs[0]
+        return list(zip(pairs[0], SPLITS, strict=True))
     if pairs:
-        raise UserError(f"{directory} has several pairs: {', '.join(path.name for path in pairs)}; keep one in it")
+        raise UserError(f"{directory} has several pairs: {', '.join(path.name for path, _ in pairs)}; keep one in it")
     if trains:
-        raise UserError(f"{directory} has {trains[0].name} but no {_valid_of(trains[0]).name}; give --input the file")
+        raise UserError(f"{directory} has {trains[0].name} but no {valids[0].name}; give --input the file")
     raise UserError(f"{directory} has no pair like TinyStories-Instruct-train.txt and TinyStories-Instruct-valid.txt")
-
-
-def _valid_of(train: Path) -> Path:
-    return train.with_name(_TRAIN_NAME.sub(r"\1valid\2", train.name))
 
 
 def _guess_format(path: Path) -> str:
@@ -231,15 +222,9 @@ def _guess_format(path: Path) -> str:
 def open_hub(
     repository: str, revision: str | None, format: str, valid_fraction: float, limit: int | None
 ) -> FileSource:
-    """The train and valid file of a data set on the Hugging Face Hub; `huggingface_hub` downloads and caches them.
+    """One of HUB_DATA_SETS, which `huggingface_hub` downloads and caches; see `open_files`.
 
-    Args:
-      repository: one of HUB_DATA_SETS.
-      revision: a commit, branch or tag; None: the pinned commit.
-      format, valid_fraction, limit: see `open_input`.
-
-    Raises:
-      UserError: if they can't be downloaded; says how to do it by hand.
+    `revision` is a commit, branch or tag; None: the pinned commit. Raises UserError if the download fails.
     """
     if repository not in HUB_DATA_SETS:
         raise UserError(
@@ -247,7 +232,7 @@ def open_hub(
         )
     name, pinned = HUB_DATA_SETS[repository]
     revision = revision or pinned
-    names = {name.format(split=split): split for split in SPLITS}
+    names = [name.format(split=split) for split in SPLITS]
     url = f"https://huggingface.co/datasets/{repository}/tree/{revision}"
     by_hand = f"download {' and '.join(names)} from {url} into a directory and give it to --input"
     try:
@@ -256,21 +241,16 @@ def open_hub(
     except ImportError:
         raise UserError(f"--hub needs the package huggingface-hub; install it, or {by_hand}") from None
     try:
-        fetch = functools.partial(hf_hub_download, repository, repo_type="dataset", revision=revision)
-        files = [(Path(fetch(name)), split) for name, split in names.items()]
+        paths = [hf_hub_download(repository, name, repo_type="dataset", revision=revision) for name in names]
     except (OSError, ValueError, HTTPError) as error:
         raise UserError(f"the download failed ({reason(error)}); try again, or {by_hand}") from None
-    commit = files[0][0].parent.name  # of the Hub's cache: .../snapshots/<commit>/<name>
-    hub = {"repository": repository, "commit": commit}
+    files = list(zip(map(Path, paths), SPLITS, strict=True))
+    hub = {"repository": repository, "commit": files[0][0].parent.name}  # the cache has .../snapshots/<commit>/<name>
     return open_files(files, format, valid_fraction, limit, hub=hub)
 
 
 def rates_for(source: Source) -> Rates:
-    """The rates for what a source holds, judged by its first records; those of `RATES` for the embedded stories.
-
-    Raises:
-      UserError: if the source can't be read.
-    """
+    """The rates for what a source holds, judged by its first records; those of `RATES` for the embedded stories."""
     if source.format != "tinystories-instruct" or isinstance(source, EmbeddedSource):
         return RATES
     items = itertools.islice(source, RECORDS_TO_COUNT)

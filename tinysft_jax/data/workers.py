@@ -5,7 +5,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,25 +13,18 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
-from queue import SimpleQueue
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from tinysft_jax.console import RunError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# One in progress and one waiting.
+# In progress, done before their turn, or read ahead.
 TASKS_PER_WORKER = 2
 
 # A terminal or a batch system sends these to all processes of a command. Workers leave them to their parent.
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-
-
-class _Worker(NamedTuple):
-    process: BaseProcess
-    connection: Connection  # our end of the pipe to it
-    tasks: deque[int]  # the numbers of those that it has
 
 
 def usable_cpus() -> int:
@@ -58,22 +50,21 @@ def map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], work
     if workers == 1:
         yield from map(function, tasks)
         return
-    pool: list[_Worker] = []
+    pool: dict[Connection, BaseProcess] = {}
     try:
         # Signals are handled in the main thread only: in another thread, no start is interrupted halfway.
         with ThreadPoolExecutor(1) as starter:
             starter.submit(_start, pool, function, workers).result()
-        yield from _results(pool, tasks)
+        yield from _results(list(pool), tasks)
     finally:
         with stop_signals_blocked():
-            for worker in pool:
-                worker.connection.close()
-                worker.process.kill()
-            for worker in pool:
-                worker.process.join()
+            for connection, process in pool.items():
+                connection.close()
+                process.kill()
+                process.join()
 
 
-def _start(pool: list[_Worker], function: Callable[[Task], Result], workers: int) -> None:
+def _start(pool: dict[Connection, BaseProcess], function: Callable[[Task], Result], workers: int) -> None:
     # "spawn": a fork of a process with threads, as JAX has, can deadlock.
     context = multiprocessing.get_context("spawn")
     try:
@@ -84,32 +75,25 @@ def _start(pool: list[_Worker], function: Callable[[Task], Result], workers: int
                 with theirs:
                     process = context.Process(target=_work, args=(theirs, function))
                     process.start()
-                pool.append(_Worker(process, ours, deque()))
+                pool[ours] = process
     except OSError as error:
         raise RunError(f"can't start a worker process: {error.strerror}; try fewer --workers") from None
 
 
 def _work(connection: Connection, function: Callable[[Task], Result]) -> None:
     """In a worker: answers each task with (result, error), until the parent is gone."""
-    tasks: SimpleQueue[Task] = SimpleQueue()
-    # A thread empties the pipe: the parent never waits to send a task while this waits to send a result.
-    threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
-    with contextlib.suppress(OSError):
-        while True:
-            try:
-                outcome = function(tasks.get()), None
-            except Exception as error:
-                error.add_note(traceback.format_exc())  # the traceback itself can't be pickled
-                outcome = None, error
+    while True:
+        try:
+            task = connection.recv()
+        except Exception:  # the parent is gone, or the task can't be received
+            return
+        try:
+            outcome = function(task), None
+        except Exception as error:
+            error.add_note(traceback.format_exc())  # the traceback itself can't be pickled
+            outcome = None, error
+        with contextlib.suppress(OSError):
             _send(connection, outcome)
-
-
-def _receive(connection: Connection, tasks: SimpleQueue[Task]) -> None:
-    try:
-        while True:
-            tasks.put(connection.recv())
-    finally:
-        os._exit(1)  # the parent is gone, or the task can't be received
 
 
 def _send(connection: Connection, message: object) -> None:
@@ -117,24 +101,31 @@ def _send(connection: Connection, message: object) -> None:
     connection.send_bytes(bytes(ForkingPickler.dumps(message)))
 
 
-def _results(pool: list[_Worker], tasks: Iterable[Task]) -> Iterator[Any]:
-    numbered = enumerate(tasks)
+def _results(connections: list[Connection], tasks: Iterable[Task]) -> Iterator[Any]:
+    """Yields the results of the workers at the other ends, in the order of the tasks.
+
+    A worker has one task at a time, so neither side waits to send while the other one does.
+    """
+    numbered, most = enumerate(tasks), TASKS_PER_WORKER * len(connections)
+    waiting: deque[tuple[int, Task]] = deque()
+    idle, busy = list(connections), {}  # busy: connection -> task number
     outcomes: dict[int, tuple[Any, Exception | None]] = {}  # by task number; some come before it is their turn
     for turn in itertools.count():
-        for number, task in itertools.islice(numbered, 1 if turn else TASKS_PER_WORKER * len(pool)):
-            worker = min(pool, key=lambda worker: len(worker.tasks))
-            worker.tasks.append(number)
+        while turn not in outcomes:
             with _death_noticed():
-                _send(worker.connection, task)
-        while busy := {worker.connection: worker for worker in pool if worker.tasks}:
-            ready = wait(list(busy), timeout=0 if turn in outcomes else None)
-            if not ready:
-                break
-            for connection in ready:
-                with _death_noticed():
-                    outcomes[busy[connection].tasks.popleft()] = connection.recv()
-        if turn not in outcomes:
-            return
+                while idle and waiting:
+                    number, task = waiting.popleft()
+                    _send(idle[-1], task)
+                    busy[idle.pop()] = number
+            waiting.extend(itertools.islice(numbered, most - len(waiting) - len(busy) - len(outcomes)))
+            if idle and waiting:
+                continue
+            if not busy:
+                return
+            with _death_noticed():
+                for connection in wait(list(busy)):
+                    outcomes[busy.pop(connection)] = connection.recv()
+                    idle.append(connection)
         result, error = outcomes.pop(turn)
         if error is not None:
             raise error

@@ -68,7 +68,7 @@ def main() -> None:
 def unpacked(split: Split, rows: int, seq_len: int) -> BatchSource:
     """A conversation a row, in a random order."""
     order = np.random.default_rng(0).permutation(len(split)).astype(np.uint32)
-    return BatchSource(split, PackingPlan.create(order, np.arange(len(order) + 1)), rows, seq_len)
+    return BatchSource(split, PackingPlan(order, np.arange(len(order) + 1)), rows, seq_len)
 
 
 def packed(split: Split, rows: int, seq_len: int) -> BatchSource:

@@ -146,7 +146,7 @@ def test_a_dead_worker_is_one_line_after_a_checkpoint(with_a_worker):
         time.sleep(0.1)
     stderr = process.communicate(timeout=60)[1]
     last = stderr.splitlines()[-1]
-    assert process.returncode == 3 and "Traceback" not in stderr and last.startswith("error: the data can't be read on")
+    assert process.returncode == 3 and "Traceback" not in stderr and last.startswith("error: the data can't be read: ")
     (checkpoint,) = (workdir / "checkpoints").iterdir()
     assert last.endswith(f"step {int(checkpoint.name):,} is saved, the same command continues")
     assert int(checkpoint.name) >= max(line["step"] for line in read_metrics(workdir))

@@ -3,12 +3,8 @@
 import contextlib
 import fcntl
 import os
-import re
-import shutil
 import socket
-import tempfile
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,25 +81,3 @@ def try_lock(path: Path) -> int | None:
             return descriptor
     os.close(descriptor)
     return None
-
-
-def temporary_directory(prefix: str) -> tuple[Path, int | None]:
-    """A new temporary directory, locked; those with the same prefix whose processes are gone are removed.
-
-    Returns:
-      The directory, which is the caller's to remove, and its lock's descriptor, to be closed after that.
-
-    Raises:
-      OSError: if it can't be made.
-    """
-    parent = Path(tempfile.gettempdir())
-    # Named only when it is locked, or another process might take it for abandoned.
-    aside = Path(tempfile.mkdtemp(prefix=f".{prefix}"))
-    descriptor, directory = try_lock(aside), parent / f"{prefix}{uuid.uuid4().hex[:8]}"
-    aside.rename(directory)
-    name = re.compile(re.escape(prefix) + "[0-9a-f]{8}")
-    for found in parent.iterdir():
-        if name.fullmatch(found.name) and found != directory and (lock := try_lock(found)) is not None:
-            shutil.rmtree(found, ignore_errors=True)
-            os.close(lock)
-    return directory, descriptor

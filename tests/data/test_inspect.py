@@ -158,7 +158,7 @@ def test_plain_text_is_shown_too(tmp_path, capsys):
         (["--row=-1"], "there is no row -1"),
         (["--conversation=9999"], r"there is no conversation 9,999: the conversations are from 0 to \d+$"),
         (["--conversation=-1"], "there is no conversation -1"),
-        (["--seq_len=50"], r"--seq_len is 50, but the longest conversation has \d+ tokens"),
+        (["--seq_len=50"], r"seq_len is 50, but the longest conversation has \d+ tokens"),
         (["--seed=-1"], "--seed must be 0 or more, not -1"),
         (["--epoch=-2"], "--epoch must be 0 or more, not -2"),
         (["--row=0", "--conversation=0"], "not allowed with"),

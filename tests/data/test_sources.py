@@ -104,8 +104,8 @@ def test_items_know_where_they_stand(tmp_path: Path):
     array.write_text('\ufeff[\n{"a": 1}, {"b":\n2},\n3]', encoding="utf-8")
     story.write_text(f"{RECORD}<|endoftext|>\n<|endoftext|>\n{RECORD}")
     assert [(item.where, item.text) for item in items(chat)] == [
-        (f"{chat}:1", '{"a": 1}\n'),
-        (f"{chat}:3", '{"b": 2}\n'),
+        (f"{chat}:1", '{"a": 1}'),
+        (f"{chat}:3", '{"b": 2}'),
     ]
     assert [(item.where, item.text) for item in items(array)] == [
         (f"{array}:2, element 1", '{"a": 1}'),

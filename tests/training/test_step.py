@@ -54,7 +54,7 @@ def assert_trees_close(one, other, **tolerance):
 def test_a_packed_row_has_the_loss_and_gradients_of_its_conversations_alone(split):
     packed = BatchSource(split, plan_epoch(split.lengths, 128), 4, 128)[0]
     members = plan_epoch(split.lengths, 128).order[: int((packed["segment_ids"].max(axis=1)).sum())]
-    alone = BatchSource(split, PackingPlan.create(members, np.arange(len(members) + 1)), len(members), 128)[0]
+    alone = BatchSource(split, PackingPlan(members, np.arange(len(members) + 1)), len(members), 128)[0]
     (packed_sums, packed_gradient), (alone_sums, alone_gradient) = sums_and_gradient(packed), sums_and_gradient(alone)
     np.testing.assert_allclose(packed_sums, alone_sums, rtol=1e-5)
     assert_trees_close(packed_gradient, alone_gradient, atol=1e-5)

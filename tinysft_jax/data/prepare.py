@@ -1,8 +1,8 @@
 """Text → a prepared data set: `python -m tinysft_jax.data.prepare --input PATH --output DIR`.
 
-One process reads the input as a stream of items and cuts it into blocks, workers encode the blocks, and what comes of
-them is written in the order in which it was read. So the output is the same, byte by byte, for any number of workers,
-and the memory that it takes does not grow with the input.
+One process reads the input as a stream of items and cuts it into blocks, workers encode the blocks, and the results are
+written in the order of the input. So the output is the same, byte by byte, for any number of workers, and memory does
+not grow with the input.
 """
 
 import contextlib
@@ -11,72 +11,115 @@ import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from rich.console import Console
 
 from tinysft_jax import chat, console, files
-from tinysft_jax.console import RunError, UserError, progress
+from tinysft_jax.console import Progress, RunError, UserError
 from tinysft_jax.data.encode import BAD_ITEMS, Encoder
 from tinysft_jax.data.ledger import Ledger
-from tinysft_jax.data.sources import FORMATS, Item, Source, download, open_embedded, open_files, open_input
+from tinysft_jax.data.sources import FORMATS, Item, Source, open_embedded, open_hub, open_input
 from tinysft_jax.data.store import FORMAT_VERSION, SPLITS, ShardWriter
 from tinysft_jax.data.workers import map_in_order, usable_cpus
 from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer
 
 CONTENT = ("data.json", "ledger.json", "manifest.json", *SPLITS)
 
-# A block ends with either.
+# A block ends at either.
 ITEMS_PER_BLOCK = 256
 CHARACTERS_PER_BLOCK = 1 << 20
 
 
-class Summary(NamedTuple):
-    """What `prepare` did: the ledger, and per split the totals that `data.json` holds."""
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command; `arguments` are the command line's unless given."""
+    flags = _parse(arguments)
+    files.check_output(flags.output, flags.overwrite, CONTENT)
+    source = _open_source(flags)
+    tokenizer = ChatTokenizer(None if source.format == "text" else flags.template, flags.bpe_ranks)
+    encoder = Encoder(source.format, tokenizer, flags.max_tokens, flags.seed, source.rates(), flags.bad_lines)
+    start = time.monotonic()
+    ledger, totals = prepare(source, encoder, flags.output, flags.workers, flags.overwrite)
+    _print_summary(flags.output, encoder, ledger, totals, time.monotonic() - start)
 
-    ledger: Ledger
-    totals: dict[str, dict[str, int]]
+
+def _parse(arguments: list[str] | None) -> Namespace:
+    parser = console.Parser(prog="python -m tinysft_jax.data.prepare", description="Text to a prepared data set.")
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--input", type=console.path, metavar="PATH", help="a file, or a directory with a train and valid pair"
+    )
+    source.add_argument("--embedded", type=int, metavar="N", help="that many stories of the embedded corpus")
+    source.add_argument("--hub", metavar="REPOSITORY", help="roneneldan/TinyStoriesInstruct from the Hugging Face Hub")
+    add("--revision", help="commit, branch or tag of the --hub repository instead of a known commit")
+    add("--output", type=console.path, metavar="DIR", required=True, help="the data set to write")
+    add("--overwrite", action="store_true", help="replace an existing output")
+    add("--format", choices=("auto", *FORMATS), default="auto", help="of the input")
+    add("--template", choices=chat.TEMPLATES, default="control", help="chat template (plain text has none)")
+    add("--bpe_ranks", type=int, default=GPT2_RANKS, help="size of the BPE, from 256")
+    add("--max_tokens", type=int, default=512, help="the longest conversation that is kept")
+    add("--valid_fraction", type=float, default=0.01, help="share of a single file that is for validation")
+    add("--limit", type=int, metavar="N", help="read only the first N records of each file")
+    add("--bad_lines", choices=BAD_ITEMS, default="stop", help="at a malformed line or record: stop, or skip and count")
+    add("--seed", type=int, default=0, help="for the tasks made of a story, and the embedded stories")
+    add("--workers", type=int, default=usable_cpus(), help="processes that encode")
+    flags = parser.parse_args(arguments)
+
+    for name, least in (("max_tokens", 2), ("limit", 1), ("workers", 1)):
+        value = getattr(flags, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} must be at least {least}, not {value}")
+    if not 0 <= flags.valid_fraction < 1:
+        raise UserError(f"--valid_fraction must be from 0 to below 1, not {flags.valid_fraction}")
+    if flags.limit is not None and flags.embedded is not None:
+        raise UserError("--limit is for files; --embedded itself says how many stories to make")
+    if flags.revision is not None and flags.hub is None:
+        raise UserError("--revision is for --hub")
+    return flags
 
 
-def prepare(source: Source, encoder: Encoder, output: Path, workers: int = 1, overwrite: bool = False) -> Summary:
-    """Writes a prepared data set.
+def _open_source(flags: Namespace) -> Source:
+    if flags.embedded is not None:
+        return open_embedded(flags.embedded, flags.format, flags.seed)
+    if flags.hub is not None:
+        return open_hub(flags.hub, flags.revision, flags.format, flags.valid_fraction, flags.limit)
+    return open_input(flags.input, flags.format, flags.valid_fraction, flags.limit)
 
-    Args:
-      source: what to read.
-      encoder: how to encode it; of the source's format.
-      output: the directory to make.
-      workers: processes to encode with; they don't change the output.
-      overwrite: whether an existing `output` is replaced.
+
+def prepare(
+    source: Source, encoder: Encoder, output: Path, workers: int = 1, overwrite: bool = False
+) -> tuple[Ledger, dict[str, dict[str, int]]]:
+    """Writes a prepared data set; returns the ledger, and the totals of each split.
 
     Raises:
       UserError: if an item is malformed, or no conversation is left; nothing is written then.
       RunError: if a worker dies or the disk is full; nothing is written then either.
     """
-    ledger = Ledger()
+    ledger, start = Ledger(), time.monotonic()
     try:
         with files.new_directory(output, overwrite, CONTENT) as directory:
             writers = {split: ShardWriter(directory / split) for split in SPLITS}
             blocks = map_in_order(encoder.encode, _blocks_of(source), workers)
-            with contextlib.closing(blocks), progress("preparing", source.size, "tokens") as show:
+            with contextlib.closing(blocks), Progress("preparing", source.size, percent=True) as bar:
                 for block in blocks:
                     ledger.add(block.ledger)
                     for split, writer in writers.items():
                         writer.add(block.splits[split])
-                    show(source.position, sum(writer.totals["tokens"] for writer in writers.values()))
+                    tokens = sum(writer.totals["tokens"] for writer in writers.values())
+                    rate = tokens / max(time.monotonic() - start, 1e-3)
+                    bar.update(source.position, f"{tokens:,} tokens, {rate:,.0f} tokens/s")
             for writer in writers.values():
                 writer.close()
             if not ledger.kept:
-                reasons = (
-                    ", ".join(ledger.reasons()) or f"no conversation could be made of {ledger.read.total():,} records"
-                )
-                raise UserError(f"nothing is left to learn from: {reasons}")
+                nothing = f"no conversation could be made of {ledger.read.total():,} records"
+                raise UserError(f"nothing is left to learn from: {', '.join(ledger.reasons()) or nothing}")
             totals = {split: writer.totals for split, writer in writers.items()}
             files.write_json(directory / "data.json", _description(source, encoder, totals))
             files.write_json(directory / "ledger.json", ledger.to_json(SPLITS, encoder.task_names))
             files.write_manifest(directory)
     except OSError as error:
         raise RunError(f"can't write {output}: {error.strerror}") from None
-    return Summary(ledger, totals)
+    return ledger, totals
 
 
 def _description(source: Source, encoder: Encoder, totals: dict[str, dict[str, int]]) -> dict[str, object]:
@@ -109,76 +152,7 @@ def _blocks_of(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield block
 
 
-def _parser() -> console.Parser:
-    parser = console.Parser(prog="python -m tinysft_jax.data.prepare", description="Text to a prepared data set.")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--input", type=console.path, metavar="PATH", help="a file, or a directory with a train and valid pair"
-    )
-    source.add_argument("--embedded", type=int, metavar="N", help="that many stories of the embedded corpus")
-    source.add_argument("--hub", metavar="REPOSITORY", help="roneneldan/TinyStoriesInstruct from the Hugging Face Hub")
-    parser.add_argument("--revision", help="commit, branch or tag of the --hub repository instead of a known commit")
-    parser.add_argument("--output", type=console.path, metavar="DIR", required=True, help="the data set to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="of the input")
-    parser.add_argument(
-        "--template", choices=chat.TEMPLATES, default="control", help="chat template (plain text has none)"
-    )
-    parser.add_argument("--bpe_ranks", type=int, default=GPT2_RANKS, help="size of the BPE, from 256")
-    parser.add_argument("--max_tokens", type=int, default=512, help="the longest conversation that is kept")
-    parser.add_argument("--valid_fraction", type=float, default=0.01, help="share of a single file that validates")
-    parser.add_argument("--limit", type=int, metavar="N", help="read only the first N records of each file")
-    parser.add_argument(
-        "--bad_lines",
-        choices=BAD_ITEMS,
-        default="stop",
-        help="what to do at a line or record that is malformed: name it and stop, or leave it out and count it",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="for the tasks made of a story, and the embedded stories")
-    parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes that encode")
-    return parser
-
-
-def _check(flags: Namespace) -> None:
-    """Refuses what no input could make sense of."""
-    if flags.max_tokens < 2:
-        raise UserError(f"--max_tokens must be at least 2, not {flags.max_tokens}")
-    if not 0 <= flags.valid_fraction < 1:
-        raise UserError(f"--valid_fraction must be from 0 to below 1, not {flags.valid_fraction}")
-    if flags.limit is not None and flags.limit < 1:
-        raise UserError(f"--limit must be at least 1, not {flags.limit}")
-    if flags.limit is not None and flags.embedded is not None:
-        raise UserError("--limit is for files; --embedded itself says how many stories to make")
-    if flags.revision is not None and flags.hub is None:
-        raise UserError("--revision is for --hub")
-    if flags.workers < 1:
-        raise UserError(f"--workers must be at least 1, not {flags.workers}")
-
-
-def _open_source(flags: Namespace) -> Source:
-    if flags.embedded is not None:
-        return open_embedded(flags.embedded, flags.format, flags.seed)
-    if flags.hub is not None:
-        found = download(flags.hub, flags.revision)
-        origin = {"repository": flags.hub, "commit": found.commit}
-        return open_files(found.files, flags.format, flags.valid_fraction, flags.limit, hub=origin)
-    return open_input(flags.input, flags.format, flags.valid_fraction, flags.limit)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the command; `arguments` are the command line's unless given."""
-    flags = _parser().parse_args(arguments)
-    _check(flags)
-    files.check_output(flags.output, flags.overwrite, CONTENT)
-    source = _open_source(flags)
-    template = None if source.format == "text" else flags.template
-    tokenizer = ChatTokenizer(template, flags.bpe_ranks)
-    encoder = Encoder(source.format, tokenizer, flags.max_tokens, flags.seed, source.rates(), flags.bad_lines)
-
-    start = time.monotonic()
-    ledger, totals = prepare(source, encoder, flags.output, flags.workers, flags.overwrite)
-    seconds = time.monotonic() - start
-
+def _print_summary(output: Path, encoder: Encoder, ledger: Ledger, totals: dict, seconds: float) -> None:
     for table in ledger.tables(SPLITS, encoder.task_names):
         Console().print(table)
     print("read", " and ".join(f"{ledger.read[split]:,} {split}" for split in SPLITS), "records")
@@ -191,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"note: the {split} split is empty", file=sys.stderr)
     total = {name: sum(totals[split][name] for split in SPLITS) for name in totals["train"]}
     print(
-        f"{flags.output}: {total['conversations']:,} conversations, {total['tokens']:,} tokens "
+        f"{output}: {total['conversations']:,} conversations, {total['tokens']:,} tokens "
         f"({total['supervised_tokens'] / total['tokens']:.1%} supervised) in {seconds:.1f} s, "
         f"{total['tokens'] / seconds:,.0f} tokens/s"
     )

@@ -1,18 +1,17 @@
 """What `prepare` reads, as one stream of items: files, a data set on the Hub, or the embedded stories."""
 
-import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from tinysft_jax.console import UserError, reason
 from tinysft_jax.corpus.stories import embedded_stories, record_text
-from tinysft_jax.data.reading import TOO_LONG, Piece, holds_json, opens_json, read_json, read_records
+from tinysft_jax.data.reading import TOO_LONG, is_json, read_json, read_records
 from tinysft_jax.data.store import SPLITS
 from tinysft_jax.tasks.make import RATES, Rates, balanced_rates
 from tinysft_jax.tasks.records import SEPARATOR, StoryRecord, clean_record, parse_record
@@ -20,50 +19,41 @@ from tinysft_jax.tasks.records import SEPARATOR, StoryRecord, clean_record, pars
 FORMATS = ("tinystories-instruct", "chat-jsonl", "text")
 # The embedded corpus has one story for validation to this many for training.
 EMBEDDED_TRAIN_PER_VALID = 20
+# Data sets on the Hub: their files' name, and the commit that is taken unless --revision asks for another.
+HUB_DATA_SETS = {
+    "roneneldan/TinyStoriesInstruct": (
+        "TinyStories-Instruct-{split}.txt",
+        "ee050ed1f8720795be342921335e821856a2b42e",
+    ),
+    "roneneldan/TinyStories": ("TinyStoriesV2-GPT4-{split}.txt", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"),
+}
+# Records whose yes/no questions decide how often such a question is asked.
+RECORDS_TO_COUNT = 4096
 
 _TRAIN_NAME = re.compile(r"(|.*[-_.])train(\.\w+)")
 _STORY_HEADER = re.compile("^Story:", re.MULTILINE)
 _BYTES_TO_GUESS_FROM = 1 << 16
-# Records whose yes/no questions decide how often such a question is asked.
-RECORDS_TO_COUNT = 4096
 _LINES_OF_JSON = (".jsonl", ".ndjson", ".jsonlines", ".jl")
-
-Found = TypeVar("Found")
 
 
 class Item(NamedTuple):
-    """One record, line or document, not yet looked into.
+    """One record, line or document, not yet parsed."""
 
-    Attributes:
-      split: "train" or "valid".
-      where: where it was read, for the user.
-      text: its text; empty if it has a flaw.
-      flaw: why there is no text, or None.
-      brief: whether its maker wants it to be asked for as "a very short story".
-    """
-
-    split: str
-    where: str
-    text: str
-    flaw: str | None = None
-    brief: bool = False
+    split: str  # "train" or "valid"
+    where: str  # its place in the input, for the user
+    text: str  # empty if it has a flaw
+    flaw: str | None = None  # why there is no text
+    brief: bool = False  # whether its story is one to be asked for as "a very short story"
 
 
 @dataclass
 class Source:
-    """A stream of items of one format, held one at a time.
+    """A stream of items of one format."""
 
-    Attributes:
-      format: one of FORMATS.
-      description: where the items come from, for `data.json`.
-      size: of everything there is to read, in bytes or stories.
-      position: how much of `size` has been read; it grows while the source is iterated over.
-    """
-
-    format: str
-    description: dict[str, Any]
-    size: int
-    position: int = field(default=0, init=False)
+    format: str  # one of FORMATS
+    description: dict[str, Any]  # where the items come from, for `data.json`
+    size: int  # of the whole input, in bytes or stories
+    position: int = field(default=0, init=False)  # how much of `size` has been read
 
     def __iter__(self) -> Iterator[Item]:
         raise NotImplementedError
@@ -75,9 +65,9 @@ class Source:
 
 @dataclass
 class EmbeddedSource(Source):
-    """The stories that the package makes itself: whole records, or with the format "text" the stories alone.
+    """The embedded corpus: whole records, or with the format "text" the stories alone.
 
-    For training, each story's sketch follows it, and in text its verses as well; validation is on stories.
+    In training, each story is followed by its sketch, and in text by its verses as well; validation has stories only.
     """
 
     counts: dict[str, int]
@@ -102,7 +92,7 @@ class EmbeddedSource(Source):
 class FileSource(Source):
     """Text files. A file without a split of its own is divided by a hash of each item's text.
 
-    So an item stays on its side whatever else the file holds, and two equal items can't end up on both sides.
+    So an item's split depends on nothing else in the file, and two equal items can't end up in different splits.
     """
 
     files: list[tuple[Path, str | None]]
@@ -110,64 +100,52 @@ class FileSource(Source):
     limit: int | None
 
     def __iter__(self) -> Iterator[Item]:
+        before = 0
         for path, split in self.files:
-            texts = self._values(path) if self.format == "chat-jsonl" else self._records(path)
-            for where, text, flaw in itertools.islice(texts, self.limit):
-                yield Item(split or split_of(text, self.valid_fraction), where, text, flaw)
+            try:
+                with path.open("rb") as file:
+                    texts = self._values(file, path) if self.format == "chat-jsonl" else self._records(file, path)
+                    for where, text, flaw in itertools.islice(texts, self.limit):
+                        self.position = before + file.tell()
+                        yield Item(split or split_of(text, self.valid_fraction), where, text, flaw)
+            except OSError as error:
+                raise UserError(f"can't read {path}: {error.strerror}") from None
+            self.position = before = before + path.stat().st_size
 
     def rates(self) -> Rates:
-        """Those that balance the answers of the first records. Raises: UserError, if these can't be read."""
+        """Those that balance the answers of the first records. Raises UserError if these can't be read."""
         if self.format != "tinystories-instruct":
             return RATES
         items = itertools.islice(replace(self), RECORDS_TO_COUNT)
         return balanced_rates(record for item in items if (record := parse_record(item.text)) is not None)
 
-    def _values(self, path: Path) -> Iterator[tuple[str, str, str | None]]:
-        for place, _, content in self._pieces(path, functools.partial(read_json, path=path)):
+    def _values(self, file: BufferedIOBase, path: Path) -> Iterator[tuple[str, str, str | None]]:
+        for place, _, content in read_json(file, path):
             text, flaw, start = _decode(content)
-            where = f"{path}:{place}"
-            yield where if start is None else f"{where}, byte {start + 1}", text, flaw
+            yield f"{path}:{place}" if start is None else f"{path}:{place}, byte {start + 1}", text, flaw
 
-    def _records(self, path: Path) -> Iterator[tuple[str, str, str | None]]:
-        # Documents of plain text are separated as records are.
-        noun = "document" if self.format == "text" else "record"
-        number = 0
-        for piece in self._pieces(path, functools.partial(read_records, separator=SEPARATOR.encode())):
-            text, flaw, start = _decode(piece.content)
+    def _records(self, file: BufferedIOBase, path: Path) -> Iterator[tuple[str, str, str | None]]:
+        noun, number = "document" if self.format == "text" else "record", 0
+        for line, content in read_records(file, SEPARATOR.encode()):
+            text, flaw, start = _decode(content)
             text = clean_record(text)
+            where = f"{path}:{line}"
+            if start is not None:
+                line, byte = line + content.count(b"\n", 0, start), start - content.rfind(b"\n", 0, start)
+                where = f"{path}:{line}, byte {byte}"
             if flaw or text:
                 number += 1
-                yield _place(path, piece, start) if flaw else f"{path}, {noun} {number}", text, flaw
-
-    def _pieces(self, path: Path, read: Callable[[BufferedIOBase], Iterator[Found]]) -> Iterator[Found]:
-        before = self.position
-        try:
-            with path.open("rb") as file:
-                for piece in read(file):
-                    self.position = before + file.tell()
-                    yield piece
-        except OSError as error:
-            raise UserError(f"can't read {path}: {error.strerror}") from None
-        self.position = before + path.stat().st_size
+                yield where if flaw else f"{path}, {noun} {number}", text, flaw
 
 
 def _decode(content: bytes | None) -> tuple[str, str | None, int | None]:
-    """The text; its flaw, or None; the byte at which that begins, if it is at one."""
+    """The text; its flaw, or None; the index of the byte where the flaw is, or None."""
     if content is None:
         return "", TOO_LONG, None
     try:
         return content.decode("utf-8"), None, None
     except UnicodeDecodeError as error:
         return "", "not UTF-8 text", error.start
-
-
-def _place(path: Path, piece: Piece, start: int | None) -> str:
-    """Where in the file a byte of a piece is; None: where the piece begins."""
-    if piece.content is None or start is None:
-        return f"{path}:{piece.line}"
-    before = piece.content[:start]
-    line, byte = piece.line + before.count(b"\n"), start - before.rfind(b"\n")
-    return f"{path}:{line}, byte {byte}"
 
 
 def split_of(text: str, valid_fraction: float) -> str:
@@ -180,7 +158,7 @@ def open_embedded(n_stories: int, format: str, seed: int) -> EmbeddedSource:
     """The embedded corpus: `n_stories` for training and a twentieth of that, at least one, for validation.
 
     Raises:
-      UserError: if `n_stories` is not positive or `format` is not one that stories come in.
+      UserError: if `n_stories` is not positive, or stories don't come in `format`.
     """
     if n_stories < 1:
         raise UserError(f"--embedded takes a positive number of stories, not {n_stories}")
@@ -192,31 +170,24 @@ def open_embedded(n_stories: int, format: str, seed: int) -> EmbeddedSource:
 
 
 def open_input(path: Path, format: str, valid_fraction: float, limit: int | None) -> FileSource:
-    """A file, or the train and valid pair of a directory.
-
-    Args:
-      path: the file or directory.
-      format: one of FORMATS, or "auto" to tell it from how the file begins, and from its name.
-      valid_fraction: share of a single file's items that are for validation.
-      limit: read at most so many items of each file.
-
-    Raises:
-      UserError: if there is no such file or pair, or it is empty.
-    """
+    """A file, or the train and valid pair of a directory. Raises UserError if there is none, or it is empty."""
     if not path.exists():
         raise UserError(f"there is no {path}; --input takes a file or a directory with a train and valid pair")
-    if path.is_dir():
-        train = _pair_in(path)
-        files = [(train, "train"), (_valid_of(train), "valid")]
-    else:
-        files = [(path, None)]
-    return open_files(files, format, valid_fraction, limit)
+    return open_files(_pair_in(path) if path.is_dir() else [(path, None)], format, valid_fraction, limit)
 
 
 def open_files(
     files: list[tuple[Path, str | None]], format: str, valid_fraction: float, limit: int | None, **description: Any
 ) -> FileSource:
-    """Files, each with its split or None; see `open_input`. `description` is kept in the source's."""
+    """Text files.
+
+    Args:
+      files: each with its split, or None to divide it.
+      format: one of FORMATS, or "auto" to guess it from the beginning and the name of each file.
+      valid_fraction: share of the items of divided files that are for validation.
+      limit: read at most so many items of each file.
+      description: to be added to the source's.
+    """
     sizes = {path.name: path.stat().st_size for path, _ in files}
     for path, _ in files:
         if not sizes[path.name]:
@@ -233,29 +204,25 @@ def open_files(
     return FileSource(format, description, sum(sizes.values()), files, valid_fraction, limit)
 
 
-def _pair_in(directory: Path) -> Path:
-    """The train file of the one pair in a directory."""
+def _pair_in(directory: Path) -> list[tuple[Path, str]]:
+    """The one train and valid pair in a directory."""
     trains = [path for path in sorted(directory.iterdir()) if _TRAIN_NAME.fullmatch(path.name)]
-    pairs = [path for path in trains if _valid_of(path).is_file()]
+    valids = [path.with_name(_TRAIN_NAME.sub(r"\1valid\2", path.name)) for path in trains]
+    pairs = [(train, valid) for train, valid in zip(trains, valids, strict=True) if valid.is_file()]
     if len(pairs) == 1:
-        return pairs[0]
+        return list(zip(pairs[0], SPLITS, strict=True))
     if pairs:
-        raise UserError(f"{directory} has several pairs: {', '.join(path.name for path in pairs)}; keep one in it")
+        raise UserError(f"{directory} has several pairs: {', '.join(path.name for path, _ in pairs)}; keep one in it")
     if trains:
-        raise UserError(f"{directory} has {trains[0].name} but no {_valid_of(trains[0]).name}; give --input the file")
+        raise UserError(f"{directory} has {trains[0].name} but no {valids[0].name}; give --input the file")
     raise UserError(f"{directory} has no pair like TinyStories-Instruct-train.txt and TinyStories-Instruct-valid.txt")
-
-
-def _valid_of(train: Path) -> Path:
-    return train.with_name(_TRAIN_NAME.sub(r"\1valid\2", train.name))
 
 
 def _guess_format(path: Path) -> str:
     ending = path.suffix.lower()
     try:
         with path.open("rb") as file:
-            # JSON that is malformed, under the name of JSON, is not text.
-            if ending in _LINES_OF_JSON or holds_json(file) or (ending == ".json" and opens_json(file)):
+            if ending in _LINES_OF_JSON or is_json(file, named_so=ending == ".json"):
                 return "chat-jsonl"
             start = clean_record(file.read(_BYTES_TO_GUESS_FROM).decode("utf-8", "ignore"))
     except OSError as error:
@@ -263,56 +230,31 @@ def _guess_format(path: Path) -> str:
     return "tinystories-instruct" if _STORY_HEADER.search(start) else "text"
 
 
-class _DataSet(NamedTuple):
-    name: str  # of the files, with a place for the split
-    revision: str  # the commit that is taken unless another one is asked for
+def open_hub(
+    repository: str, revision: str | None, format: str, valid_fraction: float, limit: int | None
+) -> FileSource:
+    """One of HUB_DATA_SETS, which `huggingface_hub` downloads and caches; see `open_files`.
 
-
-_DATA_SETS = {
-    "roneneldan/TinyStoriesInstruct": _DataSet(
-        "TinyStories-Instruct-{split}.txt", "ee050ed1f8720795be342921335e821856a2b42e"
-    ),
-    "roneneldan/TinyStories": _DataSet("TinyStoriesV2-GPT4-{split}.txt", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"),
-}
-
-
-class Download(NamedTuple):
-    """What was downloaded.
-
-    Attributes:
-      files: each with its split.
-      commit: of the repository.
+    `revision` is a commit, branch or tag; None: the pinned commit. Raises UserError if the download fails.
     """
-
-    files: list[tuple[Path, str | None]]
-    commit: str
-
-
-def download(repository: str, revision: str | None = None) -> Download:
-    """Downloads the train and valid file of a data set, or finds them where they were downloaded before.
-
-    Args:
-      repository: one of those that this program knows the files of.
-      revision: a commit, branch or tag; None for the commit that this program was made with.
-
-    Raises:
-      UserError: if they can't be had; says how to do without.
-    """
-    if repository not in _DATA_SETS:
+    if repository not in HUB_DATA_SETS:
         raise UserError(
-            f"--hub knows {' and '.join(_DATA_SETS)}, not {repository}; download its files and give them to --input"
+            f"--hub knows {' and '.join(HUB_DATA_SETS)}, not {repository}; download its files and give them to --input"
         )
-    name, pinned = _DATA_SETS[repository]
+    name, pinned = HUB_DATA_SETS[repository]
     revision = revision or pinned
     names = [name.format(split=split) for split in SPLITS]
     url = f"https://huggingface.co/datasets/{repository}/tree/{revision}"
     by_hand = f"download {' and '.join(names)} from {url} into a directory and give it to --input"
     try:
-        from tinysft_jax.data import hub_file
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HTTPError
     except ImportError:
         raise UserError(f"--hub needs the package huggingface-hub; install it, or {by_hand}") from None
     try:
-        found = [hub_file.fetch(repository, name, revision) for name in names]
-    except hub_file.FAILURES as error:
+        paths = [hf_hub_download(repository, name, repo_type="dataset", revision=revision) for name in names]
+    except (OSError, ValueError, HTTPError) as error:
         raise UserError(f"the download failed ({reason(error)}); try again, or {by_hand}") from None
-    return Download([(path, split) for (path, _), split in zip(found, SPLITS, strict=True)], found[0][1])
+    files = list(zip(map(Path, paths), SPLITS, strict=True))
+    hub = {"repository": repository, "commit": files[0][0].parent.name}  # the cache has .../snapshots/<commit>/<name>
+    return open_files(files, format, valid_fraction, limit, hub=hub)

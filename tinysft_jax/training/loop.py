@@ -125,7 +125,7 @@ class _Run:
             {
                 "the configuration": config.to_json(),
                 "the data": self.identity["data"],
-                "how it is packed (which may be due to another version of SciPy)": self.packing.fingerprint,
+                "how it is packed": self.packing.fingerprint,
             }
         )
         distributed.check_shared(workdir)

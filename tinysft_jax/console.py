@@ -13,8 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
-LONGEST_MESSAGE = 4000
-
 
 class UserError(Exception):
     """The input is wrong; the message says what is wrong and how to fix it."""
@@ -109,7 +107,7 @@ def _exit(message: str, code: int) -> NoReturn:
     line = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(message.split()))
     with contextlib.suppress(SystemExit):
         sys.stdout.flush()
-    print(line if len(line) <= LONGEST_MESSAGE else line[:LONGEST_MESSAGE] + "…", file=sys.stderr)
+    print(line if len(line) <= 4000 else f"{line[:4000]}…", file=sys.stderr)
     sys.exit(code)
 
 

@@ -57,8 +57,8 @@ def check_pattern_free(path: Path) -> None:
     whole = str(path.absolute().resolve())
     if found := sorted(set(re.findall(r"[*?\[\]\\\ud800-\udfff]", whole))):
         raise UserError(
-            f"{whole} contains {' '.join(found)}, which orbax, the library that writes parameters, can't handle; "
-            "choose another path"
+            f"{whole} contains {' '.join(found)}, which orbax, the library that writes parameters, can't encode or "
+            "takes for a pattern; choose another path"
         )
 
 
@@ -85,17 +85,17 @@ def new_directory(path: Path, overwrite: bool = False, content: Sequence[str] = 
     See `check_output`. What killed processes left of `path` is removed first; directories of running ones are locked.
     """
     check_output(path, overwrite, content)
-    partial, lock = _beside(path), None
+    partial = _beside(path)
     try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # `replace` may have been killed between its two renames: keep the old directory until there is a new one.
-            kinds = "partial|old" if path.exists() else "partial"
-            remove_abandoned(path.parent, rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.({kinds})")
-            partial.mkdir()
-        except OSError as error:
-            raise UserError(f"can't write {path}: {error.strerror}") from None
-        lock = try_lock(partial)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # `replace` may have been killed between its two renames: keep the old directory until there is a new one.
+        kinds = "partial|old" if path.exists() else "partial"
+        remove_abandoned(path.parent, rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.({kinds})")
+        partial.mkdir()
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}") from None
+    lock = try_lock(partial)
+    try:
         yield partial
         check_output(path, overwrite, content)  # again: another process may have written it meanwhile
         replace(partial, path)
@@ -162,8 +162,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
     """Reads a text file. Raises an OSError for a pipe or a device, a ValueError above 64 MiB or in another encoding."""
-    mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+    if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
     with path.open("rb") as file:
         content = file.read(MAX_TEXT_BYTES + 1)

@@ -79,11 +79,7 @@ def _number(name: str, value: Any, kind: type) -> int | float:
 
 
 def parse_trained_length(content: dict[str, Any], config: GPTConfig) -> int | None:
-    """The `trained_length` of a description, None if it has none.
-
-    Raises:
-      UserError: if it is invalid.
-    """
+    """The `trained_length` of a description, None if it has none. Raises a UserError if it is invalid."""
     length, context = content.get("trained_length"), config.max_seq_len
     if length is not None and (type(length) is not int or not 1 <= length <= context):
         raise UserError(f"trained_length is {shown(length)}; it must be from 1 to the context, {context}")

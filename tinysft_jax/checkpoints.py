@@ -111,8 +111,6 @@ def load_params(path: Path, config: GPTConfig) -> Params:
             if not ocp.is_orbax_checkpoint(directory):
                 raise UserError(f"{path} has no readable params/; convert or copy the model again")
             stored = ocp.metadata(directory).metadata
-            if not isinstance(stored, dict):
-                raise UserError(f"{directory} holds no parameters; convert or copy the model again")
             have, want = _shapes(stored), _shapes(wanted)
             if differing := [key for key in sorted(have | want) if have.get(key) != want.get(key)]:
                 parts = [f"{key} is {have.get(key, 'missing')}, not {want.get(key, 'expected')}" for key in differing]

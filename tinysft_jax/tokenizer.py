@@ -169,12 +169,9 @@ def load_tokenizer(path: str | Path) -> ChatTokenizer:
 
 def read_merges(path: Path = MERGES_FILE) -> tuple[list[str], list[tuple[str, str]]]:
     """GPT-2's published BPE: an alphabet of one character a byte, ranks 0 to 255, and the merges, ranks from 256 on."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}; install tinysft-jax again") from None
+    content = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(content).hexdigest() != _MERGES_SHA256:
-        raise UserError(f"{path} is damaged: its SHA-256 is not that of GPT-2's vocab.bpe; install tinysft-jax again")
+        raise UserError(f"{path} is missing or damaged: it is not GPT-2's vocab.bpe; install tinysft-jax again")
     merges = [tuple(line.split(" ")) for line in content.decode("utf-8").splitlines()[1:]]
     return list(_alphabet()), merges
 

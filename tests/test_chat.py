@@ -81,7 +81,7 @@ def test_grammar_errors_name_the_message_and_the_fault(messages, complaint):
 
 def test_a_conversation_to_learn_from_needs_an_answer():
     for messages in ([USER], [SYSTEM], [SYSTEM, USER]):
-        with pytest.raises(UserError, match="at least one assistant"):
+        with pytest.raises(UserError, match="nothing to learn"):
             chat.chat_pieces(messages, "control")
 
 
@@ -94,7 +94,7 @@ def test_an_answer_of_weight_0_is_laid_out_and_not_learned():
         *("<|system|>S<|user|>U<|assistant|>", "A", "[<|endoftext|>]", "<|user|>U<|assistant|>", "A*"),
         "[<|endoftext|>]*",
     ]
-    with pytest.raises(UserError, match="whose weight is not 0; there is nothing to learn"):
+    with pytest.raises(UserError, match=r"nothing to learn: .* whose weight is not 0"):
         chat.chat_pieces(messages[:3], "control")
     chat.chat_pieces([USER, {**ANSWER, "weight": None}], "control")  # says nothing
 
@@ -131,7 +131,7 @@ def test_parse_chat_reads_both_forms():
         ({"prompt": "", "completion": "A"}, "prompt is empty"),
         ({"prompt": "U", "completion": 3}, "completion must be a string, not int"),
         ({"messages": None}, "list of at least one"),
-        ({"messages": [USER]}, "at least one assistant"),
+        ({"messages": [USER]}, "nothing to learn"),
     ],
 )
 def test_parse_chat_says_what_is_wrong(line, complaint):

@@ -113,6 +113,15 @@ def test_a_description_is_read_back(tmp_path):
     assert os.listdir(tmp_path) == ["x.json"]
 
 
+def test_lines_of_a_log_are_read_up_to_where_it_was_cut(tmp_path):
+    path = tmp_path / "log.jsonl"
+    assert files.read_json_lines(path) == []
+    path.write_bytes(
+        '{"step": 1, "text": "a\u2028b"}\n[1]\n'.encode() + b"\xff\n\n" + b"[" * 10**5 + b'\n{"step": 2}\n{"ste'
+    )
+    assert files.read_json_lines(path) == [{"step": 1, "text": "a\u2028b"}, {"step": 2}]
+
+
 def test_the_manifest_names_every_file(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a").write_bytes(b"abc")

@@ -1,9 +1,8 @@
-"""Files and directories that appear whole or not at all."""
+"""Files and directories that appear whole or not at all, JSON with format versions, and manifests."""
 
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -15,163 +14,128 @@ from pathlib import Path
 from typing import Any
 
 from tinysft_jax.console import UserError, shown
-from tinysft_jax.locks import try_lock
+from tinysft_jax.locks import remove_abandoned, try_lock
 
-# More than any file of settings has.
 MAX_TEXT_BYTES = 64 << 20
-MAX_DEPTH = 200
+MAX_DEPTH = 200  # of JSON: deeper, functions that recurse into it fail
 
-
-# What a model directory holds.
 MODEL_CONTENT = ("model.json", "params")
 
 
 def check_output(path: Path, overwrite: bool, content: Sequence[str]) -> None:
-    """Refuses an output directory that must not be replaced, before any work is done.
+    """Raises: UserError, if the directory `path` exists, unless `overwrite` is set and all in it will be replaced.
 
-    Args:
-      path: the directory to make.
-      overwrite: whether one that exists may be replaced.
-      content: the names of what is about to be made in it; the first is a file that tells that it is of that kind.
-
-    Raises:
-      UserError: if `path` exists, and `overwrite` is not set, or it is something else or holds something else.
+    `content` are the names in the new directory, first the file that identifies its kind.
     """
-    if not (path.exists() or path.is_symlink()):
+    if not _may_replace(path, overwrite):
         return
-    if not overwrite:
-        raise UserError(f"{path} exists; choose another --output or add --overwrite")
     if path.is_symlink() or not (path / content[0]).is_file():
         raise UserError(f"{path} is not a directory with a {content[0]}; --overwrite replaces nothing else")
     if others := sorted(entry.name for entry in path.iterdir() if entry.name not in content):
         raise UserError(
-            f"{path} holds {shown(others[0])}, which this command does not make, and --overwrite would delete it; "
+            f"{path} holds {shown(others[0])}, which this command does not write, and --overwrite would delete it; "
             "move it away or choose another --output"
         )
 
 
-@contextlib.contextmanager
-def new_directory(path: Path, overwrite: bool = False, content: Sequence[str] = MODEL_CONTENT) -> Iterator[Path]:
-    """Yields an empty directory that becomes `path` when the block ends, and vanishes if it fails.
-
-    What a process that was killed left aside is removed first. The lock on such a directory tells that its process
-    lives; the system releases it with the process, however that ends.
-
-    Args: as of `check_output`.
-
-    Raises:
-      UserError: if `path` must not be replaced, or can't be written.
-    """
-    check_output(path, overwrite, content)
-    aside, lock = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial", None
-    try:
-        _make(aside, path)
-        lock = try_lock(aside)
-        yield aside
-        check_output(path, overwrite, content)  # once more: another process may have been faster
-        replace(aside, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+def check_output_file(path: Path, overwrite: bool) -> None:
+    """Raises: UserError, if `path` exists, and `overwrite` is not set or it is no file."""
+    if _may_replace(path, overwrite) and (path.is_symlink() or not path.is_file()):
+        raise UserError(f"{path} is not a file; --overwrite replaces nothing else")
 
 
-def _make(aside: Path, path: Path) -> None:
-    """Makes the directory that is to become `path`, and removes what was abandoned on the way there before."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
-        aside.mkdir()
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def maybe_new_directory(path: Path) -> Iterator[None]:
-    """Makes a directory, with those above it, if there is none; those that are empty at the end are removed again."""
-    made = [each for each in (path, *path.parents) if not each.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # not empty
-            for each in made:
-                each.rmdir()
+def _may_replace(path: Path, overwrite: bool) -> bool:
+    """False if there is nothing to replace."""
+    exists = path.exists() or path.is_symlink()
+    if exists and not overwrite:
+        raise UserError(f"{path} exists; choose another --output or add --overwrite")
+    return exists
 
 
 def check_pattern_free(path: Path) -> None:
-    """Refuses an output path in which orbax would take a part for a pattern: what it writes could not be read.
-
-    Raises:
-      UserError: naming the characters.
-    """
+    """Raises: UserError, if orbax would take a part of a path for a pattern, or can't encode it."""
     whole = str(path.absolute().resolve())
-    if found := sorted(set(whole) & set("*?[]\\")):
+    if found := sorted(set(re.findall(r"[*?\[\]\\\ud800-\udfff]", whole))):
         raise UserError(
-            f"{whole} contains {' '.join(found)}, which orbax, the library that writes parameters, takes for a "
-            "pattern; choose another path"
+            f"{whole} contains {' '.join(found)}, which orbax, the library that writes parameters, can't encode or "
+            "takes for a pattern; choose another path"
         )
+
+
+def _beside(path: Path, kind: str = "partial") -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{kind}")
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields where to write a file or link that replaces `path` in one step at the end of the block."""
+    partial = _beside(path)
     try:
-        whole.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{whole} is not UTF-8, and orbax, the library that writes parameters, needs that") from None
+        yield partial
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Removes what `new_directory` and `replace` left beside `path` in processes that were killed."""
-    # What `path` was before is kept until there is another one.
-    kinds = "partial|old" if path.exists() else "partial"
-    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(?:{kinds})")
-    for found in path.parent.iterdir():
-        if name.fullmatch(found.name) and found.is_dir() and (lock := try_lock(found)) is not None:
-            shutil.rmtree(found, ignore_errors=True)
+@contextlib.contextmanager
+def new_directory(path: Path, overwrite: bool = False, content: Sequence[str] = MODEL_CONTENT) -> Iterator[Path]:
+    """Yields an empty directory that becomes `path` at the end of the block, and is removed if the block fails.
+
+    See `check_output`. What killed processes left of `path` is removed first; directories of running ones are locked.
+    """
+    check_output(path, overwrite, content)
+    partial = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # `replace` may have been killed between its two renames: keep the old directory until there is a new one.
+        kinds = "partial|old" if path.exists() else "partial"
+        remove_abandoned(path.parent, rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.({kinds})")
+        partial.mkdir()
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}") from None
+    lock = try_lock(partial)
+    try:
+        yield partial
+        check_output(path, overwrite, content)  # again: another process may have written it meanwhile
+        replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
             os.close(lock)
 
 
 @contextlib.contextmanager
 def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yields where to write a file that becomes `path` when the block ends, and vanishes if it fails.
-
-    Raises:
-      UserError: if `path` exists (without `overwrite`), is no file, or can't be written.
-    """
+    """Yields where to write a file that becomes `path` at the end of the block, and is removed if the block fails."""
     check_output_file(path, overwrite)
-    aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    with atomic(path) as partial:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.touch()
+        except OSError as error:
+            raise UserError(f"can't write {path}: {error.strerror}") from None
+        yield partial
+        check_output_file(path, overwrite)  # again: another process may have written it meanwhile
+
+
+@contextlib.contextmanager
+def maybe_new_directory(path: Path) -> Iterator[None]:
+    """Makes a directory and its parents where they are missing; those still empty at the end are removed again."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.touch()
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}") from None
-    try:
-        yield aside
-        check_output_file(path, overwrite)
-        os.replace(aside, path)
+        yield
     finally:
-        aside.unlink(missing_ok=True)
-
-
-def check_output_file(path: Path, overwrite: bool) -> None:
-    """Refuses an output file that must not be replaced, before any work is done.
-
-    Raises:
-      UserError: if `path` exists, and `overwrite` is not set or it is no file.
-    """
-    if not (path.exists() or path.is_symlink()):
-        return
-    if not overwrite:
-        raise UserError(f"{path} exists; choose another --output or add --overwrite")
-    if path.is_symlink() or not path.is_file():
-        raise UserError(f"{path} is not a file; --overwrite replaces nothing else")
+        with contextlib.suppress(OSError):  # not empty
+            for each in missing:
+                each.rmdir()
 
 
 def replace(new: Path, path: Path) -> None:
-    """Renames the directory `new` to `path`; what was there is removed after that.
-
-    Between the two renames nothing is at `path`; where that matters, `link` is the way.
-    """
+    """Renames the directory `new` to `path`, and removes what was there. For a moment there is nothing: see `link`."""
     if path.exists():
-        old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
-        path.rename(old)
+        old = path.rename(_beside(path, "old"))
         new.rename(path)
         shutil.rmtree(old, ignore_errors=True)
     else:
@@ -179,37 +143,26 @@ def replace(new: Path, path: Path) -> None:
 
 
 def link(path: Path, target: Path) -> None:
-    """Points the symbolic link `path` at `target` (relative, if it is beside it) in one step."""
-    aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.link"
-    aside.symlink_to(os.path.relpath(target, path.parent))
-    os.replace(aside, path)
+    """Points the symbolic link `path` at `target` in one step, by a relative path."""
+    with atomic(path) as partial:
+        partial.symlink_to(os.path.relpath(target, path.parent))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file that is never seen half-written."""
-    aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        # Half a surrogate pair, as in the name of a file that is not UTF-8, becomes `\udcff`, which is right in JSON.
-        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Writes a text file in one step."""
+    with atomic(path) as partial:
+        # The surrogates of a file name that is not UTF-8 become `\udcff`, which JSON reads back.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON object, indented, that is never seen half-written."""
+    """Writes an indented JSON object in one step."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
-    """Reads a text file that is small if it is what it should be.
-
-    Raises:
-      OSError: if it can't be read, or is a pipe or device, which might never end.
-      ValueError: if it is over 64 MiB or not in this encoding.
-    """
-    mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+    """Reads a text file. Raises an OSError for a pipe or a device, a ValueError above 64 MiB or in another encoding."""
+    if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
     with path.open("rb") as file:
         content = file.read(MAX_TEXT_BYTES + 1)
@@ -219,16 +172,7 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
 
 
 def read_json(path: Path, what: str, format_version: int) -> dict[str, Any]:
-    """Reads a JSON object that carries a `format_version`.
-
-    Args:
-      path: the file.
-      what: what it should be, for the error ("a model directory").
-      format_version: the newest version that the caller understands.
-
-    Raises:
-      UserError: if the file is missing, not such an object, or from a newer program.
-    """
+    """Reads a JSON object with a `format_version` up to this one; without it, its directory is not `what`."""
     try:
         content = json.loads(read_text(path))
     except FileNotFoundError:
@@ -240,7 +184,7 @@ def read_json(path: Path, what: str, format_version: int) -> dict[str, Any]:
     if _is_deeper(content, MAX_DEPTH):
         raise UserError(f"{path} is nested more than {MAX_DEPTH} levels deep")
     version = content.get("format_version") if isinstance(content, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+    if type(version) is not int or version < 1:
         raise UserError(f"{path} has no format_version; is {path.parent} {what}?")
     if version > format_version:
         raise UserError(
@@ -250,40 +194,42 @@ def read_json(path: Path, what: str, format_version: int) -> dict[str, Any]:
     return content
 
 
-def _is_deeper(content: Any, depth: int) -> bool:
-    """Whether JSON is nested so deeply; what walks it by recursion would fail at some depth."""
-    level = [content] if isinstance(content, dict | list) else []
-    for _ in range(depth):
-        parts = (value.values() if isinstance(value, dict) else value for value in level)
-        level = [part for part in itertools.chain.from_iterable(parts) if isinstance(part, dict | list)]
-    return bool(level)
+def _is_deeper(content: Any, levels: int) -> bool:
+    if not isinstance(content, dict | list):
+        return False
+    parts = content.values() if isinstance(content, dict) else content
+    return levels == 0 or any(_is_deeper(part, levels - 1) for part in parts)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads a log, a JSON object a line, if there is one. Unfinished lines of killed processes are left out."""
+    objects = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            objects.append(json.loads(line))
+    return [each for each in objects if isinstance(each, dict)]
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(directory: Path) -> None:
-    """Writes `manifest.json`: size in bytes and SHA-256 of every other file below `directory`."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "manifest.json")
+    """Writes `manifest.json`: the size in bytes and the SHA-256 of every other file below `directory`."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "manifest.json")
     entries = {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
     }
     write_json(directory / "manifest.json", {"format_version": 1, "files": entries})
 
 
 def find_damage(directory: Path, hashes: bool = True, needed: Iterable[str] = ()) -> str | None:
-    """Compares a directory with its manifest. No file outside the directory is opened.
+    """What is wrong with the first file that is not as its directory's manifest says; None if all are.
 
-    Args:
-      directory: in which `write_manifest` wrote.
-      hashes: whether to read every file and compare its SHA-256, not only its size.
-      needed: files, in POSIX form, that the manifest must list; up to the first that is missing there.
-
-    Returns:
-      What is wrong with the first file that is not what it was; None if all are.
+    Without `hashes`, only the sizes are compared. The manifest must list the `needed` files, in POSIX form. No file
+    outside the directory is opened.
     """
     try:
         entries = read_json(directory / "manifest.json", "complete", format_version=1).get("files")
@@ -294,38 +240,35 @@ def find_damage(directory: Path, hashes: bool = True, needed: Iterable[str] = ()
     if missing := next((name for name in needed if name not in entries), None):
         return f"manifest.json does not list {missing}"
     root = os.path.realpath(directory)
-    checks = (_size_fault, _hash_fault) if hashes else (_size_fault,)
-    # All places and sizes before the first hash: they cost nothing.
-    for check in checks:
+    for read in (False, True) if hashes else (False,):  # all sizes before the first hash: they cost nothing
         for name, entry in entries.items():
-            try:
-                # Also where it leads by links.
-                is_inside = Path(os.path.realpath(directory / name)).is_relative_to(root)
-                fault = check(directory / name, entry) if is_inside else "lies outside the directory"
-            except FileNotFoundError:
-                fault = "is missing"
-            except (OSError, ValueError) as error:
-                fault = f"can't be read ({getattr(error, 'strerror', None) or error})"
-            if fault:
+            if fault := _find_fault(directory / name, root, entry, read):
                 return f"{name if name.isprintable() and len(name) <= 300 else shown(name)} {fault}"
     return None
 
 
-def _size_fault(path: Path, entry: dict[str, Any]) -> str | None:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        return "is not a regular file"  # a pipe, say, that nobody writes to
-    size, claimed = status.st_size, entry.get("bytes")
-    return None if size == claimed else f"has {size} bytes, its manifest says {shown(claimed)}"
+def _find_fault(path: Path, root: str, entry: dict[str, Any], read: bool) -> str | None:
+    """How a file below `root` differs from its entry in the manifest."""
+    try:
+        if not Path(os.path.realpath(path)).is_relative_to(root):
+            return "lies outside the directory"
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return "is not a regular file"  # reading a pipe might never end
+        if status.st_size != entry.get("bytes"):
+            return f"has {status.st_size} bytes, its manifest says {shown(entry.get('bytes'))}"
+        if read and sha256(path) != entry.get("sha256"):
+            return "has other content than its manifest says"
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, ValueError) as error:
+        return f"can't be read ({getattr(error, 'strerror', None) or error})"
+    return None
 
 
-def _hash_fault(path: Path, entry: dict[str, Any]) -> str | None:
-    return None if sha256(path) == entry.get("sha256") else "has other content than its manifest says"
-
-
-# What a value must be, in words, and whether it is that.
+# What a JSON value must be, in words, and its test.
 Kind = tuple[str, Callable[[Any], bool]]
-# Objects hold at least these keys; there may be others.
+# The keys that an object must have; it may have others.
 Schema = dict[str, "Kind | Schema"]
 
 TEXT: Kind = ("text", lambda value: isinstance(value, str))
@@ -336,26 +279,17 @@ COUNT: Kind = ("a whole number from 0 to 2^63 - 1", lambda value: type(value) is
 SIZE: Kind = ("a whole number from 0 to 2^31 - 1", lambda value: type(value) is int and 0 <= value < 2**31)
 
 
-def check(value: Any, wanted: Schema | Kind, name: str = "") -> None:
-    """Compares a value with the form that it must have.
-
-    Args:
-      value: JSON.
-      wanted: its form.
-      name: where the value stands, as keys with dots between; empty for the whole.
-
-    Raises:
-      UserError: naming a key that is missing or whose value is of another kind.
-    """
+def check(value: Any, wanted: Schema | Kind, name: str = "it") -> None:
+    """Raises: UserError, naming the first part of a JSON value (keys with dots between) that is not as `wanted`."""
     if isinstance(wanted, tuple):
         kind, is_kind = wanted
         if not is_kind(value):
             raise UserError(f"{name} is {shown(value)}; it must be {kind}")
         return
     if not isinstance(value, dict):
-        raise UserError(f"{name or 'it'} is {shown(value)}; it must be an object")
+        raise UserError(f"{name} is {shown(value)}; it must be an object")
     for key, inner in wanted.items():
-        path = f"{name}.{key}" if name else key
+        inner_name = key if name == "it" else f"{name}.{key}"
         if key not in value:
-            raise UserError(f"it lacks {path!r}")
-        check(value[key], inner, path)
+            raise UserError(f"it lacks {inner_name!r}")
+        check(value[key], inner, inner_name)

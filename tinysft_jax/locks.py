@@ -1,8 +1,10 @@
-"""Locks, which tell whether a process lives: the system releases them with the process, however that ends."""
+"""File locks. The system releases them with the process, however it ends, so they tell whether a process still runs."""
 
 import contextlib
 import fcntl
 import os
+import re
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -12,11 +14,7 @@ from tinysft_jax.console import UserError
 
 
 def take(descriptor: int) -> bool:
-    """Locks an open file or directory until it is closed; False if another process has.
-
-    Raises:
-      OSError: if the file system has no locks.
-    """
+    """Locks an open file or directory until it is closed; False if it is locked, an OSError if there are no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -26,20 +24,12 @@ def take(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def held(path: Path, refusal: str) -> Iterator[str]:
-    """Holds a lock as long as the block runs; the system releases it with the process, however that ends.
+    """Holds a lock while the block runs. The file `path` exists as long, and names the process.
 
-    Args:
-      path: the lock's file, which is there as long as it is held and says who holds it.
-      refusal: what to say if another process does.
-
-    Yields:
-      What the user should know: that this file system has no locks. Empty otherwise.
-
-    Raises:
-      UserError: if another process holds it.
-      OSError: if the file can't be written.
+    Yields a note for the user if the file system has no locks, else an empty string. Raises a UserError that starts
+    with `refusal` if another process holds the lock.
     """
-    descriptor, note = _open_lock(path, refusal)
+    descriptor, note = _open_locked(path, refusal)
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         os.ftruncate(descriptor, 0)
@@ -50,20 +40,18 @@ def held(path: Path, refusal: str) -> Iterator[str]:
         os.close(descriptor)
 
 
-def _open_lock(path: Path, refusal: str) -> tuple[int, str]:
-    """A descriptor of the locked file, and a note if it could not be locked."""
+def _open_locked(path: Path, refusal: str) -> tuple[int, str]:
+    """A descriptor of the locked file, and the note of `held`."""
     while True:
         descriptor, note = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), ""
         try:
             if not take(descriptor):
-                holder = os.pread(descriptor, 300, 0).decode("utf-8", "replace").strip()
+                holder = os.pread(descriptor, 300, 0).decode("utf-8", "replace").strip() or "an unknown process"
                 os.close(descriptor)
-                raise UserError(
-                    f"{refusal}: {holder or 'it does not say which'}; wait for it, stop it, or use another directory"
-                )
+                raise UserError(f"{refusal}: {holder}; wait for it, stop it, or use another directory")
         except OSError as error:
             note = f"{path.parent} is on a file system without locks ({error.strerror}): nothing keeps two runs apart"
-        # Whoever held it before may have removed the file between the two calls.
+        # Between the two calls its last holder may have removed the file.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor, note
@@ -71,13 +59,19 @@ def _open_lock(path: Path, refusal: str) -> tuple[int, str]:
 
 
 def try_lock(path: Path) -> int | None:
-    """Locks a file or directory until the descriptor is closed; None if another process has, or it can't be locked."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
+    """Locks a file or directory until the returned descriptor is closed; None if it can't."""
     with contextlib.suppress(OSError):
-        if take(descriptor):
-            return descriptor
-    os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            if take(descriptor):
+                return descriptor
+        os.close(descriptor)
     return None
+
+
+def remove_abandoned(parent: Path, names: str) -> None:
+    """Removes the directories in `parent` that match a regular expression and that no running process has locked."""
+    for path in parent.iterdir():
+        if re.fullmatch(names, path.name) and path.is_dir() and (lock := try_lock(path)) is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)

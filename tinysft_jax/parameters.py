@@ -5,28 +5,29 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from tinysft_jax.console import UserError, shown
+from tinysft_jax.files import check
 from tinysft_jax.model import GPT, LARGEST_SIZE, GPTConfig
 
 FORMAT_VERSION = 1
 
-
-Params = dict[str, Any]  # nested dicts of arrays; the keys are listed in `model_parameter_shapes`
+Params = dict[str, Any]  # nested dicts of arrays, see `model_parameter_shapes`
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelDescription:
-    """What `model.json` says.
+    """The content of `model.json`.
 
     Attributes:
       config: the model's shape.
       chat_template: "control", "text", or None for a model that completes plain text.
-      tokenizer: `{"kind": "gpt2", "bpe_ranks": N}`, or None where it is not known.
+      tokenizer: `{"kind": "gpt2", "bpe_ranks": N}`, or None if unknown.
       source: where the parameters came from, for people.
-      trained_length: tokens of the longest sequence that it was trained on, as far as that is known; else its context.
+      trained_length: tokens of the longest sequence in training if known, else the context.
     """
 
     config: GPTConfig
@@ -45,79 +46,69 @@ class ModelDescription:
 
     @classmethod
     def from_json(cls, content: dict[str, Any], where: Path) -> "ModelDescription":
-        """Raises: UserError, if a part is missing or can't be."""
-        shape, source = content.get("model"), content.get("source", {})
-        known = dataclasses.fields(GPTConfig)
-        if not isinstance(shape, dict) or not isinstance(source, dict):
-            raise UserError(f"{where}: 'model' and 'source' must be objects")
+        """Raises: UserError, naming `where`, if a part is missing or invalid."""
+        try:
+            return cls._parse({"source": {}, "tokenizer": None, "chat_template": None} | content)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+    @classmethod
+    def _parse(cls, content: dict[str, Any]) -> "ModelDescription":
+        check(content, {"model": {}, "source": {}})
+        shape, source, template, tokenizer = (content[key] for key in ("model", "source", "chat_template", "tokenizer"))
+        fields = {field.name: field.type for field in dataclasses.fields(GPTConfig)}
+        if shape.keys() != fields.keys():
+            raise UserError(f"'model' must have exactly the keys {', '.join(fields)}")
         assumed = source.get("assumed", {})
         if not (isinstance(assumed, dict) and assumed.items() <= shape.items()):
-            raise UserError(f"{where}: 'source.assumed' must be an object of entries of 'model', not {shown(assumed)}")
-        names = sorted(field.name for field in known)
-        if sorted(shape) != names:
-            raise UserError(f"{where}: 'model' must have exactly the keys {', '.join(names)}")
-        try:
-            config = GPTConfig(**{field.name: _number(field, shape[field.name]) for field in known})
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        template, tokenizer = content.get("chat_template"), content.get("tokenizer")
+            raise UserError(f"'source.assumed' must be an object of entries of 'model', not {shown(assumed)}")
         if template not in ("control", "text", None):
-            raise UserError(f"{where}: chat_template {shown(template)} is not 'control', 'text' or null")
+            raise UserError(f"chat_template {shown(template)} is not 'control', 'text' or null")
         if not isinstance(tokenizer, dict | None):
-            raise UserError(f"{where}: 'tokenizer' must be an object or null")
-        try:
-            length = parse_trained_length(content, config)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        return cls(config, template, tokenizer, source, length)
+            raise UserError("'tokenizer' must be an object or null")
+        config = GPTConfig(**{name: _number(name, shape[name], kind) for name, kind in fields.items()})
+        return cls(config, template, tokenizer, source, parse_trained_length(content, config))
+
+
+def _number(name: str, value: Any, kind: type) -> int | float:
+    if kind is float and type(value) is int and abs(value) <= LARGEST_SIZE:  # 4.0 may be written as 4
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"model.{name} is {shown(value)}; it must be a positive {kind.__name__}")
+    return value
 
 
 def parse_trained_length(content: dict[str, Any], config: GPTConfig) -> int | None:
-    """A description's `trained_length`, or None if it has none.
-
-    Raises:
-      UserError: if it can't be.
-    """
+    """The `trained_length` of a description, None if it has none. Raises a UserError if it is invalid."""
     length, context = content.get("trained_length"), config.max_seq_len
     if length is not None and (type(length) is not int or not 1 <= length <= context):
         raise UserError(f"trained_length is {shown(length)}; it must be from 1 to the context, {context}")
     return length
 
 
-def _number(field: dataclasses.Field, value: Any) -> int | float:
-    """A field of a GPTConfig as JSON has it, where 4.0 may stand as 4."""
-    if field.type is float and type(value) is int and abs(value) <= LARGEST_SIZE:
-        return float(value)
-    if type(value) is not field.type:
-        raise UserError(f"model.{field.name} is {shown(value)}; it must be a positive {field.type.__name__}")
-    return value
-
-
 def make_model(config: GPTConfig, params: Params, **options) -> GPT:
-    """A GPT with these parameters, the table padded (see `pad_vocabulary`)."""
+    """A GPT with these parameters, the embedding padded (see `pad_vocabulary`); `options` are GPT's."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), **options)))
-    return nnx.merge(graph, jax.tree.map(jax.numpy.asarray, params))
+    return nnx.merge(graph, jax.tree.map(jnp.asarray, params))
 
 
 def model_parameter_shapes(config: GPTConfig) -> Params:
-    """The parameters' dicts with shapes and dtypes in place of arrays, the table padded."""
+    """The parameters as `jax.ShapeDtypeStruct`s, the embedding padded."""
     return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0)))))
 
 
 def trim_vocabulary(params: Params, config: GPTConfig) -> Params:
-    """The parameters (or their shapes) without the table's padding rows."""
-
-    def trim(table):
-        if isinstance(table, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct((config.vocab_size, *table.shape[1:]), table.dtype)
-        return table[: config.vocab_size]
-
-    return params | {"tok_emb": {"embedding": trim(params["tok_emb"]["embedding"])}}
+    """The parameters, or their shapes, without the padding rows of the embedding."""
+    embedding = params["tok_emb"]["embedding"]
+    if isinstance(embedding, jax.ShapeDtypeStruct):
+        trimmed = embedding.update(shape=(config.vocab_size, config.dim))
+    else:
+        trimmed = embedding[: config.vocab_size]
+    return params | {"tok_emb": {"embedding": trimmed}}
 
 
 def pad_vocabulary(params: Params, config: GPTConfig) -> Params:
-    """The parameters with zero rows added to the table, up to `config.padded_vocab_size`."""
-    table = np.asarray(params["tok_emb"]["embedding"])
-    padded = np.zeros((config.padded_vocab_size, config.dim), table.dtype)
-    padded[: len(table)] = table
-    return params | {"tok_emb": {"embedding": padded}}
+    """The parameters with zero rows appended to the embedding, up to `config.padded_vocab_size`."""
+    embedding = np.asarray(params["tok_emb"]["embedding"])
+    rows = config.padded_vocab_size - len(embedding)
+    return params | {"tok_emb": {"embedding": np.pad(embedding, ((0, rows), (0, 0)))}}

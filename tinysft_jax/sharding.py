@@ -1,4 +1,4 @@
-"""One mesh, and one table that says how every array lies on it."""
+"""One mesh, and one table of how every array is sharded over it."""
 
 import math
 from collections.abc import Callable
@@ -11,16 +11,16 @@ from tinysft_jax.console import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# What an axis of an array means → the mesh axes it is divided over.
+# Logical axis → the mesh axes it is sharded over.
 RULES = {
     "batch": ("data", "fsdp"),  # each replica has its own rows
-    "embed": ("fsdp",),  # parameters are divided along the model dimension, and gathered where they are used
+    "embed": ("fsdp",),  # parameters are gathered along the model dimension where they are used
     "heads": ("tensor",),
     "hidden": ("tensor",),
     "vocab": ("tensor",),
 }
 
-# Each parameter's axes; None is not divided. Whatever is not listed (norms, counters) is on every device.
+# The logical axes of each parameter; None is not sharded. All other arrays (norms, counters) are replicated.
 PARAMETER_AXES = {
     "tok_emb.embedding": ("vocab", "embed"),
     "blocks.attn.wq.kernel": (None, "embed", "heads"),
@@ -34,22 +34,13 @@ PARAMETER_AXES = {
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of all devices of all processes.
-
-    Args:
-      data: replicas that each see other rows; -1 in one of the three places: what is left.
-      fsdp: devices over which parameters and rows are divided.
-      tensor: devices over which heads, hidden units and vocabulary are divided.
-
-    Raises:
-      UserError: if the sizes don't multiply to the number of devices.
-    """
+    """A mesh of all devices of all processes, of these sizes; one of them may be -1: what is left."""
     sizes = mesh_sizes(jax.device_count(), data, fsdp, tensor)
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def mesh_sizes(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, ...]:
-    """The sizes of the mesh's axes for a number of devices; see `make_mesh`."""
+    """The sizes of `make_mesh` for a number of devices."""
     sizes = [data, fsdp, tensor]
     wanted = " × ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
@@ -62,88 +53,79 @@ def mesh_sizes(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> 
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are divided."""
+    """The number of shards of the batch dimension."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def process_part(mesh: Mesh) -> tuple[int, int]:
-    """Which of how many equal parts of a batch's rows this process's devices hold, as (index, count).
+    """Which of how many equal parts of a batch this process's devices hold, as (index, count).
 
-    Processes that divide a row's work between them (over `tensor`) hold the same part.
+    Processes that share the work on a row (over `tensor`) hold the same part.
     """
     shards = batch_shards(mesh)
-    where = batch_sharding(mesh).addressable_devices_indices_map((shards,))
-    held = sorted({rows.start or 0 for (rows,) in where.values()})
+    indices = batch_sharding(mesh).addressable_devices_indices_map((shards,))
+    held = sorted({rows.start or 0 for (rows,) in indices.values()})
     if held != list(range(held[0], held[0] + len(held))) or held[0] % len(held):
-        raise UserError("this mesh gives a process rows that don't follow each other; order its devices by process")
+        raise UserError("this mesh gives a process rows that are not consecutive; order its devices by process")
     return held[0] // len(held), shards // len(held)
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-    """The partition of an array whose axes have these meanings."""
+    """The partition of an array with these logical axes."""
     return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How a batch's `[B, T]` arrays lie."""
+    """The sharding of a batch's `[B, T]` arrays."""
     return NamedSharding(mesh, spec("batch"))
 
 
+def global_batch(mesh: Mesh, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The global batch, of which `rows` are this process's part."""
+    sharding = batch_sharding(mesh)
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in rows.items()}
+
+
 def state_sharding(mesh: Mesh, state):
-    """How each array of a train state lies: like the parameter whose path its own path ends with.
+    """The sharding of each array in a train state, a pytree that holds the parameters' dicts anywhere.
 
-    So Adam's moments lie as their parameters do, wherever the optimizer keeps them.
-
-    Args:
-      mesh: the mesh.
-      state: a pytree of arrays or shapes with the parameters' dicts somewhere inside.
+    An array whose path ends with a parameter's is sharded as that parameter: so are Adam's moments, wherever optax
+    keeps them. Axes that the mesh does not divide evenly stay whole.
     """
+
+    def divides(axis: str | None, size: int) -> bool:
+        return axis is not None and size % math.prod(mesh.shape[name] for name in RULES[axis]) == 0
 
     def sharding(path, leaf) -> NamedSharding:
         keys = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        for start in range(len(keys)):
-            if axes := PARAMETER_AXES.get(".".join(keys[start:])):
-                return NamedSharding(mesh, _divisible_spec(mesh, axes, leaf.shape))
-        return NamedSharding(mesh, PartitionSpec())
+        suffixes = (".".join(keys[start:]) for start in range(len(keys)))
+        axes = next((PARAMETER_AXES[suffix] for suffix in suffixes if suffix in PARAMETER_AXES), ())
+        sizes = zip(axes, leaf.shape, strict=False)  # without axes: replicated
+        return NamedSharding(mesh, spec(*(axis if divides(axis, size) else None for axis, size in sizes)))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins how an activation lies, where a mesh is set; elsewhere nothing."""
+    """Shards an activation by its logical axes if a mesh is set."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
 def batch_axes() -> tuple[str, ...]:
-    """The axes of the mesh that is set, if one is, over which rows are divided."""
+    """The axes, larger than 1, of the current mesh over which the batch is sharded."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(axis for axis in RULES["batch"] if mesh.shape.get(axis, 1) > 1)
 
 
 def over_batch_shards(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """`function` of arrays whose leading axis is the batch's, run by each shard on its own rows.
+    """`function(*arrays)`, run by each shard on its own rows; the leading dimension is the batch.
 
-    So what depends on the rows at run time, a loop's number of turns, say, needs no communication.
+    So what depends on the rows at run time (the number of iterations of a loop) needs no communication.
     """
     axes = batch_axes()
     if not axes:
         return function(*arrays)
     rows = PartitionSpec(axes)
     return jax.shard_map(function, in_specs=rows, out_specs=rows, axis_names=set(axes), check_vma=False)(*arrays)
-
-
-def global_batch(mesh: Mesh, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Puts this process's rows on its devices, as its part of the global batch."""
-    sharding = batch_sharding(mesh)
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in rows.items()}
-
-
-def _divisible_spec(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
-    """`spec` that leaves whole each axis of `shape` which its mesh axes don't divide evenly."""
-
-    def divides(axis: str | None, size: int) -> bool:
-        return axis is not None and size % math.prod(mesh.shape[name] for name in RULES[axis]) == 0
-
-    return spec(*(axis if divides(axis, size) else None for axis, size in zip(axes, shape, strict=True)))

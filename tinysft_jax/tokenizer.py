@@ -1,4 +1,4 @@
-"""GPT-2's byte-pair encoding, from a file inside the package, with the control tokens of a chat template."""
+"""GPT-2's byte-pair encoding, with the control tokens of a chat template."""
 
 import codecs
 import functools
@@ -19,40 +19,34 @@ from tinysft_jax.console import UserError, shown
 GPT2_RANKS = 50256
 MERGES_FILE = Path(__file__).parent / "assets" / "vocab.bpe"
 _MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-# How GPT-2 cuts text before it merges: contractions, words, numbers, other signs, white space. Possessive
-# quantifiers (`++`) keep the regular expression from backtracking over long runs; what matches is the same.
+# How GPT-2 splits text before merging: contractions, words, numbers, other characters, white space. The possessive
+# quantifiers (`++`) keep the regular expression from backtracking over long runs; the matches are the same.
 _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# At a million white-space characters in a row the regular expression's stack overflows, which ends the process.
+# A million white-space characters in a row overflow the stack of the regular expression, which ends the process.
 LONGEST_BLANK = 500_000
 
 
 class TooBlank(UserError):
-    """Text with so long a run of white space that it can't be cut into words; the message is always the same."""
+    """Text with too many white-space characters in a row; the message is always the same."""
 
     def __init__(self):
         super().__init__(f"over {LONGEST_BLANK:,} white-space characters in a row")
 
 
 class ChatTokenizer:
-    """Text and conversations to token ids and back.
+    """Converts text and conversations to token ids and back. Raises a UserError for invalid arguments.
 
-    The ids: `bpe_ranks` of GPT-2's BPE, then end-of-text, then, in the template "control", `<|system|>`, `<|user|>`
-    and `<|assistant|>`. The first N ranks are a valid BPE too; they make a small vocabulary for a small model.
+    Ids are the first `bpe_ranks` (256 to 50,256) of GPT-2's BPE, then end-of-text, then, in the template "control",
+    `<|system|>`, `<|user|>` and `<|assistant|>`. Fewer ranks are a valid BPE too, with a vocabulary for a small model.
 
     Attributes:
-      template: "control", "text", or None for a model without a chat template, which completes plain text.
-      bpe_ranks: how many of GPT-2's 50,256 ranks.
+      template: "control", "text", or None for a model that completes plain text.
       vocab_size: ids are below it.
       eot_id: the id of end-of-text.
-      control_ids: role marker -> id; empty unless the template is "control".
+      control_ids: role marker → id; empty unless the template is "control".
     """
 
     def __init__(self, template: str | None = "control", bpe_ranks: int = GPT2_RANKS):
-        """Builds the tokenizer; encoders are cached, so a second one of the same kind costs nothing.
-
-        Raises:
-          UserError: for a template or a number of ranks (256 to 50,256) that there isn't.
-        """
         if template is not None and template not in chat.TEMPLATES:
             raise UserError(f"there is no chat template {shown(template)}; choose one of {', '.join(chat.TEMPLATES)}")
         if not 256 <= bpe_ranks <= GPT2_RANKS:
@@ -67,106 +61,34 @@ class ChatTokenizer:
         self._bpe = _encoding(bpe_ranks, tuple(self._special_ids.items()))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travels between processes as its description, without the ranks."""
+        """Is sent to other processes without the ranks."""
         return ChatTokenizer, (self.template, self.bpe_ranks)
 
     def encode_text(self, text: str) -> list[int]:
-        """Encodes text; the spelling of a control token in it is text like any other.
-
-        Raises:
-          UserError: if the text holds a lone surrogate, or over 500,000 white-space characters in a row.
-        """
+        """Encodes text; the spelling of a control token in it is ordinary text."""
         chat.check_unicode(text, "the text")
         if len(text) > LONGEST_BLANK and any(len(blank[0]) > LONGEST_BLANK for blank in re.finditer(r"\s+", text)):
             raise TooBlank
         return self._bpe.encode_ordinary(text)
 
     def encode_document(self, text: str) -> Int32[np.ndarray, " n"]:
-        """Encodes a document for pretraining: its text, closed by end-of-text.
-
-        Raises:
-          UserError: as of `encode_text`.
-        """
+        """Encodes a document for pretraining: its text, then end-of-text."""
         return np.array([*self.encode_text(text), self.eot_id], np.int32)
 
     def encode_chat(self, messages: chat.Messages) -> tuple[Int32[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-        """Encodes a conversation for training.
+        """The ids of a conversation, and which are supervised: the assistant's and the end-of-text after each answer.
 
-        Args:
-          messages: `{"role": "system" | "user" | "assistant", "content": text}`: an optional system message (without
-            one, the default one is put first), then user and assistant in turn, at least one assistant. An
-            assistant's message with `"weight": 0` is not supervised.
-
-        Returns:
-          The ids, and which of them are supervised: the assistant's tokens and the end-of-text that closes them.
+        Messages are `{"role": "system" | "user" | "assistant", "content": text}`: an optional system message (else the
+        default one is added), then user and assistant in turn. An answer with `"weight": 0` is not supervised.
 
         Raises:
-          UserError: if `messages` is not such a conversation, or the tokenizer has no chat template.
+          UserError: if `messages` is not such a conversation with an answer, or the tokenizer has no chat template.
         """
-        return self._encode_pieces(chat.chat_pieces(messages, self._chat_template()))
+        return self._encode_pieces(chat.chat_pieces(messages, self.template))
 
     def encode_prompt(self, messages: chat.Messages) -> Int32[np.ndarray, " n"]:
-        """Encodes a conversation that ends with a user message, up to where the assistant starts to speak.
-
-        Raises:
-          UserError: if `messages` is not such a conversation, or the tokenizer has no chat template.
-        """
-        return self._encode_pieces(chat.prompt_pieces(messages, self._chat_template()))[0]
-
-    def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
-        """The bytes of any ids; control tokens come out as their markers.
-
-        Raises:
-          UserError: if an id is outside the vocabulary.
-        """
-        ids = np.fromiter(ids, np.int64)
-        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
-        if outside.size:
-            raise UserError(f"token id {outside[0]} is outside the vocabulary of {self.vocab_size}")
-        return self._bpe.decode_bytes(ids.tolist())
-
-    def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """The text of any ids; bytes that are not UTF-8 (half a character) become U+FFFD.
-
-        Raises:
-          UserError: if an id is outside the vocabulary.
-        """
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def marker_pieces(self) -> dict[str, list[int]]:
-        """Role marker -> the BPE ids of its spelling, whose mean embedding is where a new marker's row starts."""
-        return {marker: self.encode_text(marker) for marker in chat.ROLE_MARKERS.values()}
-
-    def description(self) -> dict[str, Any]:
-        """What `model.json` and `data.json` say about the tokenizer."""
-        return {"chat_template": self.template, "tokenizer": {"kind": "gpt2", "bpe_ranks": self.bpe_ranks}}
-
-    def fingerprint(self) -> str:
-        """A hash of everything that decides the ids: how text is split, the BPE tokens by id, the control tokens."""
-        tokens = [self._bpe.decode_single_token_bytes(id_).hex() for id_ in range(self.bpe_ranks)]
-        return hashlib.sha256(json.dumps([_PATTERN, tokens, self._special_ids]).encode()).hexdigest()[:16]
-
-    @classmethod
-    def from_description(cls, description: dict[str, Any]) -> "ChatTokenizer":
-        """The tokenizer that a `description()` describes; other keys are ignored.
-
-        Raises:
-          UserError: if the tokenizer is unknown or of another kind.
-        """
-        template, tokenizer = description.get("chat_template"), description.get("tokenizer")
-        if tokenizer is None:
-            raise UserError("the model's tokenizer is unknown: its description names none")
-        if not isinstance(tokenizer, dict) or tokenizer.get("kind") != "gpt2":
-            raise UserError(f"there is no tokenizer {shown(tokenizer)}; the kind this program knows is gpt2")
-        bpe_ranks = tokenizer.get("bpe_ranks")
-        if not isinstance(template, str | None) or type(bpe_ranks) is not int:
-            raise UserError(f"chat_template {shown(template)} or bpe_ranks {shown(bpe_ranks)} is not what it should be")
-        return cls(template, bpe_ranks)
-
-    def _chat_template(self) -> chat.Template:
-        if self.template is None:
-            raise UserError("there is no chat template: this model completes plain text")
-        return self.template
+        """Encodes a conversation that ends with a user message, up to where the assistant starts."""
+        return self._encode_pieces(chat.prompt_pieces(messages, self.template))[0]
 
     def _encode_pieces(self, pieces: list[chat.Piece]) -> tuple[Int32[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
         ids: list[int] = []
@@ -177,9 +99,47 @@ class ChatTokenizer:
             supervised += [piece.supervised] * len(new)
         return np.array(ids, np.int32), np.array(supervised, bool)
 
+    def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
+        """The bytes of ids in the vocabulary; control tokens become their markers."""
+        ids = np.fromiter(ids, np.int64)
+        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if outside.size:
+            raise UserError(f"token id {outside[0]} is outside the vocabulary of {self.vocab_size}")
+        return self._bpe.decode_bytes(ids.tolist())
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """The text of ids in the vocabulary; bytes that are not UTF-8 (part of a character) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def marker_pieces(self) -> dict[str, list[int]]:
+        """Role marker → the BPE ids of its spelling. A new marker's embedding starts as the mean of theirs."""
+        return {marker: self.encode_text(marker) for marker in chat.ROLE_MARKERS.values()}
+
+    def description(self) -> dict[str, Any]:
+        """The tokenizer's part of `model.json` and `data.json`."""
+        return {"chat_template": self.template, "tokenizer": {"kind": "gpt2", "bpe_ranks": self.bpe_ranks}}
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> "ChatTokenizer":
+        """The tokenizer of a `description()`; other keys are ignored. Raises a UserError if it is unknown."""
+        template, tokenizer = description.get("chat_template"), description.get("tokenizer")
+        if tokenizer is None:
+            raise UserError("the model's tokenizer is unknown: its description names none")
+        if not isinstance(tokenizer, dict) or tokenizer.get("kind") != "gpt2":
+            raise UserError(f"there is no tokenizer {shown(tokenizer)}; the kind this program knows is gpt2")
+        bpe_ranks = tokenizer.get("bpe_ranks")
+        if not isinstance(template, str | None) or type(bpe_ranks) is not int:
+            raise UserError(f"chat_template {shown(template)} or bpe_ranks {shown(bpe_ranks)} is invalid")
+        return cls(template, bpe_ranks)
+
+    def fingerprint(self) -> str:
+        """A hash of everything that decides the ids: how text is split, the BPE tokens by id, the control tokens."""
+        tokens = [self._bpe.decode_single_token_bytes(id_).hex() for id_ in range(self.bpe_ranks)]
+        return hashlib.sha256(json.dumps([_PATTERN, tokens, self._special_ids]).encode()).hexdigest()[:16]
+
 
 class StreamDecoder:
-    """Decodes ids as they arrive: a character is shown once all its bytes are there."""
+    """Decodes ids as they arrive; a character is returned once all its bytes are there."""
 
     def __init__(self, tokenizer: ChatTokenizer):
         self._tokenizer = tokenizer
@@ -190,64 +150,42 @@ class StreamDecoder:
         return self._utf8.decode(self._tokenizer.decode_bytes(ids))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for half a character, otherwise nothing."""
+        """The rest at the end: U+FFFD for part of a character, else nothing."""
         return self._utf8.decode(b"", final=True)
 
 
 def load_tokenizer(path: str | Path) -> ChatTokenizer:
-    """The tokenizer that a model directory, a work directory's model or a prepared data set was made with.
-
-    Raises:
-      UserError: if `path` is neither, or its tokenizer is unknown.
-    """
-    path = Path(path)
-    name = next((name for name in ("model.json", "model/model.json", "data.json") if (path / name).exists()), None)
-    if name is None:
-        raise UserError(f"{path} is neither a model directory nor a prepared data set: no model.json, no data.json")
-    newest = 2 if name == "data.json" else 1
-    description = files.read_json(path / name, "a model directory or a prepared data set", format_version=newest)
-    try:
-        return ChatTokenizer.from_description(description)
-    except UserError as error:
-        raise UserError(f"{path / name}: {error}") from None
+    """The tokenizer of a model directory, a work directory's model or a prepared data set."""
+    # The newest format versions that say the same of the tokenizer.
+    for name, format_version in (("model.json", 1), ("model/model.json", 1), ("data.json", 2)):
+        if (where := Path(path) / name).exists():
+            description = files.read_json(where, "a model directory or a prepared data set", format_version)
+            try:
+                return ChatTokenizer.from_description(description)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+    raise UserError(f"{path} is neither a model directory nor a prepared data set: no model.json, no data.json")
 
 
 def read_merges(path: Path = MERGES_FILE) -> tuple[list[str], list[tuple[str, str]]]:
-    """Reads GPT-2's BPE as it is published: spelled in an alphabet that stands for the 256 bytes.
-
-    Returns:
-      The alphabet, whose order is that of ranks 0 to 255, and the merges, best first, which are the ranks from 256 on.
-
-    Raises:
-      UserError: if the file is missing or not GPT-2's.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}; install tinysft-jax again") from None
+    """GPT-2's published BPE: an alphabet of one character a byte, ranks 0 to 255, and the merges, ranks from 256 on."""
+    content = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(content).hexdigest() != _MERGES_SHA256:
-        raise UserError(f"{path} is damaged: its SHA-256 is not that of GPT-2's vocab.bpe; install tinysft-jax again")
+        raise UserError(f"{path} is missing or damaged: it is not GPT-2's vocab.bpe; install tinysft-jax again")
     merges = [tuple(line.split(" ")) for line in content.decode("utf-8").splitlines()[1:]]
     return list(_alphabet()), merges
 
 
 def read_ranks(path: Path = MERGES_FILE) -> dict[bytes, int]:
-    """Reads GPT-2's BPE: token -> rank, which is its id.
-
-    Raises:
-      UserError: if the file is missing or not GPT-2's.
-    """
+    """GPT-2's BPE: token → rank, which is its id."""
     alphabet, merges = read_merges(path)
-    spelled = _alphabet()
+    byte_of = _alphabet()
     tokens = [*alphabet, *map("".join, merges)]
-    return {bytes(spelled[character] for character in token): rank for rank, token in enumerate(tokens)}
+    return {bytes(byte_of[character] for character in token): rank for rank, token in enumerate(tokens)}
 
 
 def _alphabet() -> dict[str, int]:
-    """Character -> the byte that it stands for.
-
-    Bytes that print as themselves in Latin-1 come first; the others are spelled with characters from 256 on.
-    """
+    """Character → byte: first the printable characters of Latin-1, then characters from 256 on for the other bytes."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

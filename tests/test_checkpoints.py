@@ -58,7 +58,7 @@ def test_an_existing_directory_is_not_replaced_unasked(saved, params):
         ({"format_version": 2}, "upgrade"),
         ({"format_version": "1"}, "no format_version"),
         ({"model": {"vocab_size": 260}}, "exactly the keys"),
-        ({"model": [1]}, "must be objects"),
+        ({"model": [1]}, r"model is \[1\]; it must be an object"),
         ({"chat_template": "llama"}, "chat_template"),
         ({"trained_length": 33}, "trained_length is 33; it must be from 1 to the context, 32"),
         ({"trained_length": "long"}, "trained_length is 'long'"),

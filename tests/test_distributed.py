@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from jax._src.clusters import ClusterEnv
 from launch import free_address
 
 from tinysft_jax.console import UserError
@@ -80,7 +81,7 @@ def test_mpi():
     assert (launch.num_processes, launch.process_id, launch.local_device_ids) == (2, 1, (1,))
     assert find_launch(OPEN_MPI | {"PMIX_NAMESPACE": "prterun-a-2@1"}).coordinator != launch.coordinator
     two_nodes = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
-    with pytest.raises(UserError, match="where process 0 is can't be told"):
+    with pytest.raises(UserError, match="address of process 0 is unknown"):
         find_launch(two_nodes)
     assert find_launch(two_nodes | {"JAX_COORDINATOR_ADDRESS": "a:1"}).coordinator == "a:1"
     assert find_launch({"PMI_SIZE": "2", "PMI_RANK": "0"}, coordinator="b:2") == Launch("b:2", 2, 0)
@@ -106,7 +107,7 @@ def test_flags_come_first():
     [
         (("h:1", None, None), {}, "belong together"),
         (("h:1", 2, None), {}, "belong together"),
-        ((None, 2, 0), {}, "where process 0 is"),
+        ((None, 2, 0), {}, "address of process 0 is unknown"),
         (("h:1", 2, 2), {}, "--process_id 2 is not one of 0 to 1"),
         (("h", 2, 1), {}, "'h' is not HOST:PORT"),
         ((None, None, None), SLURM | {"SLURM_PROCID": "x"}, "SLURM_PROCID is 'x', not a number"),
@@ -117,6 +118,24 @@ def test_a_place_that_cannot_be_is_refused(flags, environ, complaint):
         find_launch(environ, *flags)
 
 
+@pytest.mark.parametrize(
+    ("environ", "detected"),
+    [
+        (SLURM | {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}, [0]),  # one GPU of the node's eight
+        (OPEN_MPI, None),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, None),
+        (KUBERNETES | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*Kubernetes environment detected")
+def test_jax_itself_does_not_find_these(monkeypatch, environ, detected):
+    """Once it does, the table of launchers can go: a process that has a node for itself must get all of its GPUs."""
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    *_, local_device_ids = found = ClusterEnv.auto_detect_unset_distributed_params(*[None] * 5, 300)
+    assert local_device_ids == detected and (detected or found == (None, None, None, None))
+
+
 SETTLE = """
 import json, sys
 from pathlib import Path
@@ -124,7 +143,7 @@ from tinysft_jax import distributed
 from tinysft_jax.console import UserError
 coordinator, process_id, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 distributed.start(coordinator, 2, process_id)
-processes.VISIBLE_WITHIN = 0.1
+distributed.VISIBLE_WITHIN = 0.1
 
 def complaint(check, *arguments):
     try:

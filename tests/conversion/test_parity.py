@@ -14,7 +14,7 @@ from torch_twin import TorchTwin, save, without_buffers
 
 from tinysft_jax.conversion.names import TORCH
 from tinysft_jax.conversion.parity import measure_parity, torch_logits
-from tinysft_jax.conversion.torch import open_torch_file, read_torch_checkpoint
+from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.model import GPTConfig
 from tinysft_jax.parameters import make_model, trim_vocabulary
 from tinysft_jax.training.step import make_optimizer, make_train_step, supervised_nll
@@ -66,9 +66,7 @@ def test_logits(golden):
 
 def test_float64_logits(golden):
     """The pass that `--check` compares with is right by itself."""
-    logits = torch_logits(
-        open_torch_file(golden.path), golden.arrays["input_ids"], golden.config.n_heads, golden.config.rope_theta
-    )
+    logits = torch_logits(golden.path, golden.arrays["input_ids"], golden.config.n_heads, golden.config.rope_theta)
     assert logits.dtype == np.float64
     np.testing.assert_allclose(logits, golden.arrays["logits"], rtol=0, atol=2e-5)
 

@@ -131,8 +131,8 @@ def _change(path: Path, recorded: dict[str, str] | None) -> str:
 
 def _hashes(path: Path) -> dict[str, str]:
     """Name → SHA-256 of an export's files."""
-    found = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
-    return {each.relative_to(path if path.is_dir() else path.parent).as_posix(): files.sha256(each) for each in found}
+    found, root = ([path], path.parent) if path.is_file() else (path.rglob("*"), path)
+    return {each.relative_to(root).as_posix(): files.sha256(each) for each in found if each.is_file()}
 
 
 def _read_record(workdir: Path) -> dict[str, dict[str, str]]:

@@ -46,7 +46,9 @@ def added_tokens(tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, int]:
 
 def tokenizer_json(tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, Any]:
     """The content of `tokenizer.json`; `vocab_size` is the model's."""
-    vocab, merges = _vocabulary(tokenizer.bpe_ranks)
+    alphabet, merges = read_merges()
+    merges = merges[: tokenizer.bpe_ranks - len(alphabet)]
+    tokens = [*alphabet, *map("".join, merges)]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = added_tokens(tokenizer, vocab_size)
     return {
@@ -67,7 +69,7 @@ def tokenizer_json(tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": vocab,
+            "vocab": {token: rank for rank, token in enumerate(tokens)},
             "merges": [" ".join(pair) for pair in merges],
         },
     }
@@ -94,30 +96,36 @@ def tokenizer_config(tokenizer: ChatTokenizer, max_length: int) -> dict[str, Any
 def recognise(content: Any) -> tuple[ChatTokenizer, int | None] | None:
     """The tokenizer of this package that a `tokenizer.json` is, and its pad token's id; None if it is another.
 
-    Special tokens that were added above ours are ignored: to our tokenizer their spellings are text.
-
-    Args:
-      content: of the file, as `tokenizer_json` or transformers wrote it.
+    It may have been saved again by transformers. Special tokens that were added above ours are ignored: to our
+    tokenizer their spellings are text.
     """
     try:
-        model = content["model"]
-        vocab = {token: id for token, id in model["vocab"].items() if token != chat.END_OF_TEXT}
-        merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+        what = _what_decides_ids(content)
         added = {token["content"]: operator.index(token["id"]) for token in content["added_tokens"]}
         all_special = all(token["special"] for token in content["added_tokens"])  # others would split our text
-        pre_tokenizer, normalizer = _without_offsets(content["pre_tokenizer"]), content["normalizer"]
     except (AttributeError, KeyError, TypeError):
         return None
-    n_ranks = len(vocab)
-    if model.get("type") != "BPE" or normalizer is not None or not all_special or not 256 <= n_ranks <= GPT2_RANKS:
+    n_ranks = len(what["vocab"])
+    if not all_special or not 256 <= n_ranks <= GPT2_RANKS:
         return None
-    if (vocab, merges) != _vocabulary(n_ranks):
-        return None
-    for template, ours in _PRE_TOKENIZERS.items():
+    for template in _PRE_TOKENIZERS:
         tokenizer = ChatTokenizer(template, n_ranks)
-        if pre_tokenizer == _without_offsets(ours) and _extends(added, tokenizer):
+        if what == _what_decides_ids(tokenizer_json(tokenizer, tokenizer.vocab_size)) and _extends(added, tokenizer):
             return tokenizer, added.get(PAD)
     return None
+
+
+def _what_decides_ids(content: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a `tokenizer.json` on which ids depend, except added tokens, in one form whoever wrote it."""
+    model, pre_tokenizer = content["model"], content["pre_tokenizer"]
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    return {
+        "type": model["type"],
+        "vocab": {token: id for token, id in model["vocab"].items() if token != chat.END_OF_TEXT},
+        "merges": [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]],
+        "normalizer": content["normalizer"],
+        "pre_tokenizer": [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps],
+    }
 
 
 def _extends(added: dict[str, int], tokenizer: ChatTokenizer) -> bool:
@@ -129,16 +137,3 @@ def _extends(added: dict[str, int], tokenizer: ChatTokenizer) -> bool:
         and all(id >= tokenizer.vocab_size for id in others.values())
         and not others.keys() & set(chat.ROLE_MARKERS.values())
     )
-
-
-def _without_offsets(pre_tokenizer: dict[str, Any]) -> list[dict[str, Any]]:
-    """The steps of a pre-tokenizer, without the option that has no influence on ids."""
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
-
-
-def _vocabulary(n_ranks: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Token → id, and the merges in their order."""
-    alphabet, merges = read_merges()
-    tokens = [*alphabet, *map("".join, merges)][:n_ranks]
-    return {token: rank for rank, token in enumerate(tokens)}, merges[: n_ranks - len(alphabet)]

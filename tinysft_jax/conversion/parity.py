@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Complex, Float, Int32
 
 from tinysft_jax.console import UserError
-from tinysft_jax.conversion.torch import TorchFile, open_torch_file
+from tinysft_jax.conversion.torch import open_torch_file, shared_buffer
 from tinysft_jax.model import GPT
 
 # Float32 round-off is a few 1e-6 of the largest logit; an error in a layout, an epsilon or theta is far above this.
@@ -54,7 +54,7 @@ def measure_parity(model: GPT, path: Path) -> Parity:
     if path.is_dir():
         expected = huggingface_logits(path, tokens)[..., : config.vocab_size]  # without the folder's pad token
     else:
-        expected = torch_logits(open_torch_file(path), tokens, config.n_heads, config.rope_theta)
+        expected = torch_logits(path, tokens, config.n_heads, config.rope_theta)
     with jax.default_matmul_precision("highest"):  # accelerators would multiply in less than float32
         logits = np.asarray(model(jax.numpy.asarray(tokens)))
     difference = np.abs(logits - expected)
@@ -84,12 +84,23 @@ def huggingface_logits(directory: Path, tokens: Int32[np.ndarray, "B T"]) -> Flo
 
 
 def torch_logits(
-    file: TorchFile, tokens: Int32[np.ndarray, "B T"], n_heads: int, rope_theta: float
+    path: Path, tokens: Int32[np.ndarray, "B T"], n_heads: int, rope_theta: float
 ) -> Float[np.ndarray, "B T vocab"]:
     """The logits of a PyTorch checkpoint's model, in float64; `rope_theta` is for a file without `freqs_cis`."""
+    tensors, _ = open_torch_file(path)
 
     def weight(name: str) -> Float[np.ndarray, "..."]:
-        return file.parameters[name].detach().double().numpy()
+        return tensors[name].detach().double().numpy()
+
+    embedding = weight("tok_emb.weight")
+    head_dim = embedding.shape[1] // n_heads
+    heads = (*tokens.shape, n_heads, head_dim)
+    rotations = shared_buffer(tensors, "freqs_cis")  # so that a theta that was inferred wrongly shows
+    if rotations is not None and rotations.is_complex():
+        rotations = rotations[: tokens.shape[1]].cfloat().numpy()
+    else:
+        frequencies = rope_theta ** -(np.arange(0, head_dim, 2) / head_dim)
+        rotations = np.exp(1j * np.outer(np.arange(tokens.shape[1]), frequencies))
 
     def layer_norm(x: Float[np.ndarray, "B T dim"], name: str) -> Float[np.ndarray, "B T dim"]:
         centred = x - x.mean(-1, keepdims=True)
@@ -109,25 +120,12 @@ def torch_logits(
         swish = gate * (1 + np.tanh(gate / 2)) / 2  # x sigmoid(x), without overflow
         return swish * (x @ weight(f"{name}.w3.weight").T) @ weight(f"{name}.w2.weight").T
 
-    embedding = weight("tok_emb.weight")
-    head_dim = embedding.shape[1] // n_heads
-    heads = (*tokens.shape, n_heads, head_dim)
-    rotations = _rotations(file, tokens.shape[1], head_dim, rope_theta)
     x = embedding[tokens]
-    for layer in range(sum(name.endswith(".attn.wq.weight") for name in file.parameters)):
+    for layer in range(sum(name.endswith(".attn.wq.weight") for name in tensors)):
         block = f"blocks.{layer}"
         x = x + attention(layer_norm(x, f"{block}.ln_1"), f"{block}.attn")
         x = x + mlp(layer_norm(x, f"{block}.ln_2"), f"{block}.mlp")
     return layer_norm(x, "ln_f") @ embedding.T
-
-
-def _rotations(file: TorchFile, length: int, head_dim: int, theta: float) -> Complex[np.ndarray, "T half"]:
-    """The file's own `freqs_cis` if it has them, so that a theta that was inferred wrongly shows."""
-    freqs_cis = file.buffer("freqs_cis")
-    if freqs_cis is not None and freqs_cis.is_complex():
-        return freqs_cis[:length].cfloat().numpy()
-    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    return np.exp(1j * np.outer(np.arange(length), frequencies))
 
 
 def _rotate(x: Float[np.ndarray, "B T H D"], rotations: Complex[np.ndarray, "T half"]) -> Float[np.ndarray, "B T H D"]:

@@ -26,36 +26,13 @@ _CONFIG_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "max_seq_len")
 LONGEST_CONTEXT = 16384
 
 
-@dataclasses.dataclass(frozen=True)
-class TorchFile:
-    """What a `.pt` file of the model holds.
+def open_torch_file(path: str | Path) -> "tuple[dict[str, torch.Tensor], dict[Any, Any]]":
+    """Opens a checkpoint, or a bare state dict of the model.
 
-    Attributes:
-      path: the file.
-      parameters: the model's tensors by name, without the names of wrappers.
-      buffers: each block's `freqs_cis` (RoPE, complex64 `[max_seq_len, head_dim / 2]`) and `mask`.
-      content: the whole file: state, `config`, `step`, `loss`, `model_type`, ...
-    """
-
-    path: Path
-    parameters: "dict[str, torch.Tensor]"
-    buffers: "dict[str, torch.Tensor]"
-    content: dict[Any, Any]
-
-    def buffer(self, name: str) -> "torch.Tensor | None":
-        """The matrix of which every block has a copy, or None.
-
-        Raises:
-          UserError: if the copies differ.
-        """
-        copies = [tensor for key, tensor in self.buffers.items() if key.endswith(f".{name}")]
-        if copies and (copies[0].ndim != 2 or not all(copy.equal(copies[0]) for copy in copies)):
-            raise UserError(f"the blocks' {name} buffers are not copies of one matrix")
-        return copies[0] if copies else None
-
-
-def open_torch_file(path: str | Path) -> TorchFile:
-    """Opens a checkpoint, or a bare state dict of the model; tensors are memory-mapped.
+    Returns:
+      The state's tensors, memory-mapped, by name without the names of wrappers: the parameters, and the buffers that
+      each block may have, `freqs_cis` (RoPE, complex64 `[max_seq_len, head_dim / 2]`) and `mask`. And the whole
+      content: state, `config`, `step`, `loss`, `model_type`, ...
 
     Raises:
       UserError: if torch is not installed, or the file holds no state of this model.
@@ -67,27 +44,38 @@ def open_torch_file(path: str | Path) -> TorchFile:
     if not isinstance(state, dict) or not any(isinstance(key, str) and bare_name(key) in known for key in state):
         raise UserError(f"{path} is no checkpoint of this model: it has no tensors such as {TORCH.embedding}")
     size = path.stat().st_size
-    parameters, buffers = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
     for key, tensor in state.items():
         name = bare_name(key) if isinstance(key, str) and key.isprintable() else shown(key)
-        group = buffers if _BUFFER.fullmatch(name) else parameters
-        if name in group:
+        if name in tensors:
             raise UserError(f"{path}: {name} occurs twice, under different names of wrappers")
-        if fault := _tensor_fault(tensor, group is parameters, size):
+        if fault := _tensor_fault(name, tensor, size):
             raise UserError(f"{path}: {name} {fault}")
-        group[name] = tensor
+        tensors[name] = tensor
     # Blocks may share their buffers. Of the parameters, only the head is another's second name.
-    total = sum(tensor.nbytes for name, tensor in parameters.items() if name != TORCH.head)
+    total = sum(tensor.nbytes for name, tensor in _parameters(tensors).items() if name != TORCH.head)
     if total > size:
         raise UserError(f"{path}: its parameters have {total:,} bytes, the whole file {size:,}: they share memory")
-    return TorchFile(path, parameters, buffers, content)
+    return tensors, content
 
 
-def _tensor_fault(tensor: Any, is_parameter: bool, file_size: int) -> str | None:
+def _parameters(tensors: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    return {name: tensor for name, tensor in tensors.items() if not _BUFFER.fullmatch(name)}
+
+
+def shared_buffer(tensors: "dict[str, torch.Tensor]", name: str) -> "torch.Tensor | None":
+    """The matrix of which every block has a copy, or None. Raises: UserError, if the copies differ."""
+    copies = [tensor for key, tensor in tensors.items() if key.endswith(f".attn.{name}")]
+    if copies and (copies[0].ndim != 2 or not all(copy.equal(copies[0]) for copy in copies)):
+        raise UserError(f"the blocks' {name} buffers are not copies of one matrix")
+    return copies[0] if copies else None
+
+
+def _tensor_fault(name: str, tensor: Any, file_size: int) -> str | None:
     torch = _torch()
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
         return "is not a dense tensor"
-    if is_parameter and not tensor.is_floating_point():
+    if not tensor.is_floating_point() and not _BUFFER.fullmatch(name):
         return f"is {tensor.dtype}, not a floating-point tensor"
     if tensor.nbytes > file_size:  # with strides of 0, a few bytes can stand for any number
         return f"has {tensor.nbytes:,} bytes, the whole file {file_size:,}"
@@ -141,25 +129,26 @@ def read_torch_checkpoint(path: str | Path, n_heads: int | None = None) -> tuple
     Raises:
       UserError: if the file is no sound checkpoint of this model, or contradicts itself or `n_heads`.
     """
-    file = open_torch_file(path)
+    tensors, content = open_torch_file(path)
     try:
-        TORCH.check_names(file.parameters, _n_layers(file))
-        config, assumed = _infer_config(file, n_heads)
+        TORCH.check_names(_parameters(tensors), _n_layers(tensors))
+        config, assumed = _infer_config(tensors, content, n_heads)
+        description = _describe(content, config, {"kind": "pytorch", "file": Path(path).name}, assumed)
         # Views of the mapped file, if it is in float32.
-        tensors = {name: tensor.detach().float().numpy() for name, tensor in file.parameters.items()}
-        return _describe(file, config, assumed), TORCH.import_tensors(tensors, config)
+        arrays = {name: tensor.detach().float().numpy() for name, tensor in _parameters(tensors).items()}
+        return description, TORCH.import_tensors(arrays, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _describe(file: TorchFile, config: GPTConfig, assumed: dict[str, int | float]) -> ModelDescription:
-    progress = {key: file.content.get(key) for key in ("step", "loss", "model_type")}
-    source = {"kind": "pytorch", "file": file.path.name}
-    source |= {key: value for key, value in progress.items() if _is_plain(value)}
+def _describe(
+    content: dict[Any, Any], config: GPTConfig, source: dict[str, Any], assumed: dict[str, int | float]
+) -> ModelDescription:
+    source = source | {key: content[key] for key in ("step", "loss", "model_type") if _is_plain(content.get(key))}
     source |= {"assumed": assumed} if assumed else {}
-    stated = file.content.get(OWN_KEY)
+    stated = content.get(OWN_KEY)
     stated = stated if isinstance(stated, dict) else {}
-    language = _default_language(config, is_chat=progress["model_type"] == "sft")
+    language = _default_language(config, is_chat=content.get("model_type") == "sft")
     if "tokenizer" in stated:
         language = ChatTokenizer.from_description(stated).description()
     return ModelDescription(config, **language, source=source, trained_length=parse_trained_length(stated, config))
@@ -181,21 +170,26 @@ def _default_language(config: GPTConfig, is_chat: bool) -> dict[str, Any]:
     return {"chat_template": "text" if is_chat else None, "tokenizer": tokenizer}
 
 
-def _n_layers(file: TorchFile) -> int:
-    layers = (re.match(r"blocks\.(\d{1,4})\.", name) for name in file.parameters)
+def _n_layers(tensors: "dict[str, torch.Tensor]") -> int:
+    layers = (re.match(r"blocks\.(\d{1,4})\.", name) for name in tensors)
     return max((int(layer[1]) for layer in layers if layer), default=0) + 1
 
 
-def _infer_config(file: TorchFile, n_heads: int | None) -> tuple[GPTConfig, dict[str, int | float]]:
+def _infer_config(
+    tensors: "dict[str, torch.Tensor]", content: dict[Any, Any], n_heads: int | None
+) -> tuple[GPTConfig, dict[str, int | float]]:
     """The model's shape, and those parts of it that nothing in the file says, which get the defaults."""
-    vocab_size, dim = _matrix_shape(file, TORCH.embedding)
-    hidden_dim, _ = _matrix_shape(file, "blocks.0.mlp.w1.weight")
-    stated, mask = _stated_config(file), file.buffer("mask")
+    for name in (TORCH.embedding, "blocks.0.mlp.w1.weight"):
+        if len(shape := tensors[name].shape) != 2 or 0 in shape:
+            raise UserError(f"{name} has shape {list(shape)}, which is not a matrix's")
+    vocab_size, dim = tensors[TORCH.embedding].shape
+    hidden_dim = len(tensors["blocks.0.mlp.w1.weight"])
+    stated, mask = _stated_config(content), shared_buffer(tensors, "mask")
     claims = {
-        "its tensors": {"vocab_size": vocab_size, "dim": dim, "n_layers": _n_layers(file)},
+        "its tensors": {"vocab_size": vocab_size, "dim": dim, "n_layers": _n_layers(tensors)},
         "its config": stated,
         "--n_heads": {"n_heads": n_heads},
-        "freqs_cis": _rotary_claims(file, dim),
+        "freqs_cis": _rotary_claims(shared_buffer(tensors, "freqs_cis"), dim),
         "mask": {} if mask is None else {"max_seq_len": len(mask)},
     }
     shape = {"mlp_ratio": stated.get("mlp_ratio", mlp_ratio(dim, hidden_dim))}
@@ -215,9 +209,9 @@ def _infer_config(file: TorchFile, n_heads: int | None) -> tuple[GPTConfig, dict
     return GPTConfig(**shape, **assumed), assumed
 
 
-def _stated_config(file: TorchFile) -> dict[str, int | float]:
+def _stated_config(content: dict[Any, Any]) -> dict[str, int | float]:
     """The entries of the file's `config` that are fields of a GPTConfig."""
-    config = file.content.get("config") or {}
+    config = content.get("config") or {}
     if not isinstance(config, dict):
         raise UserError(f"its config is a {type(config).__name__}, not a dict")
     names = [field.name for field in dataclasses.fields(GPTConfig)]
@@ -228,15 +222,7 @@ def _stated_config(file: TorchFile) -> dict[str, int | float]:
     return stated
 
 
-def _matrix_shape(file: TorchFile, name: str) -> tuple[int, int]:
-    shape = tuple(file.parameters[name].shape)
-    if len(shape) != 2 or 0 in shape:
-        raise UserError(f"{name} has shape {list(shape)}, which is not a matrix's")
-    return shape
-
-
-def _rotary_claims(file: TorchFile, dim: int) -> dict[str, int | float | None]:
-    freqs_cis = file.buffer("freqs_cis")
+def _rotary_claims(freqs_cis: "torch.Tensor | None", dim: int) -> dict[str, int | float | None]:
     if freqs_cis is None:
         return {}
     length, half = freqs_cis.shape

@@ -288,6 +288,10 @@ def test_config_that_contradicts_the_tensors_is_refused(tmp_path, twin, entry, e
     assert_refused(save(content, tmp_path / "a.pt"), expected)
 
 
+def test_config_that_is_none_is_refused(tmp_path, twin):
+    assert_refused(save(twin.checkpoint() | {"config": torch.ones(2)}, tmp_path / "a.pt"), ["its config is a Tensor"])
+
+
 def test_given_heads_that_contradict_the_file_are_refused(tmp_path, twin):
     path = save(twin.checkpoint(), tmp_path / "a.pt")
     assert_refused(path, ["n_heads is 2 by its config, but 4 by --n_heads"], n_heads=4)

@@ -6,7 +6,7 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +16,7 @@ from tinysft_jax.model import LARGEST_SIZE, GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params, parse_trained_length
 from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer
 
-if TYPE_CHECKING:
-    import torch
-
+Tensors = dict[str, Any]  # name → torch.Tensor; torch is an extra, imported when it is needed
 _BUFFER = re.compile(r"blocks\.\d+\.attn\.(freqs_cis|mask)")
 # What the file's `config` holds; the PyTorch project has no place for the other fields of a GPTConfig.
 _CONFIG_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "max_seq_len")
@@ -26,7 +24,7 @@ _CONFIG_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "max_seq_len")
 LONGEST_CONTEXT = 16384
 
 
-def open_torch_file(path: str | Path) -> "tuple[dict[str, torch.Tensor], dict[Any, Any]]":
+def open_torch_file(path: str | Path) -> tuple[Tensors, dict[Any, Any]]:
     """Opens a checkpoint, or a bare state dict of the model.
 
     Returns:
@@ -44,7 +42,7 @@ def open_torch_file(path: str | Path) -> "tuple[dict[str, torch.Tensor], dict[An
     if not isinstance(state, dict) or not any(isinstance(key, str) and bare_name(key) in known for key in state):
         raise UserError(f"{path} is no checkpoint of this model: it has no tensors such as {TORCH.embedding}")
     size = path.stat().st_size
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: Tensors = {}
     for key, tensor in state.items():
         name = bare_name(key) if isinstance(key, str) and key.isprintable() else shown(key)
         if name in tensors:
@@ -59,11 +57,11 @@ def open_torch_file(path: str | Path) -> "tuple[dict[str, torch.Tensor], dict[An
     return tensors, content
 
 
-def _parameters(tensors: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+def _parameters(tensors: Tensors) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if not _BUFFER.fullmatch(name)}
 
 
-def shared_buffer(tensors: "dict[str, torch.Tensor]", name: str) -> "torch.Tensor | None":
+def shared_buffer(tensors: Tensors, name: str) -> Any | None:
     """The matrix of which every block has a copy, or None. Raises: UserError, if the copies differ."""
     copies = [tensor for key, tensor in tensors.items() if key.endswith(f".attn.{name}")]
     if copies and (copies[0].ndim != 2 or not all(copy.equal(copies[0]) for copy in copies)):
@@ -133,7 +131,7 @@ def read_torch_checkpoint(path: str | Path, n_heads: int | None = None) -> tuple
     try:
         TORCH.check_names(_parameters(tensors), _n_layers(tensors))
         config, assumed = _infer_config(tensors, content, n_heads)
-        description = _describe(content, config, {"kind": "pytorch", "file": Path(path).name}, assumed)
+        description = _describe(Path(path), content, config, assumed)
         # Views of the mapped file, if it is in float32.
         arrays = {name: tensor.detach().float().numpy() for name, tensor in _parameters(tensors).items()}
         return description, TORCH.import_tensors(arrays, config)
@@ -141,10 +139,9 @@ def read_torch_checkpoint(path: str | Path, n_heads: int | None = None) -> tuple
         raise UserError(f"{path}: {error}") from None
 
 
-def _describe(
-    content: dict[Any, Any], config: GPTConfig, source: dict[str, Any], assumed: dict[str, int | float]
-) -> ModelDescription:
-    source = source | {key: content[key] for key in ("step", "loss", "model_type") if _is_plain(content.get(key))}
+def _describe(path: Path, content: dict[Any, Any], config: GPTConfig, assumed: dict[str, Any]) -> ModelDescription:
+    source = {"kind": "pytorch", "file": path.name}
+    source |= {key: content[key] for key in ("step", "loss", "model_type") if _is_plain(content.get(key))}
     source |= {"assumed": assumed} if assumed else {}
     stated = content.get(OWN_KEY)
     stated = stated if isinstance(stated, dict) else {}
@@ -170,13 +167,13 @@ def _default_language(config: GPTConfig, is_chat: bool) -> dict[str, Any]:
     return {"chat_template": "text" if is_chat else None, "tokenizer": tokenizer}
 
 
-def _n_layers(tensors: "dict[str, torch.Tensor]") -> int:
+def _n_layers(tensors: Tensors) -> int:
     layers = (re.match(r"blocks\.(\d{1,4})\.", name) for name in tensors)
     return max((int(layer[1]) for layer in layers if layer), default=0) + 1
 
 
 def _infer_config(
-    tensors: "dict[str, torch.Tensor]", content: dict[Any, Any], n_heads: int | None
+    tensors: Tensors, content: dict[Any, Any], n_heads: int | None
 ) -> tuple[GPTConfig, dict[str, int | float]]:
     """The model's shape, and those parts of it that nothing in the file says, which get the defaults."""
     for name in (TORCH.embedding, "blocks.0.mlp.w1.weight"):
@@ -211,7 +208,7 @@ def _infer_config(
 
 def _stated_config(content: dict[Any, Any]) -> dict[str, int | float]:
     """The entries of the file's `config` that are fields of a GPTConfig."""
-    config = content.get("config") or {}
+    config = {} if content.get("config") is None else content["config"]
     if not isinstance(config, dict):
         raise UserError(f"its config is a {type(config).__name__}, not a dict")
     names = [field.name for field in dataclasses.fields(GPTConfig)]
@@ -222,7 +219,7 @@ def _stated_config(content: dict[Any, Any]) -> dict[str, int | float]:
     return stated
 
 
-def _rotary_claims(freqs_cis: "torch.Tensor | None", dim: int) -> dict[str, int | float | None]:
+def _rotary_claims(freqs_cis: Any | None, dim: int) -> dict[str, int | float | None]:
     if freqs_cis is None:
         return {}
     length, half = freqs_cis.shape
@@ -231,7 +228,7 @@ def _rotary_claims(freqs_cis: "torch.Tensor | None", dim: int) -> dict[str, int 
     return {"max_seq_len": length, "n_heads": dim // (2 * half), "rope_theta": rope_theta(freqs_cis)}
 
 
-def rope_theta(freqs_cis: "torch.Tensor") -> float | None:
+def rope_theta(freqs_cis: Any) -> float | None:
     """The base of exp(i position theta^(-2k / head_dim)), or None if it can't be determined.
 
     Raises:
@@ -295,7 +292,7 @@ def _content(params: Params, description: ModelDescription) -> dict[str, Any]:
     }
 
 
-def _state_dict(params: Params, config: GPTConfig) -> "dict[str, torch.Tensor]":
+def _state_dict(params: Params, config: GPTConfig) -> Tensors:
     """The state dict, in the PyTorch project's order. The buffers of all blocks share their memory."""
     torch = _torch()
     # As the PyTorch project rounds.

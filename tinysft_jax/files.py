@@ -250,6 +250,15 @@ def read_json(path: Path, what: str, format_version: int) -> dict[str, Any]:
     return content
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads a log, a JSON object a line, if there is one. Unfinished lines of killed processes are left out."""
+    objects = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            objects.append(json.loads(line))
+    return [each for each in objects if isinstance(each, dict)]
+
+
 def _is_deeper(content: Any, depth: int) -> bool:
     """Whether JSON is nested so deeply; what walks it by recursion would fail at some depth."""
     level = [content] if isinstance(content, dict | list) else []

@@ -271,6 +271,11 @@ FOREIGN = {
     "fewer layers": ({"num_hidden_layers": 1}, ["unexpected: model.layers.1"]),
     "more layers": ({"num_hidden_layers": 3}, ["missing: model.layers.2"]),
     "more ids": ({"vocab_size": 300}, ["[261, 32]", "[300, 32]"]),
+    "vast size": ({"hidden_size": 10**400}, ["hidden_size is a number of over 100 digits"]),
+    "vast theta": (
+        {"rope_parameters": {"rope_theta": 10**400, "partial_rotary_factor": 1.0}},
+        ["rope_theta is a number of over 100 digits"],
+    ),
     "no theta": ({"rope_parameters": {"rope_theta": "x", "partial_rotary_factor": 1.0}}, ["rope_theta is 'x'"]),
 }
 

@@ -31,9 +31,9 @@ def check_output(kind: str, path: Path, overwrite: bool) -> None:
     if kind == "torch":
         files.check_output_file(path, overwrite)
     else:
-        if kind == "model":
-            files.check_pattern_free(path)
         files.check_output(path, overwrite, _CONTENT[kind])
+    if kind == "model":
+        files.check_pattern_free(path)
     if (kind == "torch") != (path.suffix == ".pt"):
         raise UserError(f"--output {path}: --to torch writes a file that ends in .pt, the others write a directory")
 

@@ -63,7 +63,7 @@ def read_run(workdir: Path) -> RunRecord:
     best = workdir / "model"  # a link to models/<step>
     name = os.path.basename(os.readlink(best)) if best.is_symlink() else ""
     step = int(name) if name.isdecimal() else None
-    lines = _read_json_lines(workdir / "metrics.jsonl")
+    lines = files.read_json_lines(workdir / "metrics.jsonl")
     # The final evaluation sees more rows than the one by which the model was chosen.
     chosen = [line for line in lines if _FINAL_ROWS in line] or [line for line in lines if line.get("step") == step]
     metrics = {
@@ -73,17 +73,6 @@ def read_run(workdir: Path) -> RunRecord:
         if key.startswith((_LOSS, _FINAL_LOSS, _FINAL_ROWS)) and isinstance(value, int | float)
     }
     return RunRecord(settings, data, step, metrics, workdir / "loss.png")
-
-
-def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines log; a line that a killed run left unfinished is left out."""
-    entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            continue
-    return [entry for entry in entries if isinstance(entry, dict)]
 
 
 def write_card(

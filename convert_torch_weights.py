@@ -11,8 +11,7 @@ from tinysft_jax.checkpoints import load_model, model_kind, open_model
 from tinysft_jax.console import RunError, UserError
 from tinysft_jax.conversion import export
 from tinysft_jax.conversion.model_card import read_run
-from tinysft_jax.conversion.parity import measure_huggingface_parity, measure_parity
-from tinysft_jax.conversion.torch import open_torch_file
+from tinysft_jax.conversion.parity import measure_parity
 from tinysft_jax.model import GPT
 from tinysft_jax.parameters import ModelDescription, make_model, model_parameter_shapes, trim_vocabulary
 
@@ -24,7 +23,8 @@ def main() -> None:
         raise UserError("--report is for the model card, which only --to huggingface writes")
     distributed.check_devices()
     description, params = open_model(args.input, args.n_heads)
-    run = read_run(args.input) if model_kind(args.input) == "work" else None
+    source = model_kind(args.input)
+    run = read_run(args.input) if source == "work" else None
     print_model(description)
     print_notes(args.to, description)
     with export.new_output(args.to, args.output, args.overwrite) as path:
@@ -36,7 +36,8 @@ def main() -> None:
             else:
                 model = make_model(description.config, params, dtype=jnp.float32)
                 check(model, path, args.output)
-            check(model, args.input, args.input)
+            if source in ("torch", "huggingface"):
+                check(model, args.input, args.input)
     print(f"written     {args.output}")
 
 
@@ -47,19 +48,15 @@ def _parser() -> console.Parser:
         type=console.path,
         required=True,
         metavar="CKPT",
-        help="a .pt file, model, work or Hugging Face directory",
+        help="a .pt file, or a model, work or Hugging Face directory",
     )
     parser.add_argument(
-        "--output", type=console.path, required=True, metavar="OUT", help="a directory, or a .pt to make"
+        "--output", type=console.path, required=True, metavar="OUT", help="a new directory, or a new .pt file"
     )
-    parser.add_argument("--to", choices=export.KINDS, default="model", help="what to make")
-    parser.add_argument("--n_heads", type=int, metavar="N", help="attention heads, where a .pt doesn't tell")
-    parser.add_argument(
-        "--report", type=console.path, metavar="DIR", help="an evaluation of the model, for its model card"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="compare logits with a second forward pass over the foreign file's tensors"
-    )
+    parser.add_argument("--to", choices=export.KINDS, default="model", help="the form of OUT")
+    parser.add_argument("--n_heads", type=int, metavar="N", help="attention heads, for a .pt file that doesn't say")
+    parser.add_argument("--report", type=console.path, metavar="DIR", help="an evaluation, for the model card")
+    parser.add_argument("--check", action="store_true", help="compare logits with an independent forward pass")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     return parser
 
@@ -72,42 +69,35 @@ def print_model(description: ModelDescription) -> None:
         f"{config.n_heads} heads, hidden {config.hidden_dim}, context {config.max_seq_len}, theta {config.rope_theta:g}"
     )
     if assumed:
-        print(f"assumed     {', '.join(f'{key} {value:g}' for key, value in assumed.items())}: the file doesn't tell")
+        print(f"assumed     {', '.join(f'{key} {value:g}' for key, value in assumed.items())}: the file doesn't say")
     print(f"parameters  {sum(math.prod(leaf.shape) for leaf in sizes):,}")
     print(f"template    {description.chat_template or 'none: the model completes plain text'}")
 
 
 def print_notes(to: str, description: ModelDescription) -> None:
-    """What does not get across."""
-    config = description.config
+    """What the output can't express."""
+    config, notes = description.config, []
     if to == "torch" and description.chat_template != "text":
-        print(
-            "note        the PyTorch project's generator writes markers as text; tune a model that is meant for it "
-            "with --template text (of prepare)"
-        )
+        notes += [
+            "the PyTorch project's generator writes markers as text; fine-tune a model for it on data prepared with "
+            "--template text"
+        ]
     if to == "torch" and (config.hidden_dim, config.rope_theta) != (int(4.0 * config.dim), 10000.0):
-        print(
-            f"note        its config can't say hidden {config.hidden_dim} and theta {config.rope_theta:g}: build the "
-            "PyTorch model with them"
-        )
-    if to == "huggingface" and description.tokenizer is None:
-        print("note        the model's tokenizer is unknown: the folder holds none")
-    if to == "model" and description.tokenizer is None and description.source.get("kind") == "huggingface":
-        print("note        the folder has no tokenizer of this package's: the model's is unknown")
+        shape = f"hidden {config.hidden_dim} and theta {config.rope_theta:g}"
+        notes += [f"its config has no keys for {shape}: build the PyTorch model with them"]
+    if description.tokenizer is None and "huggingface" in (to, description.source.get("kind")):
+        notes += ["the model's tokenizer is unknown: OUT has none"]
+    for note in notes:
+        print(f"note        {note}")
 
 
 def check(model: GPT, path: Path, name: Path) -> None:
-    """Compares a model with a `.pt` or a Hugging Face folder that it came from or was written as.
+    """Compares a model with the `.pt` or Hugging Face folder that it came from or was written as.
 
     Raises:
       RunError: if they differ by more than round-off.
     """
-    if path.is_file():
-        parity = measure_parity(model, open_torch_file(path))
-    elif model_kind(path) == "huggingface":
-        parity = measure_huggingface_parity(model, path)
-    else:
-        return  # a model directory: there is nothing foreign about it
+    parity = measure_parity(model, path)
     print(f"check       {parity}")
     if not parity.holds:
         raise RunError(f"the converted model does not compute what {name} does; nothing was written")

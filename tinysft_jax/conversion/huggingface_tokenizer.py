@@ -1,50 +1,29 @@
-"""The tokenizer as Hugging Face files: `tokenizer.json`, `tokenizer_config.json`, and the chat template in Jinja.
+"""The tokenizer as Hugging Face files: `tokenizer.json`, and `tokenizer_config.json` with the chat template (Jinja).
 
-`tokenizer.json` gives this package's ids: GPT-2's regular expression cuts text alike in both libraries, and a BPE token
-has one merge that makes it, so merging by GPT-2's list is merging by rank.
+`tokenizer.json` gives this package's ids: GPT-2's regular expression splits text alike in both libraries, and exactly
+one merge produces a BPE token, so merging in the order of GPT-2's list is merging by rank.
 """
 
 import operator
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from tinysft_jax import chat
 from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer, read_merges
 
-# What fills up the rows of a batch. A token of its own: programs that leave padding out of a loss would leave out the
-# end of every answer, too, if end-of-text were used.
+# Fills up the rows of a batch. It is not end-of-text, because programs that leave padding out of a loss would leave
+# out the end of every answer, too.
 PAD = "<|pad|>"
 
-# The turns of a conversation, as `chat.prompt_pieces` lays them out and refuses them. Between the marks of a generation
-# is what is supervised, for programs that ask transformers for it; they look for the marks in this spelling.
-CHAT_TEMPLATE = """\
-{%- if messages[0]['role'] == 'system' -%}
-    {{- '<|system|>' + messages[0]['content'] -}}
-    {%- set turns = messages[1:] -%}
-{%- else -%}
-    {{- '<|system|>DEFAULT_SYSTEM' -}}
-    {%- set turns = messages -%}
-{%- endif -%}
-{%- for message in turns -%}
-    {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
-        {{- raise_exception('an optional system message, then user and assistant in turn') -}}
-    {%- endif -%}
-    {{- '<|' + message['role'] + '|>' -}}
-    {%- if message['role'] == 'assistant' -%}
-        {% generation %}{{- message['content'] + '<|endoftext|>' -}}{% endgeneration %}
-    {%- else -%}
-        {{- message['content'] -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|assistant|>' -}}
-{%- endif -%}
-""".replace("DEFAULT_SYSTEM", chat.DEFAULT_SYSTEM)
+# Conversations as `chat.prompt_pieces` lays them out and refuses them. What is supervised stands between
+# `{% generation %}` and `{% endgeneration %}`; transformers and TRL search for exactly this spelling.
+_TEMPLATE_FILE = Path(__file__).parents[1] / "assets" / "chat_template.jinja"
 
-# In the template "text" an answer is encoded apart from the marker before it (`chat._join_prompts`), although nothing
-# but text lies between them; so text that begins as a conversation does is cut there. `>` and a quotation mark, say,
-# would otherwise become one token.
-_TEXT_PROMPT = r"\A(?m:<\|system\|>.*?)?<\|user\|>(?m:.*?)<\|assistant\|>"  # (?m:.) matches newlines in Oniguruma
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+# In the template "text", a prompt is one string, and the answer is encoded apart from it, although only text separates
+# them. So a text that begins like a conversation is split there; otherwise `>` and a quotation mark, say, would become
+# one token. In Oniguruma, (?m:.) matches newlines.
+_TEXT_PROMPT = r"\A(?m:<\|system\|>.*?)?<\|user\|>(?m:.*?)<\|assistant\|>"
 _TEXT_PRE_TOKENIZER = {
     "type": "Sequence",
     "pretokenizers": [
@@ -52,37 +31,33 @@ _TEXT_PRE_TOKENIZER = {
         _BYTE_LEVEL,
     ],
 }
+_PRE_TOKENIZERS = {"control": _BYTE_LEVEL, "text": _TEXT_PRE_TOKENIZER, None: _BYTE_LEVEL}
 
 
 def added_tokens(tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, int]:
-    """Token → id of all that is not text: control tokens, ids without a meaning, and last the pad token.
+    """Token → id of everything that is not text: control tokens, ids without a meaning, and the pad token.
 
-    Args:
-      tokenizer: the model's.
-      vocab_size: the model's. Ids from the tokenizer's to this one get names, as a tokenizer of Hugging Face's can't
-        leave ids out.
+    The model's `vocab_size` may be above the tokenizer's. The ids between get names, because a Hugging Face tokenizer
+    can't leave ids out.
     """
     unused = {f"<|unused{id}|>": id for id in range(tokenizer.vocab_size, vocab_size)}
     return {chat.END_OF_TEXT: tokenizer.eot_id, **tokenizer.control_ids, **unused, PAD: vocab_size}
 
 
 def tokenizer_json(tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, Any]:
-    """The content of `tokenizer.json`.
-
-    Args:
-      tokenizer: the model's.
-      vocab_size: the model's.
-    """
-    vocab, merges = _vocabulary(tokenizer.bpe_ranks)
-    added = added_tokens(tokenizer, vocab_size)
+    """The content of `tokenizer.json`; `vocab_size` is the model's."""
+    alphabet, merges = read_merges()
+    merges = merges[: tokenizer.bpe_ranks - len(alphabet)]
+    tokens = [*alphabet, *map("".join, merges)]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = added_tokens(tokenizer, vocab_size)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": id, "content": content, **flags} for content, id in added.items()],
         "normalizer": None,
-        "pre_tokenizer": _TEXT_PRE_TOKENIZER if tokenizer.template == "text" else _BYTE_LEVEL,
+        "pre_tokenizer": _PRE_TOKENIZERS[tokenizer.template],
         "post_processor": None,
         "decoder": _BYTE_LEVEL,
         "model": {
@@ -94,70 +69,63 @@ def tokenizer_json(tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": vocab,
+            "vocab": {token: rank for rank, token in enumerate(tokens)},
             "merges": [" ".join(pair) for pair in merges],
         },
     }
 
 
 def tokenizer_config(tokenizer: ChatTokenizer, max_length: int) -> dict[str, Any]:
-    """The content of `tokenizer_config.json`.
-
-    Args:
-      tokenizer: the model's.
-      max_length: tokens that the model was trained to.
-    """
+    """The content of `tokenizer_config.json`; `max_length` is the number of tokens that the model was trained on."""
     content = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # the one that takes tokenizer.json as it is
+        "tokenizer_class": "PreTrainedTokenizerFast",  # the class that takes tokenizer.json as it is
         "bos_token": chat.END_OF_TEXT,
         "eos_token": chat.END_OF_TEXT,
         "pad_token": PAD,
-        "padding_side": "left",  # an answer goes on where its prompt ends
+        "padding_side": "left",  # generation continues at the end of a row
         "additional_special_tokens": list(tokenizer.control_ids),
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
     }
-    return content | ({"chat_template": CHAT_TEMPLATE} if tokenizer.template else {})
+    if tokenizer.template:
+        template = _TEMPLATE_FILE.read_text(encoding="utf-8")
+        content["chat_template"] = template.replace("DEFAULT_SYSTEM", chat.DEFAULT_SYSTEM)
+    return content
 
 
-class Recognised(NamedTuple):
-    """What a `tokenizer.json` is.
+def recognise(content: Any) -> tuple[ChatTokenizer, int | None] | None:
+    """The tokenizer of this package that a `tokenizer.json` is, and its pad token's id; None if it is another.
 
-    Attributes:
-      tokenizer: of this package.
-      pad_id: the id of the pad token, or None if there is none.
-    """
-
-    tokenizer: ChatTokenizer
-    pad_id: int | None
-
-
-def recognise(content: Any) -> Recognised | None:
-    """The tokenizer of this package that a `tokenizer.json` is, or None if it is another.
-
-    Special tokens that somebody added above ours are passed over: to our tokenizer their spellings are text.
-
-    Args:
-      content: of the file, as `tokenizer_json` or transformers wrote it.
+    It may have been saved again by transformers. Special tokens that were added above ours are ignored: to our
+    tokenizer their spellings are text.
     """
     try:
-        model = content["model"]
-        vocab = {token: id for token, id in model["vocab"].items() if token != chat.END_OF_TEXT}
-        merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+        what = _what_decides_ids(content)
         added = {token["content"]: operator.index(token["id"]) for token in content["added_tokens"]}
-        all_special = all(token["special"] for token in content["added_tokens"])  # others would cut our text
-        cut, normalizer = _cut(content["pre_tokenizer"]), content["normalizer"]
+        all_special = all(token["special"] for token in content["added_tokens"])  # others would split our text
     except (AttributeError, KeyError, TypeError):
         return None
-    n_ranks = len(vocab)
-    if model.get("type") != "BPE" or normalizer is not None or not 256 <= n_ranks <= GPT2_RANKS or not all_special:
+    n_ranks = len(what["vocab"])
+    if not all_special or not 256 <= n_ranks <= GPT2_RANKS:
         return None
-    for template, pre_tokenizer in (("control", _BYTE_LEVEL), ("text", _TEXT_PRE_TOKENIZER), (None, _BYTE_LEVEL)):
+    for template in _PRE_TOKENIZERS:
         tokenizer = ChatTokenizer(template, n_ranks)
-        if cut == _cut(pre_tokenizer) and _extends(added, tokenizer):
-            is_ours = (vocab, merges) == _vocabulary(n_ranks)
-            return Recognised(tokenizer, added.get(PAD)) if is_ours else None
+        if what == _what_decides_ids(tokenizer_json(tokenizer, tokenizer.vocab_size)) and _extends(added, tokenizer):
+            return tokenizer, added.get(PAD)
     return None
+
+
+def _what_decides_ids(content: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a `tokenizer.json` on which ids depend, except added tokens, in one form whoever wrote it."""
+    model, pre_tokenizer = content["model"], content["pre_tokenizer"]
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    return {
+        "type": model["type"],
+        "vocab": {token: id for token, id in model["vocab"].items() if token != chat.END_OF_TEXT},
+        "merges": [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]],
+        "normalizer": content["normalizer"],
+        "pre_tokenizer": [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps],
+    }
 
 
 def _extends(added: dict[str, int], tokenizer: ChatTokenizer) -> bool:
@@ -169,16 +137,3 @@ def _extends(added: dict[str, int], tokenizer: ChatTokenizer) -> bool:
         and all(id >= tokenizer.vocab_size for id in others.values())
         and not others.keys() & set(chat.ROLE_MARKERS.values())
     )
-
-
-def _cut(pre_tokenizer: dict[str, Any]) -> list[Any]:
-    """What a pre-tokenizer does, without what has to do with offsets."""
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
-
-
-def _vocabulary(n_ranks: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Token → id, and the merges in their order."""
-    alphabet, merges = read_merges()
-    tokens = [*alphabet, *map("".join, merges)][:n_ranks]
-    return {token: rank for rank, token in enumerate(tokens)}, merges[: n_ranks - len(alphabet)]

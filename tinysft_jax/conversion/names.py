@@ -1,185 +1,154 @@
-"""Where the tensors of other projects' files lie in this package's parameters."""
+"""What other projects' files call the parameters and how they lay them out: a table for each family of models."""
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
 
 from tinysft_jax.console import UserError
 from tinysft_jax.model import GPTConfig
 from tinysft_jax.parameters import Params, model_parameter_shapes, pad_vocabulary, trim_vocabulary
 
-# What wrappers of the whole model or of a part put into keys: torch.compile, DistributedDataParallel, activation
-# checkpointing, FSDP, and FSDP of old. They can occur anywhere, more than once, in any order.
+# The key in exported files for what their format has no place for: entries of `ModelDescription`.
+OWN_KEY = "tinysft_jax"
+# Parts of keys that come from torch.compile, DistributedDataParallel, activation checkpointing and FSDP (now and
+# formerly). They can occur anywhere, more than once.
 _WRAPPERS = frozenset({"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module"})
 
-# Name inside a block → path below "blocks". Kernels are [in, out] here and [out, in] in PyTorch.
-_BLOCK_NAMES = {
-    "ln_1.weight": ("ln_1", "scale"),
-    "ln_1.bias": ("ln_1", "bias"),
-    "attn.wq.weight": ("attn", "wq", "kernel"),
-    "attn.wk.weight": ("attn", "wk", "kernel"),
-    "attn.wv.weight": ("attn", "wv", "kernel"),
-    "attn.wo.weight": ("attn", "wo", "kernel"),
-    "ln_2.weight": ("ln_2", "scale"),
-    "ln_2.bias": ("ln_2", "bias"),
-    "mlp.w1.weight": ("mlp", "w1", "kernel"),
-    "mlp.w2.weight": ("mlp", "w2", "kernel"),
-    "mlp.w3.weight": ("mlp", "w3", "kernel"),
-}
 
-EMBEDDING, HEAD = "tok_emb.weight", "head.weight"  # one parameter under two names
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The tensors of a family of files.
 
+    Attributes:
+      names: path in the parameters → name in the file, in its order; `{}` is the layer, the first axis in "blocks".
+      head: the output head's name. It is tied to the embedding, so a file may or may not hold it.
+      rotates_halves: whether RoPE rotates features (i, i + half) of a head there; it rotates (2i, 2i + 1) here.
+    """
 
-class Place(NamedTuple):
-    """Where one tensor lies: a path in the parameters, the layer of a stacked array, and whether it is transposed."""
+    names: dict[str, str]
+    head: str
+    rotates_halves: bool
 
-    path: tuple[str, ...]
-    layer: int | None
-    transposed: bool
+    @property
+    def embedding(self) -> str:
+        return self.names["tok_emb.embedding"]
 
-    def view(self, params: Mapping[str, Any]) -> Any:
-        """The tensor, in PyTorch's shape, as a view of NumPy parameters: write to it to import, read it to export.
+    def paths(self, n_layers: int) -> dict[str, tuple[str, int | None]]:
+        """Every tensor's name → its path in the parameters and its layer, in the file's order; without the head."""
+        paths: dict[str, tuple[str, int | None]] = {}
+        for in_blocks, group in itertools.groupby(self.names.items(), lambda item: "{}" in item[1]):
+            rows = list(group)
+            for layer in range(n_layers) if in_blocks else (None,):
+                paths |= {name.format(layer): (path, layer) for path, name in rows}
+        return paths
 
-        Args:
-          params: the parameters (or gradients) as nested dicts, the table without padding rows.
+    def views(self, params: Params, n_layers: int) -> dict[str, Any]:
+        """NumPy parameters (or gradients), embedding not padded, as views under the file's names and in its shapes.
+
+        The features of queries and keys keep the order that they have here.
         """
-        array: Any = params
-        for key in self.path:
-            array = array[key]
-        if self.layer is not None:
-            array = array[self.layer]
-        return array.T if self.transposed else array
+        views = {}
+        for name, (path, layer) in self.paths(n_layers).items():
+            array: Any = functools.reduce(operator.getitem, path.split("."), params)
+            array = array if layer is None else array[layer]
+            # Kernels are [in, out] here and [out, in] in PyTorch.
+            views[name] = array.T if path.endswith(".kernel") else array
+        return views
+
+    def export_tensors(self, params: Params, config: GPTConfig) -> dict[str, np.ndarray]:
+        """The model's tensors as a file holds them, without the head, which is the embedding."""
+        params = jax.tree.map(np.asarray, trim_vocabulary(params, config))
+        if self.rotates_halves:
+            params = _reorder_heads(params, (config.n_heads, config.head_dim // 2, 2))
+        # Copied, because a view would be saved with all of the array behind it.
+        return {name: np.array(view, order="C") for name, view in self.views(params, config.n_layers).items()}
+
+    def import_tensors(self, tensors: Mapping[str, np.ndarray], config: GPTConfig) -> Params:
+        """The parameters, float32 and the embedding padded, from a file's tensors, which `check_names` has passed.
+
+        Raises:
+          UserError: if a shape is not the model's, a value is not finite, or the head is not the embedding.
+        """
+        wanted = trim_vocabulary(model_parameter_shapes(config), config)
+        params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
+        views = self.views(params, config.n_layers)
+        shapes = {name: (list(tensors[name].shape), list(view.shape)) for name, view in views.items()}
+        if wrong := [f"{name} has shape {its}, not {ours}" for name, (its, ours) in shapes.items() if its != ours]:
+            raise UserError("; ".join(wrong))
+        for name, view in views.items():
+            view[...] = tensors[name]
+            if not (finite := np.isfinite(view)).all():
+                first = np.argwhere(~finite)[0].tolist()
+                raise UserError(f"{name} has {(~finite).sum()} values that are not finite, the first at {first}")
+        if self.head in tensors and not np.array_equal(tensors[self.head], tensors[self.embedding]):
+            raise UserError(f"{self.head} differs from {self.embedding}: an untied head, where this model ties the two")
+        if self.rotates_halves:
+            params = _reorder_heads(params, (config.n_heads, 2, config.head_dim // 2))
+        return pad_vocabulary(params, config)
+
+    def check_names(self, found: Collection[str], n_layers: int) -> None:
+        """Raises: UserError, if a file lacks tensors of the model or holds others."""
+        wanted, faults = self.paths(n_layers), []
+        for fault, names in (
+            ("missing", [name for name in wanted if name not in found]),
+            ("unexpected", [name for name in found if name not in wanted and name != self.head]),
+        ):
+            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+            faults += [f"{fault}: {', '.join(name[:100] for name in names[:20])}{more}"] if names else []
+        if faults:
+            raise UserError(f"its tensors are not this model's; {'; '.join(faults)}")
 
 
-def torch_names(n_layers: int) -> dict[str, Place]:
-    """Every parameter of the PyTorch model, in its order; `HEAD`, the second name of `EMBEDDING`, is not listed."""
-    names = {EMBEDDING: Place(("tok_emb", "embedding"), None, False)}
-    for layer in range(n_layers):
-        for name, path in _BLOCK_NAMES.items():
-            names[f"blocks.{layer}.{name}"] = Place(("blocks", *path), layer, path[-1] == "kernel")
-    names["ln_f.weight"] = Place(("ln_f", "scale"), None, False)
-    names["ln_f.bias"] = Place(("ln_f", "bias"), None, False)
-    return names
+def _reorder_heads(params: Params, shape: tuple[int, int, int]) -> Params:
+    """Reorders the features of queries and keys in each head: `shape` splits them, and its last two axes are swapped.
+
+    Attention scores don't change, as queries and keys are reordered alike.
+    """
+
+    def reorder(kernel: np.ndarray) -> np.ndarray:
+        return kernel.reshape(*kernel.shape[:-1], *shape).swapaxes(-1, -2).reshape(kernel.shape)
+
+    attention = params["blocks"]["attn"]
+    reordered = {name: {"kernel": reorder(attention[name]["kernel"])} for name in ("wq", "wk")}
+    return params | {"blocks": params["blocks"] | {"attn": attention | reordered}}
+
+
+# Path in the parameters, name in the PyTorch project, name in Hugging Face's StableLM.
+_TENSORS = (
+    ("tok_emb.embedding", "tok_emb.weight", "model.embed_tokens.weight"),
+    ("blocks.ln_1.scale", "blocks.{}.ln_1.weight", "model.layers.{}.input_layernorm.weight"),
+    ("blocks.ln_1.bias", "blocks.{}.ln_1.bias", "model.layers.{}.input_layernorm.bias"),
+    ("blocks.attn.wq.kernel", "blocks.{}.attn.wq.weight", "model.layers.{}.self_attn.q_proj.weight"),
+    ("blocks.attn.wk.kernel", "blocks.{}.attn.wk.weight", "model.layers.{}.self_attn.k_proj.weight"),
+    ("blocks.attn.wv.kernel", "blocks.{}.attn.wv.weight", "model.layers.{}.self_attn.v_proj.weight"),
+    ("blocks.attn.wo.kernel", "blocks.{}.attn.wo.weight", "model.layers.{}.self_attn.o_proj.weight"),
+    ("blocks.ln_2.scale", "blocks.{}.ln_2.weight", "model.layers.{}.post_attention_layernorm.weight"),
+    ("blocks.ln_2.bias", "blocks.{}.ln_2.bias", "model.layers.{}.post_attention_layernorm.bias"),
+    ("blocks.mlp.w1.kernel", "blocks.{}.mlp.w1.weight", "model.layers.{}.mlp.gate_proj.weight"),
+    ("blocks.mlp.w2.kernel", "blocks.{}.mlp.w2.weight", "model.layers.{}.mlp.down_proj.weight"),
+    ("blocks.mlp.w3.kernel", "blocks.{}.mlp.w3.weight", "model.layers.{}.mlp.up_proj.weight"),
+    ("ln_f.scale", "ln_f.weight", "model.norm.weight"),
+    ("ln_f.bias", "ln_f.bias", "model.norm.bias"),
+)
+TORCH = Layout({path: name for path, name, _ in _TENSORS}, head="head.weight", rotates_halves=False)
+STABLELM = Layout({path: name for path, _, name in _TENSORS}, head="lm_head.weight", rotates_halves=True)
 
 
 def bare_name(key: str) -> str:
-    """A state key without what wrappers put into it, such as `blocks.0._orig_mod.ln_1.bias` of a compiled block."""
+    """A key without the names of wrappers: `blocks.0._orig_mod.ln_1.bias` is `blocks.0.ln_1.bias`."""
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
-def as_numpy(tensor: Any) -> np.ndarray:
-    """A torch tensor as float32 NumPy, without a copy where it is float32 already."""
-    return tensor.detach().float().numpy()
-
-
-HUGGINGFACE_EMBEDDING, HUGGINGFACE_HEAD = (
-    "model.embed_tokens.weight",
-    "lm_head.weight",
-)  # one parameter; a file holds the first of them
-
-# Name inside a layer → path below "blocks". Kernels are [in, out] here and [out, in] there.
-_HUGGINGFACE_LAYER = {
-    "input_layernorm.weight": ("ln_1", "scale"),
-    "input_layernorm.bias": ("ln_1", "bias"),
-    "self_attn.q_proj.weight": ("attn", "wq", "kernel"),
-    "self_attn.k_proj.weight": ("attn", "wk", "kernel"),
-    "self_attn.v_proj.weight": ("attn", "wv", "kernel"),
-    "self_attn.o_proj.weight": ("attn", "wo", "kernel"),
-    "post_attention_layernorm.weight": ("ln_2", "scale"),
-    "post_attention_layernorm.bias": ("ln_2", "bias"),
-    "mlp.gate_proj.weight": ("mlp", "w1", "kernel"),
-    "mlp.up_proj.weight": ("mlp", "w3", "kernel"),
-    "mlp.down_proj.weight": ("mlp", "w2", "kernel"),
-}
-
-
-def huggingface_names(n_layers: int) -> dict[str, Place]:
-    """Every tensor that `model.safetensors` holds; those that `is_rotated` lie there in another order of rows."""
-    names = {HUGGINGFACE_EMBEDDING: Place(("tok_emb", "embedding"), None, False)}
-    for layer in range(n_layers):
-        for name, path in _HUGGINGFACE_LAYER.items():
-            names[f"model.layers.{layer}.{name}"] = Place(("blocks", *path), layer, path[-1] == "kernel")
-    names["model.norm.weight"] = Place(("ln_f", "scale"), None, False)
-    names["model.norm.bias"] = Place(("ln_f", "bias"), None, False)
-    return names
-
-
-def is_rotated(name: str) -> bool:
-    """Whether rotary positions turn what this matrix gives: the rows of queries and keys."""
-    return name.endswith((".q_proj.weight", ".k_proj.weight"))
-
-
-def pairs_to_halves(weight: Float[np.ndarray, "dim dim"], n_heads: int) -> Float[np.ndarray, "dim dim"]:
-    """Reorders each head's rows: (0, 1), (2, 3), ... are turned together here, (0, half), (1, half + 1), ... there.
-
-    The scores do not change, as queries and keys are reordered alike.
-    """
-    dim, width = weight.shape
-    return weight.reshape(n_heads, dim // n_heads // 2, 2, width).swapaxes(1, 2).reshape(dim, width)
-
-
-def halves_to_pairs(weight: Float[np.ndarray, "dim dim"], n_heads: int) -> Float[np.ndarray, "dim dim"]:
-    """The inverse of `pairs_to_halves`."""
-    dim, width = weight.shape
-    return weight.reshape(n_heads, 2, dim // n_heads // 2, width).swapaxes(1, 2).reshape(dim, width)
-
-
-_MOST_LISTED = 20
-
-
-def check_names(found: Collection[str], wanted: Collection[str], optional: str) -> None:
-    """Raises: UserError, if names are missing, or there are others than `wanted` and `optional`."""
-    faults = {
-        "missing": [name for name in wanted if name not in found],
-        "unexpected": [name for name in found if name not in wanted and name != optional],
-    }
-    if any(faults.values()):
-        listed = "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names)
-        raise UserError(f"its state is not this model's; {listed}")
-
-
-def collect_params(
-    config: GPTConfig,
-    places: Mapping[str, Place],
-    shapes: Mapping[str, tuple[int, ...]],
-    read: Callable[[str], np.ndarray],
-) -> Params:
-    """The parameters, copied tensor by tensor, so that no more than one lies in memory twice.
-
-    Args:
-      config: the shape.
-      places: where each tensor belongs.
-      shapes: of the file's tensors.
-      read: a tensor's values as float32, by name.
-
-    Returns:
-      Nested dicts of float32 NumPy arrays, the table padded.
-
-    Raises:
-      UserError: if a shape is not the model's, or a value is not finite.
-    """
-    wanted = trim_vocabulary(model_parameter_shapes(config), config)
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
-    views = {name: place.view(params) for name, place in places.items()}
-    wrong = [
-        f"{name} has shape {list(shapes[name])}, not {list(view.shape)}"
-        for name, view in views.items()
-        if tuple(shapes[name]) != view.shape
-    ]
-    if wrong:
-        raise UserError("; ".join(wrong))
-    for name, view in views.items():
-        view[...] = read(name)
-        if not (finite := np.isfinite(view)).all():
-            first = tuple(int(i) for i in np.argwhere(~finite)[0])
-            raise UserError(f"{name} has {(~finite).sum()} values that are not finite, the first at {list(first)}")
-    return pad_vocabulary(params, config)
-
-
-def _listed(names: list[str]) -> str:
-    """The first of them, each up to a length, and how many there are besides."""
-    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
-    return ", ".join(name[:100] for name in names[:_MOST_LISTED]) + more
+def mlp_ratio(dim: int, hidden_dim: int) -> float:
+    """The ratio for which int(dim * ratio) is exactly `hidden_dim`."""
+    ratio = hidden_dim / dim
+    while int(dim * ratio) < hidden_dim:  # the quotient was rounded down
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio

@@ -1,35 +1,26 @@
-"""Does a converted model compute what the other side's file says? A second forward pass tells.
+"""Does a converted model compute what the other side's file says? A second, independent forward pass tells.
 
-For PyTorch checkpoints it is in NumPy and float64. It reads the PyTorch names itself and shares no code with the model:
-an error in either shows as a difference. For Hugging Face folders it is that of transformers.
+For PyTorch checkpoints it is written here, in NumPy and float64. It reads the PyTorch names itself and shares no code
+with the model, so an error in either shows as a difference. For Hugging Face folders it is that of transformers.
 """
 
-import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Complex, Float, Int32
 
 from tinysft_jax.console import UserError
-from tinysft_jax.conversion.torch import TorchFile
+from tinysft_jax.conversion.torch import open_torch_file, shared_buffer
 from tinysft_jax.model import GPT
 
-# Float32 round-off is a few 1e-6 of the largest logit; an error in a layout, an epsilon or a theta is far above this.
+# Float32 round-off is a few 1e-6 of the largest logit; an error in a layout, an epsilon or theta is far above this.
 TOLERANCE = 1e-4
 
 
-@dataclasses.dataclass(frozen=True)
-class Parity:
-    """How far a model's float32 logits are from those of the other side.
-
-    Attributes:
-      positions: how many positions were compared.
-      largest_difference: over all logits.
-      mean_difference: over all logits.
-      largest_logit: the largest absolute value of a logit of the other side.
-      argmax_agreement: the fraction of positions whose most probable token is the same.
-    """
+class Parity(NamedTuple):
+    """How far a model's float32 logits are from the expected ones; the fraction of positions with the same argmax."""
 
     positions: int
     largest_difference: float
@@ -49,37 +40,21 @@ class Parity:
         )
 
 
-def measure_parity(model: GPT, file: TorchFile, rows: int = 2, length: int = 128, seed: int = 0) -> Parity:
-    """Compares a float32 model with a checkpoint: the one that it was converted from, or was written as.
+def measure_parity(model: GPT, path: Path) -> Parity:
+    """Compares a float32 model with the `.pt` or Hugging Face folder that it was read from or written as.
 
-    Args:
-      model: of this package.
-      file: the checkpoint.
-      rows: of random tokens.
-      length: of a row, unless the model's context is shorter.
-      seed: of the tokens.
-    """
-    tokens = _random_tokens(model, rows, length, seed)
-    return _compare(model, tokens, torch_logits(file, tokens, model.config.n_heads, model.config.rope_theta))
-
-
-def measure_huggingface_parity(model: GPT, directory: Path, rows: int = 2, length: int = 128, seed: int = 0) -> Parity:
-    """Compares a float32 model with what transformers computes from a Hugging Face folder; arguments as above.
+    Two rows of up to 128 random tokens are compared.
 
     Raises:
-      UserError: if transformers or torch is not installed.
+      UserError: if a package that the comparison needs is not installed.
     """
-    tokens = _random_tokens(model, rows, length, seed)
-    # Without the pad token's, which only the folder has.
-    return _compare(model, tokens, huggingface_logits(directory, tokens)[..., : model.config.vocab_size])
-
-
-def _random_tokens(model: GPT, rows: int, length: int, seed: int) -> Int32[np.ndarray, "B T"]:
-    shape = (rows, min(length, model.config.max_seq_len))
-    return np.random.default_rng(seed).integers(model.config.vocab_size, size=shape, dtype=np.int32)
-
-
-def _compare(model: GPT, tokens: Int32[np.ndarray, "B T"], expected: Float[np.ndarray, "B T vocab"]) -> Parity:
+    config = model.config
+    shape = (2, min(128, config.max_seq_len))
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=shape, dtype=np.int32)
+    if path.is_dir():
+        expected = huggingface_logits(path, tokens)[..., : config.vocab_size]  # without the folder's pad token
+    else:
+        expected = torch_logits(path, tokens, config.n_heads, config.rope_theta)
     with jax.default_matmul_precision("highest"):  # accelerators would multiply in less than float32
         logits = np.asarray(model(jax.numpy.asarray(tokens)))
     difference = np.abs(logits - expected)
@@ -93,11 +68,7 @@ def _compare(model: GPT, tokens: Int32[np.ndarray, "B T"], expected: Float[np.nd
 
 
 def huggingface_logits(directory: Path, tokens: Int32[np.ndarray, "B T"]) -> Float[np.ndarray, "B T vocab"]:
-    """The logits that transformers computes from a Hugging Face folder, in float32 on a CPU.
-
-    Raises:
-      UserError: if transformers or torch is not installed.
-    """
+    """The logits that transformers computes from a Hugging Face folder, in float32 on a CPU."""
     try:
         import torch
         import transformers
@@ -113,64 +84,51 @@ def huggingface_logits(directory: Path, tokens: Int32[np.ndarray, "B T"]) -> Flo
 
 
 def torch_logits(
-    file: TorchFile, tokens: Int32[np.ndarray, "B T"], n_heads: int, rope_theta: float
+    path: Path, tokens: Int32[np.ndarray, "B T"], n_heads: int, rope_theta: float
 ) -> Float[np.ndarray, "B T vocab"]:
-    """The logits of the checkpoint's model, in float64.
-
-    Args:
-      file: the checkpoint.
-      tokens: token ids.
-      n_heads: the number of attention heads.
-      rope_theta: base of the rotary angles, where the file has no rotary table.
-    """
+    """The logits of a PyTorch checkpoint's model, in float64; `rope_theta` is for a file without `freqs_cis`."""
+    tensors, _ = open_torch_file(path)
 
     def weight(name: str) -> Float[np.ndarray, "..."]:
-        return file.parameters[name].detach().double().numpy()
+        return tensors[name].detach().double().numpy()
+
+    embedding = weight("tok_emb.weight")
+    head_dim = embedding.shape[1] // n_heads
+    heads = (*tokens.shape, n_heads, head_dim)
+    rotations = shared_buffer(tensors, "freqs_cis")  # so that a theta that was inferred wrongly shows
+    if rotations is not None and rotations.is_complex():
+        rotations = rotations[: tokens.shape[1]].cfloat().numpy()
+    else:
+        frequencies = rope_theta ** -(np.arange(0, head_dim, 2) / head_dim)
+        rotations = np.exp(1j * np.outer(np.arange(tokens.shape[1]), frequencies))
 
     def layer_norm(x: Float[np.ndarray, "B T dim"], name: str) -> Float[np.ndarray, "B T dim"]:
         centred = x - x.mean(-1, keepdims=True)
         deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
         return centred / deviation * weight(f"{name}.weight") + weight(f"{name}.bias")
 
-    turns = _turns(file, tokens.shape[1], weight("tok_emb.weight").shape[1] // n_heads, rope_theta)
-    x = weight("tok_emb.weight")[tokens]
-    n_layers = sum(name.endswith(".attn.wq.weight") for name in file.parameters)
-    for block in (f"blocks.{layer}" for layer in range(n_layers)):
-        normed = layer_norm(x, f"{block}.ln_1")
-        q, k, v = (_split_heads(normed @ weight(f"{block}.attn.{w}.weight").T, n_heads) for w in ("wq", "wk", "wv"))
-        attended = _attend(_rotate(q, turns), _rotate(k, turns), v)
-        x = x + attended.swapaxes(1, 2).reshape(x.shape) @ weight(f"{block}.attn.wo.weight").T
-        normed = layer_norm(x, f"{block}.ln_2")
-        gate = normed @ weight(f"{block}.mlp.w1.weight").T
+    def attention(x: Float[np.ndarray, "B T dim"], name: str) -> Float[np.ndarray, "B T dim"]:
+        q, k, v = ((x @ weight(f"{name}.{w}.weight").T).reshape(heads) for w in ("wq", "wk", "wv"))
+        scores = np.einsum("bthd,bshd->bhts", _rotate(q, rotations), _rotate(k, rotations)) / np.sqrt(head_dim)
+        scores = np.where(np.tri(scores.shape[-1], dtype=bool), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return np.einsum("bhts,bshd->bthd", weights, v).reshape(x.shape) @ weight(f"{name}.wo.weight").T
+
+    def mlp(x: Float[np.ndarray, "B T dim"], name: str) -> Float[np.ndarray, "B T dim"]:
+        gate = x @ weight(f"{name}.w1.weight").T
         swish = gate * (1 + np.tanh(gate / 2)) / 2  # x sigmoid(x), without overflow
-        gated = swish * (normed @ weight(f"{block}.mlp.w3.weight").T)
-        x = x + gated @ weight(f"{block}.mlp.w2.weight").T
-    return layer_norm(x, "ln_f") @ weight("tok_emb.weight").T
+        return swish * (x @ weight(f"{name}.w3.weight").T) @ weight(f"{name}.w2.weight").T
+
+    x = embedding[tokens]
+    for layer in range(sum(name.endswith(".attn.wq.weight") for name in tensors)):
+        block = f"blocks.{layer}"
+        x = x + attention(layer_norm(x, f"{block}.ln_1"), f"{block}.attn")
+        x = x + mlp(layer_norm(x, f"{block}.ln_2"), f"{block}.mlp")
+    return layer_norm(x, "ln_f") @ embedding.T
 
 
-def _turns(file: TorchFile, length: int, head_dim: int, theta: float) -> Complex[np.ndarray, "T half"]:
-    """The file's own rotary table if it has one, so that a theta that was read wrongly shows too."""
-    table = file.buffer("freqs_cis")
-    if table is not None and table.is_complex():
-        return table[:length].cfloat().numpy()
-    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    return np.exp(1j * np.outer(np.arange(length), frequencies))
-
-
-def _split_heads(x: Float[np.ndarray, "B T dim"], n_heads: int) -> Float[np.ndarray, "B H T D"]:
-    return x.reshape(*x.shape[:2], n_heads, -1).swapaxes(1, 2)
-
-
-def _rotate(x: Float[np.ndarray, "B H T D"], turns: Complex[np.ndarray, "T half"]) -> Float[np.ndarray, "B H T D"]:
-    """Interleaved pairs as complex numbers, each turned by its position's angle."""
-    turned = (x[..., 0::2] + 1j * x[..., 1::2]) * turns
-    return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
-
-
-def _attend(
-    q: Float[np.ndarray, "B H T D"], k: Float[np.ndarray, "B H T D"], v: Float[np.ndarray, "B H T D"]
-) -> Float[np.ndarray, "B H T D"]:
-    scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
-    scores = np.where(np.tri(q.shape[2], dtype=bool), scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True) @ v
+def _rotate(x: Float[np.ndarray, "B T H D"], rotations: Complex[np.ndarray, "T half"]) -> Float[np.ndarray, "B T H D"]:
+    """Interleaved pairs as complex numbers, each rotated by its position's angle."""
+    rotated = (x[..., 0::2] + 1j * x[..., 1::2]) * rotations[:, None]
+    return np.stack([rotated.real, rotated.imag], axis=-1).reshape(x.shape)

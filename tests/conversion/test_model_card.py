@@ -1,5 +1,6 @@
 """The model card says what is known, and nothing else."""
 
+import json
 import re
 
 import pytest
@@ -50,23 +51,18 @@ def test_a_run_and_its_evaluation(workdir, tmp_path):
     description = load_description(workdir / "model")
     text = card(tmp_path / "folder", "stories", description, read_run(workdir), report)
     assert text.startswith("---\nlibrary_name: transformers\n") and "\n# stories\n" in text
+    data, settings, metrics = map(json.loads, re.findall(r"```json\n(.*?)\n```", text, re.DOTALL))
+    assert data["tasks"] == ["chat", "moral"] and data["splits"]["train"]["supervised_tokens"] == 9876
+    assert settings == {"data": {"path": "data"}, "optimizer": {"learning_rate": 2e-5}}
+    assert metrics == {"sft/val_loss": 2.25, "sft/val_loss/moral": 1.5}
     for part in (
-        "| train | 1,234 conversations, 56,789 tokens, 9,876 supervised tokens |",
-        "| tasks | chat, moral |",
-        "| source: files | a\\|b.txt 5 |",
-        "The model of step 20, the best by validation loss.",
-        "| val_loss | 2.2500 |",
-        "| val_loss/moral | 1.5000 |",
-        "| optimizer.learning_rate | 2e-05 |",
-        "jax 1.2.3",
-        "![loss](loss.png)",
+        "the model of step 20, the best by validation loss",
         "\n## Evaluation\n",
         "\n### moral\n",
         "| loss | 1.234 |",
     ):
         assert part in text
-    assert "| data.path | data |" in text and str(tmp_path) not in text
-    assert "secret" not in text and "3.5" not in text and "3.75" not in text and "limit" not in text
+    assert str(tmp_path) not in text and "secret" not in text
     shown = re.findall(r"\]\((.*?)\)", text)
     assert [(tmp_path / "folder" / name).read_bytes() for name in shown] == [
         b"\x89PNG of the loss",
@@ -79,9 +75,9 @@ def test_the_final_evaluation_is_told_in_place_of_the_sample_by_which_the_model_
         line = '"sft/final_val_loss": 2.5, "sft/final_val_loss/moral": 1.25, "sft/final_val_rows": 1184}'
         file.write(f'\n{{"step": 30, {line}\n')
     text = card(tmp_path / "folder", "stories", load_description(workdir / "model"), read_run(workdir))
-    for part in ("1,184 packed rows", "| final_val_loss | 2.5000 |", "| final_val_loss/moral | 1.2500 |"):
+    for part in ('"sft/final_val_rows": 1184', '"sft/final_val_loss": 2.5', '"sft/final_val_loss/moral": 1.25'):
         assert part in text
-    assert "| val_loss" not in text
+    assert "sft/val_loss" not in text
 
 
 @pytest.mark.parametrize("content", [None, '{"format_version": 1, "source": 1, "splits": 2}'])
@@ -93,13 +89,10 @@ def test_data_that_is_gone_or_damaged_is_no_obstacle(workdir, tmp_path, content)
     assert "## Data" not in text and "## Training" in text
 
 
-@pytest.mark.parametrize(
-    "key, value",
-    [(key, value) for key in ("config", "packages") for value in ([], "x", 1, None)] + [("packages", {"a": 1})],
-)
-def test_a_record_of_a_run_that_is_none_is_refused(workdir, key, value):
-    files.write_json(workdir / "config.json", {"format_version": 1, "config": {}, "packages": {}} | {key: value})
-    with pytest.raises(UserError, match=r"config\.json: 'config' or 'packages' is not what a run writes"):
+@pytest.mark.parametrize("config", [[], "x", 1, None])
+def test_a_record_of_a_run_that_is_none_is_refused(workdir, config):
+    files.write_json(workdir / "config.json", {"format_version": 1, "config": config})
+    with pytest.raises(UserError, match=r"config\.json: 'config' is not what a run writes"):
         read_run(workdir)
 
 
@@ -108,13 +101,12 @@ def test_of_settings_and_losses_only_what_can_be_is_told(workdir, tmp_path):
     files.write_json(workdir / "config.json", {"format_version": 1, "config": settings, "packages": {}})
     (workdir / "metrics.jsonl").write_text('{"step": 20, "sft/val_loss": "x", "sft/val_loss/a": [1]}\n')
     text = card(tmp_path / "folder", "stories", load_description(workdir / "model"), read_run(workdir))
-    assert "| init_from | 7 |" in text and "Step 20." in text and "val_loss" not in text
+    assert '"init_from": "7"' in text and "step 20," in text and "val_loss" not in text
 
 
 def test_of_an_unknown_run_nothing_is_said(tmp_path):
     text = card(tmp_path / "folder", "m", load_description(make_model_directory(tmp_path / "model", "control")))
     assert "## Training" not in text and "## Data" not in text and "Evaluation" not in text
-    assert read_run(tmp_path / "model") is None
 
 
 @pytest.mark.parametrize(

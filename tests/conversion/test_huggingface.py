@@ -23,10 +23,11 @@ import tinysft_jax as tsft
 from tinysft_jax.checkpoints import load_model, open_model, save_model
 from tinysft_jax.console import UserError
 from tinysft_jax.conversion.huggingface import read_huggingface, write_huggingface
-from tinysft_jax.conversion.names import HUGGINGFACE_EMBEDDING, halves_to_pairs, pairs_to_halves
+from tinysft_jax.conversion.names import STABLELM
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.parameters import ModelDescription, Params, make_model
+from tinysft_jax.model import GPTConfig
+from tinysft_jax.parameters import ModelDescription, Params, make_model, model_parameter_shapes
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.state import starting_model
 
@@ -154,7 +155,7 @@ def test_the_pad_token_takes_no_probability_from_others(chat_folder):
 def test_a_folder_of_before_the_pad_token_is_read(chat_folder, tmp_path):
     folder = shutil.copytree(chat_folder, tmp_path / "folder")
     tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {HUGGINGFACE_EMBEDDING: tensors[HUGGINGFACE_EMBEDDING][:-1]}, folder / "model.safetensors")
+    save_file(tensors | {STABLELM.embedding: tensors[STABLELM.embedding][:-1]}, folder / "model.safetensors")
     for name, change in (
         ("config.json", lambda content: content.update(vocab_size=260)),
         ("tokenizer.json", lambda content: content["added_tokens"].pop()),
@@ -238,10 +239,13 @@ def test_what_transformers_saves_is_read(exported, tmp_path, dtype, sharded):
     jax.tree.map(np.testing.assert_array_equal, params, rounded)
 
 
-def test_rows_are_reordered_head_by_head():
-    rows = np.arange(8, dtype=np.float32)[:, None].repeat(8, axis=1)
-    assert pairs_to_halves(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    np.testing.assert_array_equal(halves_to_pairs(pairs_to_halves(rows, 1), 1), rows)
+def test_features_are_reordered_head_by_head():
+    config = GPTConfig(vocab_size=4, dim=8, n_layers=1, n_heads=2)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model_parameter_shapes(config))
+    params["blocks"]["attn"]["wq"]["kernel"][:] = np.arange(8)
+    tensors = STABLELM.export_tensors(params, config)
+    assert tensors["model.layers.0.self_attn.q_proj.weight"][:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    jax.tree.map(np.testing.assert_array_equal, STABLELM.import_tensors(tensors, config), params)
 
 
 # Each: what is changed in config.json, and what the error must name.
@@ -267,6 +271,11 @@ FOREIGN = {
     "fewer layers": ({"num_hidden_layers": 1}, ["unexpected: model.layers.1"]),
     "more layers": ({"num_hidden_layers": 3}, ["missing: model.layers.2"]),
     "more ids": ({"vocab_size": 300}, ["[261, 32]", "[300, 32]"]),
+    "vast size": ({"hidden_size": 10**400}, ["hidden_size is a number of over 100 digits"]),
+    "vast theta": (
+        {"rope_parameters": {"rope_theta": 10**400, "partial_rotary_factor": 1.0}},
+        ["rope_theta is a number of over 100 digits"],
+    ),
     "no theta": ({"rope_parameters": {"rope_theta": "x", "partial_rotary_factor": 1.0}}, ["rope_theta is 'x'"]),
 }
 
@@ -283,7 +292,7 @@ def test_another_architecture_is_refused(chat_folder, tmp_path, change):
 TENSOR_FAULTS = {
     "a bias": ({"model.layers.0.self_attn.q_proj.bias": np.ones(32, np.float32)}, ["unexpected", "q_proj.bias"]),
     "an untied head": ({"lm_head.weight": np.ones((261, 32), np.float32)}, ["lm_head.weight differs", "untied"]),
-    "integers": ({"model.norm.bias": np.ones(32, np.int32)}, ["model.norm.bias is of type I32"]),
+    "integers": ({"model.norm.bias": np.ones(32, np.int32)}, ["model.norm.bias is int32"]),
     "with a wrapper's name and without": (
         {"model.layers.0._orig_mod.input_layernorm.bias": np.ones(32, np.float32)},
         ["model.layers.0.input_layernorm.bias occurs twice"],
@@ -303,7 +312,7 @@ def test_unsound_tensors_are_refused(chat_folder, tmp_path, fault):
 def test_a_head_that_is_stored_twice_is_no_harm(chat_folder, tmp_path):
     folder = shutil.copytree(chat_folder, tmp_path / "folder")
     tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors[HUGGINGFACE_EMBEDDING]}, folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors[STABLELM.embedding]}, folder / "model.safetensors")
     assert_same_model(folder, chat_folder)
 
 

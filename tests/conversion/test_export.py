@@ -56,7 +56,7 @@ def test_a_run_exports_its_best_model(finished):
     best = min((m for m in metrics if m["step"] and "sft/val_loss" in m), key=lambda m: m["sft/val_loss"])
     assert (content["step"], content["loss"]) == (best["step"], metrics[-1]["sft/final_val_loss"])
     card = (finished / "huggingface" / "README.md").read_text()
-    assert card.count("# work\n") == 1 and "| train.batch_size | 8 |" in card and "conversations" in card
+    assert card.count("# work\n") == 1 and '"batch_size": 8' in card and "conversations" in card
     assert (finished / "huggingface" / "loss.png").read_bytes() == (finished / "loss.png").read_bytes()
 
 
@@ -73,7 +73,7 @@ def put_it_under_version_control(work: Path) -> str:
 
 def lose_the_record(work: Path) -> str:
     (work / "exports.json").unlink()
-    return "nothing tells how it came there"
+    return "exports.json does not list it"
 
 
 @pytest.mark.parametrize("change", [edit_the_card, put_it_under_version_control, lose_the_record])

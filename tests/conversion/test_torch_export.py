@@ -14,7 +14,7 @@ from tinysft_jax.checkpoints import load_model, open_model
 from tinysft_jax.console import RunError, UserError
 from tinysft_jax.conversion.names import bare_name
 from tinysft_jax.conversion.parity import measure_parity
-from tinysft_jax.conversion.torch import LONGEST_CONTEXT, open_torch_file, read_torch_checkpoint, write_torch_checkpoint
+from tinysft_jax.conversion.torch import LONGEST_CONTEXT, read_torch_checkpoint, write_torch_checkpoint
 
 
 def write(path, description, params):
@@ -73,7 +73,7 @@ def test_template_and_small_vocabulary_come_back(tmp_path, template):
     assert content["model_state_dict"]["tok_emb.weight"].shape == (260, 32)
     again, _ = read_torch_checkpoint(tmp_path / "a.pt")
     assert (again.chat_template, again.tokenizer) == (template, {"kind": "gpt2", "bpe_ranks": 256})
-    assert measure_parity(load_model(directory), open_torch_file(tmp_path / "a.pt")).holds
+    assert measure_parity(load_model(directory), tmp_path / "a.pt").holds
 
 
 def test_step_and_loss_are_those_of_the_source(tmp_path):

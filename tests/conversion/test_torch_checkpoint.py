@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch_twin import TorchTwin, save, without_buffers
 
 from tinysft_jax.console import UserError
-from tinysft_jax.conversion.names import torch_names
-from tinysft_jax.conversion.torch import mlp_ratio, open_torch_file, read_torch_checkpoint, rope_theta
+from tinysft_jax.conversion.names import TORCH, mlp_ratio
+from tinysft_jax.conversion.torch import open_torch_file, read_torch_checkpoint, rope_theta
 from tinysft_jax.parameters import make_model, model_parameter_shapes, trim_vocabulary
 
 
@@ -48,7 +48,7 @@ def plain(twin, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["pretrained_small", "pretrained_compiled", "sft_small"])
 def test_fixture_is_read(fixtures, name):
-    """Shape and parameters are the file's, each tensor where `torch_names` says and nothing besides."""
+    """Shape and parameters are the file's, each tensor where `TORCH` says and nothing besides."""
     path = fixtures / f"{name}.pt"
     description, params = read_torch_checkpoint(path)
     content = torch.load(path, weights_only=True)
@@ -63,12 +63,13 @@ def test_fixture_is_read(fixtures, name):
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), model_parameter_shapes(config))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == shapes
     assert not params["tok_emb"]["embedding"][config.vocab_size :].any()
-    trimmed, tensors = trim_vocabulary(params, config), open_torch_file(path).parameters
-    names = torch_names(config.n_layers)
-    assert set(names) | {"head.weight"} == set(tensors)
-    for key, place in names.items():
-        np.testing.assert_array_equal(place.view(trimmed), tensors[key].numpy())
-    assert sum(tensors[key].numel() for key in names) == sum(leaf.size for leaf in jax.tree.leaves(trimmed))
+    trimmed = trim_vocabulary(params, config)
+    tensors = without_buffers(open_torch_file(path)[0])
+    views = TORCH.views(trimmed, config.n_layers)
+    assert set(views) | {"head.weight"} == set(tensors)
+    for key, view in views.items():
+        np.testing.assert_array_equal(view, tensors[key].numpy())
+    assert sum(tensors[key].numel() for key in views) == sum(leaf.size for leaf in jax.tree.leaves(trimmed))
 
 
 @pytest.mark.parametrize("hidden, theta, n_heads", [(41, 10000.0, 2), (64, 500.0, 4), (176, 123456.7, 1)])
@@ -249,7 +250,7 @@ STATE_FAULTS = {
     ),
     "scaled positions": (
         lambda s: s.update({f"blocks.{i}.attn.freqs_cis": s["blocks.0.attn.freqs_cis"] ** 0.5 for i in range(2)}),
-        ["freqs_cis is no plain rotary table"],
+        ["freqs_cis is not exp(i position theta^(-2k / head_dim))"],
     ),
     "table of another model": (
         lambda s: s.update({f"blocks.{i}.attn.freqs_cis": torch.ones(12, 3).cfloat() for i in range(2)}),
@@ -285,6 +286,10 @@ def test_config_that_contradicts_the_tensors_is_refused(tmp_path, twin, entry, e
     content = twin.checkpoint()
     content["config"] |= entry
     assert_refused(save(content, tmp_path / "a.pt"), expected)
+
+
+def test_config_that_is_none_is_refused(tmp_path, twin):
+    assert_refused(save(twin.checkpoint() | {"config": torch.ones(2)}, tmp_path / "a.pt"), ["its config is a Tensor"])
 
 
 def test_given_heads_that_contradict_the_file_are_refused(tmp_path, twin):

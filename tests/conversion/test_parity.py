@@ -1,6 +1,7 @@
 """The model computes, learns and continues exactly as the PyTorch project's does."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +12,9 @@ import pytest
 from flax import nnx
 from torch_twin import TorchTwin, save, without_buffers
 
-from tinysft_jax.conversion.names import torch_names
+from tinysft_jax.conversion.names import TORCH
 from tinysft_jax.conversion.parity import measure_parity, torch_logits
-from tinysft_jax.conversion.torch import TorchFile, open_torch_file, read_torch_checkpoint
+from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.model import GPTConfig
 from tinysft_jax.parameters import make_model, trim_vocabulary
 from tinysft_jax.training.step import make_optimizer, make_train_step, supervised_nll
@@ -22,7 +23,7 @@ from tinysft_jax.training.step import make_optimizer, make_train_step, supervise
 class Golden(NamedTuple):
     """A checkpoint, as read, and what the PyTorch project computes from it in float32."""
 
-    file: TorchFile
+    path: Path
     config: GPTConfig
     params: dict[str, Any]
     arrays: Any
@@ -48,14 +49,14 @@ class Golden(NamedTuple):
     def tensors(self, params) -> dict[str, np.ndarray]:
         """Parameters or gradients under PyTorch's names."""
         params = trim_vocabulary(jax.tree.map(np.asarray, params), self.config)
-        return {name: place.view(params) for name, place in torch_names(self.config.n_layers).items()}
+        return TORCH.views(params, self.config.n_layers)
 
 
 @pytest.fixture(scope="module", params=["pretrained_small", "pretrained_compiled", "sft_small"])
 def golden(request, fixtures) -> Golden:
     path = fixtures / f"{request.param}.pt"
     description, params = read_torch_checkpoint(path)
-    return Golden(open_torch_file(path), description.config, params, np.load(path.with_suffix(".golden.npz")))
+    return Golden(path, description.config, params, np.load(path.with_suffix(".golden.npz")))
 
 
 def test_logits(golden):
@@ -65,7 +66,7 @@ def test_logits(golden):
 
 def test_float64_logits(golden):
     """The pass that `--check` compares with is right by itself."""
-    logits = torch_logits(golden.file, golden.arrays["input_ids"], golden.config.n_heads, golden.config.rope_theta)
+    logits = torch_logits(golden.path, golden.arrays["input_ids"], golden.config.n_heads, golden.config.rope_theta)
     assert logits.dtype == np.float64
     np.testing.assert_allclose(logits, golden.arrays["logits"], rtol=0, atol=2e-5)
 
@@ -119,7 +120,7 @@ def test_greedy_continuation(golden):
 
 
 def test_parity_holds(golden):
-    parity = measure_parity(golden.model, golden.file)
+    parity = measure_parity(golden.model, golden.path)
     assert parity.holds
     assert parity.largest_difference < 1e-5
     assert parity.argmax_agreement == 1.0
@@ -131,7 +132,7 @@ def test_parity_without_a_rotary_table(tmp_path):
     state = without_buffers(twin.state_dict())
     path = save({"model_state_dict": state, "config": twin.config}, tmp_path / "a.pt")
     description, params = read_torch_checkpoint(path)
-    assert measure_parity(make_model(description.config, params, dtype=jnp.float32), open_torch_file(path)).holds
+    assert measure_parity(make_model(description.config, params, dtype=jnp.float32), path).holds
 
 
 CONVERSION_ERRORS = {
@@ -149,7 +150,7 @@ def test_parity_notices(fixtures, error):
     path = fixtures / "sft_small.pt"
     description, params = read_torch_checkpoint(path)
     CONVERSION_ERRORS[error](params["blocks"])
-    parity = measure_parity(make_model(description.config, params, dtype=jnp.float32), open_torch_file(path))
+    parity = measure_parity(make_model(description.config, params, dtype=jnp.float32), path)
     assert not parity.holds
 
 
@@ -157,4 +158,4 @@ def test_parity_notices_a_wrong_theta(fixtures):
     path = fixtures / "sft_small.pt"
     description, params = read_torch_checkpoint(path)
     config = dataclasses.replace(description.config, rope_theta=10100.0)
-    assert not measure_parity(make_model(config, params, dtype=jnp.float32), open_torch_file(path)).holds
+    assert not measure_parity(make_model(config, params, dtype=jnp.float32), path).holds

@@ -10,7 +10,7 @@ from ml_collections import config_flags
 
 from tinysft_jax import console
 from tinysft_jax.console import UserError
-from tinysft_jax.training.config import check_key, help_text
+from tinysft_jax.training.config import check_key, reference
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, and after a colon its preset.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no launcher tells it.")
@@ -25,7 +25,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Output of the run; an existing o
 
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
-        print(f"{__doc__}\n{flags.FLAGS.main_module_help()}\nKeys of the configuration:\n{help_text()}")
+        print(
+            f"{__doc__}\n{flags.FLAGS.main_module_help()}\nKeys of the configuration:\n{reference().replace('`', '')}"
+        )
         return
     use_few_arenas()
     for argument in sys.argv[1:]:

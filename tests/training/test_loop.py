@@ -355,10 +355,10 @@ def test_wandb_is_not_imported_unless_asked_for(finished):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"train__batch_size": 12}, "train.batch_size 12, .* not a multiple of 8 .* the nearest that fit are 8 and 16"),
+        ({"train__batch_size": 12}, "train.batch_size 12, .* not a multiple of 8 .* the next multiple is 16"),
         (
             {"train__grad_accumulation_steps": 3},
-            r"train.batch_size 8, .* not a multiple of 24 \(mesh.data × mesh.fsdp = 8, .* the nearest that fits is 24",
+            r"train.batch_size 8, .* not a multiple of 24 \(mesh.data × mesh.fsdp = 8, .* the next multiple is 24",
         ),
         ({"mesh__data": 3}, r"mesh data=3 × fsdp=1 × tensor=1 does not fit 8 device"),
         ({"train__dtype": "float16"}, "train.dtype is 'float16'; it must be one of auto, bfloat16, float32"),

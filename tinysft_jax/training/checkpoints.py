@@ -27,11 +27,9 @@ from tinysft_jax.training.step import TrainState, warmup_cosine
 
 LOCK = ".lock"
 
-# What a run writes besides checkpoints. config.json identifies the run, so it is moved last.
-_OUTPUTS = (
-    *("models", "model", "metrics.jsonl", "skipped_steps.jsonl", "loss.png", "wandb_id", "profile", "huggingface"),
-    *("model.pt", "exports.json", "config.json"),
-)
+# What a run writes besides checkpoints and config.json.
+_OUTPUTS = ("models", "model", "metrics.jsonl", "skipped_steps.jsonl", "loss.png", "wandb_id", "profile")
+_EXPORTS = ("huggingface", "model.pt", "exports.json")
 
 
 @contextlib.contextmanager
@@ -67,7 +65,9 @@ def held(workdir: Path) -> Iterator[str]:
 
 def set_aside_other_run(workdir: Path, identity: dict[str, Any]) -> str:
     """Moves what another run wrote before its first checkpoint into `workdir/earlier-N`; returns a note, or ""."""
-    found = [path for name in _OUTPUTS if os.path.lexists(path := workdir / name)]
+    # config.json identifies the run, so it is moved last.
+    names = (*_OUTPUTS, *_EXPORTS, "config.json")
+    found = [path for name in names if os.path.lexists(path := workdir / name)]
     try:
         content = files.read_json(workdir / "config.json", "a work directory", format_version=1)
         check(content, {"run": {TOTAL_STEPS: COUNT}})
@@ -157,27 +157,16 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 @dataclasses.dataclass
 class RunStatus:
-    """How far a run has come: what a checkpoint holds besides arrays.
+    """How far a run has come: what a checkpoint holds besides arrays."""
 
-    Attributes:
-      run: the run's identity.
-      model: what it trains.
-      step: steps done, which is also the position in the data.
-      best_loss: the lowest validation loss so far; None before there is one.
-      best_step: whose model is kept; 0 before there is one.
-      evaluated_step: the last one that was evaluated.
-      eval_rows: rows of each periodic evaluation.
-      skipped_steps: steps that changed nothing: of the whole run, and in a row up to now.
-    """
-
-    run: dict[str, Any]
+    run: dict[str, Any]  # the run's identity
     model: ModelDescription
-    step: int = 0
-    best_loss: float | None = None
-    best_step: int = 0
-    evaluated_step: int = -1
-    eval_rows: int = 0
-    skipped_steps: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
+    step: int = 0  # steps done, which is also the position in the data
+    best_loss: float | None = None  # the lowest validation loss so far
+    best_step: int = 0  # whose model is kept; 0 while there is none
+    evaluated_step: int = -1  # the last one
+    eval_rows: int = 0  # of each periodic evaluation
+    skipped_steps: tuple[int, ...] | list[int] = (0, 0)  # that changed nothing: in the run, and in a row up to now
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"format_version": FORMAT_VERSION, "model": self.model.to_json()}
@@ -185,7 +174,7 @@ class RunStatus:
 
 FORMAT_VERSION = 1  # of a checkpoint's JSON
 _TWO_COUNTS: Kind = ("two whole numbers", lambda value: isinstance(value, list) and [*map(type, value)] == [int, int])
-_STATUS: Schema = {
+_STATUS: Schema = {  # of `RunStatus`, but for the step
     "run": {TOTAL_STEPS: COUNT},
     "model": {},
     "best_loss": REAL_OR_NULL,
@@ -196,33 +185,28 @@ _STATUS: Schema = {
 }
 
 
-# Names in checkpoints/: of finished checkpoints, and of those that are being written (also by orbax) or removed.
-_FINISHED, _UNFINISHED = r"[0-9]+", r"\.[0-9]+\.(partial|old).*"
+_UNFINISHED = r"\.[0-9]+\.(partial|old).*"  # checkpoints that are being written (also by orbax) or removed
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The newest checkpoints of a work directory, `checkpoints/<step>/`; saved in a `with` block.
 
     In the background orbax writes a checkpoint aside, its manifest follows, then it is renamed. So a directory whose
     name is a step was finished; if it differs from its manifest it was damaged since, which orbax would not notice.
 
     Attributes:
-      newest: the step of the newest sound checkpoint, or of the one that is being written; None if there is none.
+      newest: the step of the newest sound checkpoint, or of the one that is being written; -1 if there is none.
     """
 
     def __init__(self, workdir: Path, keep: int):
         self._directory, self._keep = (workdir / "checkpoints").absolute(), keep
-        self.newest: int | None = None
+        self.newest = -1
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # while it writes in the background as well
 
     def find_newest(self) -> str:
-        """Sets `newest`; returns what is wrong with newer checkpoints, or "".
-
-        Raises:
-          RunError: if there are checkpoints, and all are damaged.
-        """
+        """Sets `newest`; returns what is wrong with newer checkpoints, or "". Raises: RunError, if all are damaged."""
         damage = []
 
         def find() -> None:
@@ -238,8 +222,7 @@ class Checkpoints:
                 )
 
         distributed.on_first(find)
-        newest = distributed.first_decides(-1 if self.newest is None else self.newest)
-        self.newest = None if newest < 0 else newest
+        self.newest = distributed.first_decides(self.newest)
         return "; ".join(damage)
 
     def read_json(self) -> Any:
@@ -275,8 +258,8 @@ class Checkpoints:
         notes = [f"resuming with changes: {'; '.join(changes)}"] if changes else []
         if before < total_steps:
             notes.append(_effect_of_more_steps(config, before, total_steps, self.newest))
-        fields = {field.name: content[field.name] for field in dataclasses.fields(RunStatus) if field.name in _STATUS}
-        fields |= {"run": identity, "model": ModelDescription.from_json(content["model"], where), "step": self.newest}
+        model = ModelDescription.from_json(content["model"], where)
+        fields = {key: content[key] for key in _STATUS} | {"run": identity, "model": model, "step": self.newest}
         return RunStatus(**fields), notes
 
     def restore(self, shapes: TrainState, shardings: TrainState) -> TrainState:
@@ -288,8 +271,7 @@ class Checkpoints:
     def clear(self) -> None:
         """In the first process: removes what is newer than the newest sound checkpoint, or was never finished."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        newest = -1 if self.newest is None else self.newest
-        newer = [path for path in own(self._directory, _FINISHED) if int(path.name) > newest]
+        newer = [self.path(step) for step in self._steps() if step > self.newest]
         for path in [*newer, *own(self._directory, _UNFINISHED)]:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -315,9 +297,6 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self._directory / str(step)
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
     def __exit__(self, *_: object) -> None:
         """Waits, and removes what could not be finished."""
         try:
@@ -325,8 +304,7 @@ class Checkpoints:
         finally:
             self._writer.shutdown()
             if distributed.is_first():
-                for path in own(self._directory, _UNFINISHED):
-                    shutil.rmtree(path, ignore_errors=True)
+                self.clear()
 
     def _finish(self, step: int, written: Callable[[], None]) -> None:
         """The part of writing that happens in the background."""
@@ -346,7 +324,7 @@ class Checkpoints:
                 writing.result()
 
     def _steps(self) -> list[int]:
-        return sorted(int(path.name) for path in own(self._directory, _FINISHED))
+        return sorted(int(path.name) for path in own(self._directory, r"[0-9]+"))
 
     def _aside(self, step: int) -> Path:
         return self._directory / f".{step}.partial"

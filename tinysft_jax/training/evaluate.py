@@ -38,16 +38,6 @@ class Evaluator:
         self.n_rows, shards = len(self._plan), batch_shards(mesh)
         self._batch_size = -(-min(config.train.eval_batch_size, max(1, self.n_rows)) // shards) * shards
 
-    def describe(self, periodic: int, final: int, times: int) -> str:
-        """A line for people: rows of each of the periodic evaluations, and of the final one."""
-        if not self.n_rows:
-            return "validation: none, the data has no validation conversation; the last model will be kept"
-        periodic, final = (f"{rows:,} rows with {self._plan.row_starts[rows]:,}" for rows in (periodic, final))
-        return (
-            f"validation: {periodic} of {len(self._split):,} conversations, {times:,} times; "
-            f"the kept model at the end: {final}"
-        )
-
     def losses(
         self,
         eval_step: Callable[[Any, dict[str, jax.Array]], Any],
@@ -55,17 +45,11 @@ class Evaluator:
         n_rows: int,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, float]:
-        """Mean negative log-likelihood of a supervised token, in nats.
-
-        Args:
-          eval_step: of `make_eval_step`, jitted.
-          params: the model's.
-          n_rows: how many of the sample's rows.
-          should_stop: asked before each batch.
+        """Mean negative log-likelihood of a supervised token, in nats, over the first `n_rows`.
 
         Returns:
-          `sft/val_loss`, and `sft/val_loss/<task>` where there are several tasks. Empty if it was stopped, or no
-          token is supervised.
+          `sft/val_loss`, and `sft/val_loss/<task>` where there are several tasks. Empty if no token is supervised, or
+          if `should_stop`, which is asked before each batch, said so.
         """
         sums = [np.zeros((2, len(self._tasks)))]
         for batch in self._batches(n_rows):

@@ -108,12 +108,8 @@ class Rates:
         return rates
 
 
-class RunLog:
-    """Metrics and the progress line; processes other than the first write and show nothing.
-
-    Attributes:
-      rates: of training.
-    """
+class RunLog(contextlib.AbstractContextManager):
+    """Metrics and the progress line; processes other than the first write and show nothing."""
 
     def __init__(self, config: ConfigDict, workdir: Path, shape: GPTConfig, total_steps: int):
         self.rates = Rates(shape, config.train.batch_size, config.data.seq_len)
@@ -127,10 +123,7 @@ class RunLog:
         self._file = path.open("a", encoding="utf-8")
         if settings["config"]["wandb"]["mode"] != "disabled":
             self._wandb = _start_wandb(self._workdir, settings)
-
-    def __enter__(self) -> "RunLog":
         self._progress.__enter__()
-        return self
 
     def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
         self._progress.__exit__()
@@ -149,28 +142,21 @@ class RunLog:
         if self._wandb:
             self._wandb.log(metrics, step=step)
 
-    def step(self, step: int, values: dict[str, float], skipped_steps: int, is_logged: bool) -> None:
-        """Counts a finished step, shows it, and writes its metrics if they are to be logged.
-
-        Args:
-          step: its number.
-          values: the metrics of the train step.
-          skipped_steps: of the run so far.
-          is_logged: whether it is this step's turn.
-        """
+    def step(self, step: int, values: dict[str, float], skipped_steps: int, is_due: bool) -> None:
+        """Counts a finished step with its metrics `values`, shows it, and logs it if it is due or changed nothing."""
         if self.rates.started is None:
             self._progress.restart_clock(step)
         self.rates.count(values["tokens"], values["supervised_tokens"])
-        logged = {"sft/skipped_steps": skipped_steps}
-        if is_logged and not values["skipped"]:
+        line = {"sft/skipped_steps": skipped_steps}
+        is_due = is_due and not values["skipped"]
+        if is_due:
             names = {"sft/train_loss": "loss", "sft/grad_norm": "grad_norm", "sft/lr": "lr"}
-            logged |= {name: values[key] for name, key in names.items()} | self.rates.report()
-            if rate := logged.get("sft/supervised_tokens_per_second"):
+            line |= {name: values[key] for name, key in names.items()} | self.rates.report()
+            if rate := line.get("sft/supervised_tokens_per_second"):
                 self._rate = f"  {rate:,.0f} supervised tokens/s"
-        text = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}{self._rate}"
-        self._progress.update(step, text, always=len(logged) > 1)
-        if is_logged or values["skipped"]:
-            self.write(step, logged)
+        self._progress.update(step, f"loss {values['loss']:.4f}  lr {values['lr']:.2e}{self._rate}", always=is_due)
+        if is_due or values["skipped"]:
+            self.write(step, line)
 
 
 def _start_wandb(workdir: Path, settings: dict[str, Any]):
@@ -201,14 +187,14 @@ def read_metrics(workdir: Path, name: str = "metrics.jsonl") -> list[MetricLine]
 
 
 def forget_skipped(workdir: Path, step: int) -> None:
-    """Drops what was written about skipped steps after `step`, which a run that resumes repeats."""
-    if (workdir / SKIPPED).exists():
-        kept = [line for line in read_metrics(workdir, SKIPPED) if line["step"] <= step]
-        files.write_text(workdir / SKIPPED, "".join(json.dumps(line) + "\n" for line in kept))
+    """Drops the lines about skipped steps after `step`, which a run that resumes repeats."""
+    if lines := read_metrics(workdir, SKIPPED):
+        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+        files.write_text(workdir / SKIPPED, "".join(kept))
 
 
 def write_skipped(workdir: Path, step: int, values: dict[str, float], conversations: list[int]) -> str:
-    """Writes that a step changed nothing, with the conversations of its batch; returns it as a line for people."""
+    """Writes that a step changed nothing, with the conversations of its batch; returns a line for the user."""
     path, loss, norm = workdir / SKIPPED, str(values["loss"]), str(values["grad_norm"])
     line = {"step": step, "loss": loss, "grad_norm": norm, "conversations": conversations}
     with path.open("a", encoding="utf-8") as file:
@@ -240,8 +226,8 @@ def plot_loss(lines: list[MetricLine], path: Path) -> None:
     for key in sorted({key for line in lines for key in line if key.startswith(f"{ALL_TASKS}/")}):
         axes.plot(*_series(lines, key), linewidth=1, linestyle="--", label=key.removeprefix(f"{ALL_TASKS}/"))
     axes.set(xlabel="step", ylabel="loss (nats per supervised token)", yscale="log")
-    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.grid(alpha=0.3, which="both")
     if axes.lines:
         axes.legend(fontsize="small")
@@ -251,8 +237,7 @@ def plot_loss(lines: list[MetricLine], path: Path) -> None:
 
 
 def _series(lines: list[MetricLine], key: str) -> tuple[list[int], list[float]]:
-    points = [(line["step"], line[key]) for line in lines if key in line]
-    return [step for step, _ in points], [value for _, value in points]
+    return [line["step"] for line in lines if key in line], [line[key] for line in lines if key in line]
 
 
 def _running_mean(values: list[float]) -> np.ndarray:
@@ -267,20 +252,15 @@ def _running_mean(values: list[float]) -> np.ndarray:
 def print_summary(lines: list[MetricLine], best_step: int) -> None:
     """Prints the validation loss by task: before training, at the best step, and of the kept model at the end."""
     evaluated = {line["step"]: line for line in lines if ALL_TASKS in line}
-    before, best = evaluated.get(0), evaluated.get(best_step)
-    if before is None or best is None:
+    if not {0, best_step} <= evaluated.keys():
         return
     final = next((line for line in lines if FINAL_ROWS in line), {})
-    columns = {
-        "before": (before, ALL_TASKS),
-        f"step {best_step:,}": (best, ALL_TASKS),
-        f"kept model, {final.get(FINAL_ROWS, 0):,} rows": (final, FINAL),
-    }
+    columns = [(evaluated[0], ALL_TASKS), (evaluated[best_step], ALL_TASKS), (final, FINAL)]
     table = Table("task", title="validation loss (nats per supervised token)", min_width=44)
-    for name in columns:
+    for name in ("before", f"step {best_step:,}", f"kept model, {final.get(FINAL_ROWS, 0):,} rows"):
         table.add_column(name, justify="right")
-    tasks = {key.removeprefix(prefix) for line, prefix in columns.values() for key in line if key.startswith(prefix)}
+    tasks = {key.removeprefix(prefix) for line, prefix in columns for key in line if key.startswith(prefix)}
     for task in sorted(tasks, key=lambda task: (task == "", task)):
-        losses = [line.get(prefix + task) for line, prefix in columns.values()]
+        losses = [line.get(prefix + task) for line, prefix in columns]
         table.add_row(task[1:] or "all", *("–" if loss is None else f"{loss:.3f}" for loss in losses))
     Console().print(table)

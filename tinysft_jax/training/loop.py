@@ -24,7 +24,7 @@ from tinysft_jax.training.checkpoints import Checkpoints, RunStatus, held, run_i
 from tinysft_jax.training.config import check_batch, check_config, check_run, parse_window, resolved
 from tinysft_jax.training.evaluate import Evaluator, evaluation_rows, n_evaluations
 from tinysft_jax.training.log import ALL_TASKS, FINAL, FINAL_ROWS, RunLog
-from tinysft_jax.training.state import Steps, build_steps, check_same_language, starting_model
+from tinysft_jax.training.state import Steps, check_same_language, starting_model, steps_of
 from tinysft_jax.training.step import Metrics, TrainState
 from tinysft_jax.training.stop import StopRequest
 
@@ -99,17 +99,13 @@ def open_run(
     check_run(config, total_steps, data.description["max_tokens"])
     identity = run_identity(config, data, packing, total_steps)
     distributed.check_same(
-        {
-            "the configuration": config.to_json(),
-            "the data": identity["data"],
-            "how it is packed (which may be due to another version of SciPy)": packing,
-        }
+        {"the configuration": config.to_json(), "the data": identity["data"], "its packing": packing}
     )
     distributed.check_shared(workdir)
     evaluator = Evaluator(data, config, mesh)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     damage, changes, notes = checkpoints.find_newest(), [], []
-    if is_new := checkpoints.newest is None:
+    if is_new := checkpoints.newest < 0:
         model, params = starting_model(config.init_from, config.model.to_dict(), data)
         status = RunStatus(identity, model)
     else:
@@ -122,9 +118,14 @@ def open_run(
         status.best_loss = None
         notes.append("the validation sample is not what it was: the search for the best model starts anew")
     status.eval_rows = eval_rows
-    notes.append(evaluator.describe(eval_rows, final_rows, n_evaluations(total_steps, config.train.eval_interval)))
-    steps = build_steps(config, status.model.config, total_steps, len(data.tasks), mesh)
-    state = steps.create(params) if is_new else checkpoints.restore(steps.shapes, steps.shardings)
+    times = n_evaluations(total_steps, config.train.eval_interval)
+    notes.append(
+        f"validation: {eval_rows:,} of {evaluator.n_rows:,} rows, {times:,} times; the kept model: {final_rows:,} rows"
+        if evaluator.n_rows
+        else "there is no validation data: the last model is kept"
+    )
+    steps = steps_of(config, status.model.config, total_steps, len(data.tasks), mesh)
+    state = steps.create(params, config.seed) if is_new else checkpoints.restore(steps.shapes, steps.shardings)
     log = RunLog(config, workdir, status.model.config, total_steps)
     run = Run(
         config, workdir, mesh, stop, batches, evaluator, final_rows, checkpoints, status, steps, log, changes, notes
@@ -133,24 +134,22 @@ def open_run(
 
 
 def begin(run: Run) -> None:
-    """Takes over the work directory, in the first process."""
-    if run.checkpoints.newest is None:
+    """Takes over the work directory, in the first process: drops what the run will write again."""
+
+    def is_kept(line: logs.MetricLine) -> bool:
+        if FINAL_ROWS in line and (run.changes or line[FINAL_ROWS] != run.final_rows):
+            return False
+        if line["step"] == run.status.step:
+            return ALL_TASKS not in line or run.status.evaluated_step == run.status.step
+        return line["step"] < run.status.step
+
+    if run.checkpoints.newest < 0:
         run.notes.append(set_aside_other_run(run.workdir, run.status.run))
     settings = resolved(run.config, run.batches.total_steps, run.status.run)
     files.write_json(run.workdir / "config.json", settings)
     run.checkpoints.clear()
     logs.forget_skipped(run.workdir, run.status.step)
-    kept = [line for line in logs.read_metrics(run.workdir) if is_kept(run, line)]
-    run.log.open(kept, settings)
-
-
-def is_kept(run: Run, line: logs.MetricLine) -> bool:
-    """Whether a run that resumes keeps a line of metrics.jsonl: it will write all others (again)."""
-    if FINAL_ROWS in line and (run.changes or line[FINAL_ROWS] != run.final_rows):
-        return False
-    if line["step"] == run.status.step:
-        return ALL_TASKS not in line or run.status.evaluated_step == run.status.step
-    return line["step"] < run.status.step
+    run.log.open([line for line in logs.read_metrics(run.workdir) if is_kept(line)], settings)
 
 
 def train_steps(run: Run, state: TrainState) -> TrainState:
@@ -164,7 +163,11 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
     total_steps, window, tracing = run.batches.total_steps, parse_window(run.config.profile), False
     pending: tuple[int, Metrics] | None = None  # of the step before, fetched while the device computes the next one
     failure: UserError | RunError | None = None
-    if is_due(run, train.eval_interval) and status.evaluated_step != status.step:
+
+    def is_due(interval: int) -> bool:
+        return status.step % interval == 0 or status.step == total_steps
+
+    if is_due(train.eval_interval) and status.evaluated_step != status.step:
         evaluate(run, state)
     with contextlib.closing(run.batches.after(status.step)) as batches:
         while status.step < total_steps and not stop.agreed():
@@ -182,7 +185,7 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
                 account(run, *pending)
             status.step += 1
             pending = status.step, metrics
-            evaluates, saves = is_due(run, train.eval_interval), is_due(run, train.save_interval)
+            evaluates, saves = is_due(train.eval_interval), is_due(train.save_interval)
             if evaluates or saves or status.step == 1:
                 account(run, *pending)
                 pending = None
@@ -206,20 +209,17 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
     )
 
 
-def is_due(run: Run, interval: int) -> bool:
-    return run.status.step % interval == 0 or run.status.step == run.batches.total_steps
-
-
 def account(run: Run, step: int, metrics: Metrics) -> None:
     """Fetches the metrics of a finished step from the device, and logs them."""
     values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-    skipped, most = run.status.skipped_steps, run.config.train.max_skipped_steps
-    run.status.skipped_steps = skipped = [skipped[0] + 1, skipped[1] + 1] if values["skipped"] else [skipped[0], 0]
-    is_logged = step % run.config.train.log_interval == 0 or step in (1, run.batches.total_steps)
-    run.log.step(step, values, skipped[0], is_logged)
+    (total, in_a_row), most = run.status.skipped_steps, run.config.train.max_skipped_steps
+    total, in_a_row = (total + 1, in_a_row + 1) if values["skipped"] else (total, 0)
+    run.status.skipped_steps = total, in_a_row
+    is_due = step % run.config.train.log_interval == 0 or step in (1, run.batches.total_steps)
+    run.log.step(step, values, total, is_due)
     if values["skipped"] and distributed.is_first():
         run.log.say(logs.write_skipped(run.workdir, step, values, run.batches.conversations(step)))
-    if skipped[1] >= most:
+    if in_a_row >= most:
         raise RunError(
             f"the run has diverged: the loss or gradient of {most} steps in a row, up to step {step:,}, was not "
             "finite; lower optimizer.learning_rate or lengthen optimizer.warmup_steps and start again; if it stops at "
@@ -227,14 +227,9 @@ def account(run: Run, step: int, metrics: Metrics) -> None:
         )
 
 
-def model_params(state: TrainState):
-    """What is evaluated and kept as the model: the moving average, where there is one."""
-    return state.get("average", state["params"])
-
-
 def evaluate(run: Run, state: TrainState) -> None:
-    """Validation loss; the model is kept if it is the best so far."""
-    status, params = run.status, model_params(state)
+    """Evaluates the moving average of the parameters, if there is one; the model is kept if it is the best so far."""
+    status, params = run.status, state.get("average", state["params"])
     losses = run.evaluator.losses(run.steps.evaluate, params, status.eval_rows, run.stop.agreed)
     if ALL_TASKS not in losses:  # there is no validation data, or the run was asked to stop
         return
@@ -254,7 +249,7 @@ def finish(run: Run, state: TrainState) -> None:
     Raises:
       Interrupted: if the run was asked to stop.
     """
-    status, params = run.status, model_params(state)
+    status, params = run.status, state.get("average", state["params"])
     run.checkpoints.wait()
     if not status.best_step:  # without validation data the last model is kept
         status.best_step = status.step
@@ -282,13 +277,7 @@ def report(run: Run) -> None:
 
 
 class TrainingBatches:
-    """The batches of a run, epoch after epoch: each is a pure function of data, seed and its number.
-
-    Args:
-      config: the run's.
-      split: the training split.
-      part: this process's part of each batch's rows.
-    """
+    """This process's part of a run's batches, epoch after epoch: each is a pure function of data, seed and step."""
 
     def __init__(self, config: ConfigDict, split: Split, part: tuple[int, int]):
         if not len(split):

@@ -22,18 +22,25 @@ from tinysft_jax.parameters import ModelDescription, Params, pad_vocabulary, tri
 from tinysft_jax.sharding import batch_sharding, state_sharding
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.config import check_model
-from tinysft_jax.training.step import TrainState, make_eval_step, make_optimizer, make_train_step, warmup_cosine
+from tinysft_jax.training.step import (
+    Schedule,
+    TrainState,
+    make_eval_step,
+    make_optimizer,
+    make_train_step,
+    warmup_cosine,
+)
 
 RANDOM = "random"
 
 
 def starting_model(init_from: str, shape: dict, data: PreparedData) -> tuple[ModelDescription, Params | None]:
-    """The model that training starts from, with the data's chat template.
+    """The model that training starts from, with the data's tokenizer and chat template.
 
     Args:
       init_from: whatever `open_model` takes; `RANDOM`, or for plain text empty: random weights.
       shape: `GPTConfig`'s fields for random weights; vocab_size 0: the data's.
-      data: whose template and tokenizer the model will have.
+      data: what it will be trained on.
 
     Returns:
       The description, and parameters on the host; None for random ones.
@@ -71,13 +78,8 @@ def starting_model(init_from: str, shape: dict, data: PreparedData) -> tuple[Mod
 def grow_vocabulary(config: GPTConfig, params: Params, tokenizer: ChatTokenizer) -> tuple[GPTConfig, Params]:
     """Adds an embedding for each control token: the mean of those of its marker's BPE pieces.
 
-    Args:
-      config: the model's shape.
-      params: its parameters, with or without padding of the vocabulary; not modified.
-      tokenizer: with the `control` template.
-
     Returns:
-      The grown shape and parameters, the vocabulary padded.
+      The grown shape, and new parameters with a padded vocabulary.
     """
     grown = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
     old = np.asarray(trim_vocabulary(params, config)["tok_emb"]["embedding"])
@@ -111,58 +113,60 @@ def check_same_language(description: ModelDescription, tokenizer: ChatTokenizer,
         )
 
 
-def state_shapes(
-    mesh: Mesh, model: GPT, optimizer: optax.GradientTransformation, averaged: bool = False
-) -> tuple[TrainState, TrainState]:
-    """Shapes and shardings of a train state.
-
-    Args:
-      mesh: the devices.
-      model: an abstract GPT (`nnx.eval_shape`).
-      optimizer: whose state is part of it.
-      averaged: whether it holds a moving average of the parameters.
-    """
-    shapes = jax.eval_shape(lambda params: _fresh(params, optimizer, averaged), nnx.to_pure_dict(nnx.state(model)))
-    return shapes, state_sharding(mesh, shapes)
-
-
-def create_state(
-    shardings: TrainState, model: GPT, params: Params | None, optimizer: optax.GradientTransformation, seed: int
-) -> TrainState:
-    """The state of step 0, created on the devices where `shardings` says; random parameters if `params` is None."""
-    averaged = "average" in shardings
-    if params is None:
-
-        def random(key):
-            return _fresh(nnx.to_pure_dict(nnx.state(GPT(model.config, rngs=nnx.Rngs(key)))), optimizer, averaged)
-
-        return jax.jit(random, out_shardings=shardings)(jax.random.key(seed))
-    # The jitted function copies: the train step donates its state, and must not give away the caller's arrays.
-    fresh = jax.jit(lambda params: _fresh(params, optimizer, averaged), out_shardings=shardings)
-    return fresh(jax.device_put(params, shardings["params"]))
-
-
-def _fresh(params: Params, optimizer: optax.GradientTransformation, averaged: bool) -> TrainState:
-    state = {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
-    # A copy, because no array can be donated twice.
-    return state | ({"average": jax.tree.map(jnp.copy, params)} if averaged else {})
-
-
 class Steps(NamedTuple):
-    """A run's jitted functions, and the state that they take."""
+    """The jitted functions of a run, and the state that they take."""
 
     train: Callable  # (state, batch) -> (state, metrics); donates the state
     evaluate: Callable  # (params, batch) -> sums by task
-    create: Callable[[Params | None], TrainState]  # the state of step 0; None: random parameters
+    create: Callable[[Params | None, int], TrainState]  # (host parameters or None: random ones, seed) -> step 0's state
     shapes: TrainState
     shardings: TrainState
 
 
-def build_steps(config: ConfigDict, shape: GPTConfig, total_steps: int, n_tasks: int, mesh: Mesh) -> Steps:
-    """The functions of a run; nothing is compiled before they are called.
+def make_steps(
+    mesh: Mesh,
+    model: GPT,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    n_tasks: int = 1,
+    accumulation: int = 1,
+    ema_decay: int | float = 0.0,
+) -> Steps:
+    """Jits the steps for an abstract GPT (`nnx.eval_shape`); see `make_train_step`. Nothing is compiled yet."""
+
+    def fresh(params: Params) -> TrainState:
+        state = {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+        # The average is a copy, because no array can be donated twice.
+        return state | ({"average": jax.tree.map(jnp.copy, params)} if ema_decay else {})
+
+    def random(key: jax.Array) -> TrainState:
+        return fresh(nnx.to_pure_dict(nnx.state(GPT(model.config, rngs=nnx.Rngs(key)))))
+
+    def create(params: Params | None, seed: int) -> TrainState:
+        if params is None:
+            return jax.jit(random, out_shardings=shardings)(jax.random.key(seed))
+        # The jitted function copies: the train step donates its state, and must not give away the caller's arrays.
+        return jax.jit(fresh, out_shardings=shardings)(jax.device_put(params, shardings["params"]))
+
+    graph, rows, whole = nnx.graphdef(model), batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    shapes = jax.eval_shape(fresh, nnx.to_pure_dict(nnx.state(model)))
+    shardings = state_sharding(mesh, shapes)
+    # Shardings are pinned, or the second call, whose state comes from the first, would compile again.
+    train_step = jax.jit(
+        make_train_step(graph, optimizer, schedule, accumulation, ema_decay),
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )
+    eval_step = jax.jit(make_eval_step(graph, n_tasks), in_shardings=(shardings["params"], rows), out_shardings=whole)
+    return Steps(train_step, eval_step, create, shapes, shardings)
+
+
+def steps_of(config: ConfigDict, shape: GPTConfig, total_steps: int, n_tasks: int, mesh: Mesh) -> Steps:
+    """The steps that a configuration describes.
 
     Raises:
-      UserError: if the model does not fit the configuration, or attention can't run here as asked.
+      UserError: if the model does not fit it, or attention can't run here as asked.
     """
     check_model(config.data.seq_len, shape.max_seq_len, shape.n_heads, mesh.shape["tensor"])
     dtype = default_dtype() if config.train.dtype == "auto" else jnp.dtype(config.train.dtype)
@@ -173,18 +177,4 @@ def build_steps(config: ConfigDict, shape: GPTConfig, total_steps: int, n_tasks:
     ema_decay = settings.pop("ema_decay")
     schedule = warmup_cosine(settings.pop("learning_rate"), settings.pop("warmup_steps"), total_steps)
     optimizer = make_optimizer(schedule, **settings)
-    shapes, shardings = state_shapes(mesh, model, optimizer, averaged=ema_decay > 0)
-    graph, rows, whole = nnx.graphdef(model), batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-    # Shardings are pinned, or the second call, whose state comes from the first, would compile again.
-    train_step = jax.jit(
-        make_train_step(graph, optimizer, schedule, config.train.grad_accumulation_steps, ema_decay),
-        in_shardings=(shardings, rows),
-        out_shardings=(shardings, whole),
-        donate_argnums=0,
-    )
-    eval_step = jax.jit(make_eval_step(graph, n_tasks), in_shardings=(shardings["params"], rows), out_shardings=whole)
-
-    def create(params: Params | None) -> TrainState:
-        return create_state(shardings, model, params, optimizer, config.seed)
-
-    return Steps(train_step, eval_step, create, shapes, shardings)
+    return make_steps(mesh, model, optimizer, schedule, n_tasks, config.train.grad_accumulation_steps, ema_decay)

@@ -45,15 +45,15 @@ def make_optimizer(
 
     Weight decay applies to "all" parameters, or to "matrices" only: kernels and the embedding, not the norms.
     """
+
+    def is_matrix(params):
+        # By name, because a norm's scale, stacked over layers, has two axes as well.
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
-    mask = _is_matrix if decayed == "matrices" else None
+    mask = is_matrix if decayed == "matrices" else None
     adamw = optax.adamw(learning_rate, b1=beta1, b2=beta2, eps=1e-8, weight_decay=weight_decay, mask=mask)
     return optax.chain(clip, adamw)
-
-
-def _is_matrix(params):
-    """By name, because a norm's scale, stacked over layers, has two axes as well."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
 # Supervised positions whose logits exist at a time.
@@ -72,10 +72,9 @@ def supervised_nll(
 ) -> Float[Array, ""]:
     """Σ weight · −log p(target), with p the softmax of the tied head's float32 logits.
 
-    Each shard of the batch gathers its supervised positions (weight ≠ 0) and runs head and cross-entropy over them in
-    chunks, so the cost follows the number of supervised tokens. The backward pass needs no logits: gradients are
-    computed beside the loss, chunk by chunk. `weights` are constants to differentiation; rows of `embedding` from
-    `vocab_size` on are padding.
+    Each shard of the batch runs head and cross-entropy over chunks of its supervised positions (weight ≠ 0), so the
+    cost follows the number of supervised tokens. Gradients by `hidden` and `embedding`, whose rows from `vocab_size` on
+    are padding, are computed beside the loss, so the backward pass needs no logits.
     """
     return _sum_over_shards(functools.partial(_nll, vocab_size), hidden, embedding, targets, weights)
 
@@ -211,24 +210,20 @@ def make_train_step(
     accumulation: int = 1,
     ema_decay: int | float = 0.0,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """`train_step(state, batch) -> (state, metrics)`, to be jitted.
+    """`train_step(state, batch) -> (state, metrics)`, to be jitted, for a GPT's `nnx.graphdef`.
 
-    The loss is Σ weight · nll / Σ weight over the global batch: micro-batches and devices add up sums, and the one
-    division comes last. A step whose loss or gradient is not finite changes nothing, optimizer and schedule included.
-
-    Args:
-      graph: the GPT's structure (`nnx.split`).
-      optimizer: of `make_optimizer`.
-      schedule: its learning rate, for the metrics.
-      accumulation: micro-batches of a step; divides the batch's rows.
-      ema_decay: of the moving average, if the state has one.
+    The loss is Σ weight · nll / Σ weight over the global batch: `accumulation` micro-batches and all devices add up
+    sums, and the one division comes last. A step whose loss or gradient is not finite changes nothing, optimizer and
+    schedule included.
     """
+
+    def sum_nll(params, batch):
+        model = nnx.merge(graph, params)
+        return supervised_nll(*_head_inputs(model, batch), model.config.vocab_size)
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         params = state["params"]
-        nll, grads = _sum_over_micro_batches(
-            jax.value_and_grad(_sum_nll, argnums=1), graph, params, batch, accumulation
-        )
+        nll, grads = _sum_over_micro_batches(jax.value_and_grad(sum_nll), params, batch, accumulation)
         supervised = jnp.sum(batch["weights"])
         scale = 1 / jnp.where(supervised > 0, supervised, 1)
         grads = jax.tree.map(lambda g: g * scale, grads)
@@ -265,19 +260,14 @@ def make_eval_step(graph: nnx.GraphDef, n_tasks: int) -> Callable[[Any, dict[str
     return eval_step
 
 
-def _sum_nll(graph: nnx.GraphDef, params, batch: dict[str, jax.Array]) -> jax.Array:
-    model = nnx.merge(graph, params)
-    return supervised_nll(*_head_inputs(model, batch), model.config.vocab_size)
-
-
 def _head_inputs(model: GPT, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
     hidden = model.hidden(batch["tokens"], batch["segment_ids"], batch["positions"])
     return hidden, model.tok_emb.embedding[...], batch["targets"], batch["weights"]
 
 
-def _sum_over_micro_batches(value_and_grad, graph, params, batch, accumulation: int):
+def _sum_over_micro_batches(value_and_grad: Callable, params, batch, accumulation: int):
     if accumulation == 1:
-        return value_and_grad(graph, params, batch)
+        return value_and_grad(params, batch)
 
     def split(x):
         # Micro-batch i has rows i, i + k, i + 2k, …: each device's rows are spread over all, and none moves.
@@ -285,8 +275,7 @@ def _sum_over_micro_batches(value_and_grad, graph, params, batch, accumulation: 
         return constrain(parts, None, "batch", None)
 
     def add(sums, micro_batch):
-        return jax.tree.map(jnp.add, sums, value_and_grad(graph, params, micro_batch)), None
+        return jax.tree.map(jnp.add, sums, value_and_grad(params, micro_batch)), None
 
     zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    sums, _ = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
-    return sums
+    return jax.lax.scan(add, zeros, jax.tree.map(split, batch))[0]

@@ -7,8 +7,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.training.state import create_state, state_shapes
-from tinysft_jax.training.step import TrainState, make_optimizer, make_train_step, warmup_cosine
+from tinysft_jax.training.state import make_steps
+from tinysft_jax.training.step import TrainState, make_optimizer, warmup_cosine
 
 
 def make_step(
@@ -18,8 +18,6 @@ def make_step(
     schedule = warmup_cosine(2e-5, 500, 10_000)
     optimizer = make_optimizer(schedule, 0.01, 0.9, 0.95, 1.0)
     model = nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
-    shapes, shardings = state_shapes(mesh, model, optimizer)
-    shapes = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), shapes, shardings)
-    train_step = make_train_step(nnx.graphdef(model), optimizer, schedule)
-    step = jax.jit(train_step, out_shardings=(shardings, None), donate_argnums=0)
-    return step, shapes, lambda: create_state(shardings, model, None, optimizer, 0)
+    steps = make_steps(mesh, model, optimizer, schedule)
+    shapes = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), steps.shapes, steps.shardings)
+    return steps.train, shapes, lambda: steps.create(None, 0)

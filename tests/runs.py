@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import math
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from tinysft_jax.sharding import make_mesh
+from tinysft_jax.training import loop
 from tinysft_jax.training.log import read_metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -47,6 +49,18 @@ def tiny_config(data: Path, **changes):
     config.train.update({"max_steps": 12, "batch_size": 8, "log_interval": 1, "eval_interval": 5, "save_interval": 4})
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return config
+
+
+def stop_at(step: int, monkeypatch, number=signal.SIGINT) -> None:
+    """Sends this process a signal once the given step has been accounted for."""
+    account = loop.account
+
+    def account_and_interrupt(run, done, metrics):
+        account(run, done, metrics)
+        if done == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(loop, "account", account_and_interrupt)
 
 
 def losses(workdir: Path, key: str = "sft/train_loss") -> dict[int, float]:

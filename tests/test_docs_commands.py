@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from tinysft_jax.model import GPTConfig
 from tinysft_jax.sharding import mesh_sizes
-from tinysft_jax.training.config import check_config, check_keys, check_model
+from tinysft_jax.training.config import check_batch, check_config, check_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -96,9 +96,9 @@ def test_a_training_command_is_a_run(command, monkeypatch):
         flags.DEFINE_bool(name, False, "", flag_values=values)
     assert values(command.words[1:])[1:] == []
     sizes = mesh_sizes(command.devices, **config.value.mesh)
-    check_keys(config.value)
-    check_config(config.value, sizes[0] * sizes[1])
-    check_model(GPTConfig(vocab_size=50260), config.value.data.seq_len, sizes[2])
+    check_config(config.value)
+    check_batch(config.value, sizes[0] * sizes[1])
+    check_model(config.value.data.seq_len, GPTConfig().max_seq_len, GPTConfig().n_heads, sizes[2])
     assert config.value.init_from or "pretrain" in " ".join(command.words)
 
 

@@ -74,20 +74,20 @@ def start_until(step: int, workdir: Path, arguments: list[str], **options) -> su
     return process
 
 
-def test_ctrl_c_saves_and_the_same_command_continues(chat_data, tmp_path):
+def test_ctrl_c_saves_and_the_same_command_resumes(chat_data, tmp_path):
     arguments = [f"--workdir={tmp_path}", *settings(chat_data, "train.max_steps=100000", "train.eval_interval=50000")]
     process = start_until(10, tmp_path, arguments)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert "checkpoint saved; run the same command to continue" in stderr.splitlines()[-1]
+    assert "checkpoint saved; run the same command to resume" in stderr.splitlines()[-1]
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     assert int(checkpoint.name) >= 10
     assert "Traceback" not in stderr
     shorter = [f"--config.train.max_steps={int(checkpoint.name) + 5}", "--config.optimizer.warmup_steps=5"]
     again = run("--config=configs/sft.py", *arguments, *shorter, "--accept_changes", "--verify")
     assert again.returncode == 0, again.stderr
-    assert f"continuing at step {int(checkpoint.name):,} of" in again.stderr
+    assert f"resuming at step {int(checkpoint.name):,} of" in again.stderr
     assert max(line["step"] for line in read_metrics(tmp_path)) == int(checkpoint.name) + 5
 
 
@@ -109,7 +109,7 @@ def test_a_run_that_is_killed_and_left_at_once_ends_as_if_it_had_not_been(chat_d
     left.communicate(timeout=60)
     assert (killed.returncode, left.returncode) == (-signal.SIGKILL, 130)
     last = run("--config=configs/sft.py", f"--workdir={work}", *options)
-    assert last.returncode == 0 and "continuing at step" in last.stderr
+    assert last.returncode == 0 and "resuming at step" in last.stderr
     config = tiny_config(chat_data)
     config.update_from_flattened_dict({"optimizer.learning_rate": 2e-5, **values})
     train(config, whole)
@@ -148,7 +148,7 @@ def test_a_dead_worker_is_one_line_after_a_checkpoint(with_a_worker):
     last = stderr.splitlines()[-1]
     assert process.returncode == 3 and "Traceback" not in stderr and last.startswith("error: the data can't be read: ")
     (checkpoint,) = (workdir / "checkpoints").iterdir()
-    assert last.endswith(f"step {int(checkpoint.name):,} is saved, the same command continues")
+    assert last.endswith(f"step {int(checkpoint.name):,} is saved, the same command resumes")
     assert int(checkpoint.name) >= max(line["step"] for line in read_metrics(workdir))
 
 
@@ -162,7 +162,7 @@ def test_a_group_that_is_stopped_stops_in_good_order(with_a_worker, number, code
         process.send_signal(number)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == code
-    assert "checkpoint saved; run the same command to continue" in stderr.splitlines()[-1]
+    assert "checkpoint saved; run the same command to resume" in stderr.splitlines()[-1]
     assert "Traceback" not in stderr and "Warning" not in stderr
     assert len(list((workdir / "checkpoints").iterdir())) == 1
     assert workers and not any(Path(f"/proc/{pid}").exists() for pid in workers)

@@ -51,7 +51,7 @@ def test_stops_of_the_demo(demo_data, tmp_path, figures):
         taken[number.name] = round(seconds, 1)
         checkpoints = Checkpoints(tmp_path, keep=3)
         assert checkpoints.find_newest() == "" and checkpoints.newest >= step
-        assert process.returncode == code and "run the same command to continue" in stderr.splitlines()[-1]
+        assert process.returncode == code and "run the same command to resume" in stderr.splitlines()[-1]
         assert seconds < 30
         step = checkpoints.newest + 3
     process = start(demo_data, tmp_path)

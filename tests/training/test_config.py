@@ -1,9 +1,15 @@
+"""What a configuration may hold, and what is derived from its one description."""
+
+from pathlib import Path
+
 import pytest
 from ml_collections import ConfigDict
 from runs import load_config
 
+from tinysft_jax.attention import ATTENTION_BACKENDS
 from tinysft_jax.console import UserError
-from tinysft_jax.training.config import KEYS, check_keys, flat
+from tinysft_jax.model import REMAT_POLICIES
+from tinysft_jax.training.config import SETTINGS, Train, check_config, flat, reference
 
 
 def changed(key: str, value) -> ConfigDict:
@@ -16,10 +22,10 @@ def changed(key: str, value) -> ConfigDict:
 
 @pytest.mark.parametrize("name", ["sft", "pretrain"])
 @pytest.mark.parametrize("preset", ["", "demo"])
-def test_the_projects_configurations_have_just_the_known_keys(name, preset):
+def test_the_projects_configurations_are_valid(name, preset):
     config = load_config(name, preset)
-    check_keys(config)
-    assert flat(config).keys() == KEYS.keys()
+    check_config(config)
+    assert flat(config).keys() == SETTINGS.keys()
 
 
 @pytest.mark.parametrize(
@@ -27,29 +33,42 @@ def test_the_projects_configurations_have_just_the_known_keys(name, preset):
     [
         ("train.bacth_size", 8, "there is no setting train.bacth_size; do you mean train.batch_size?"),
         ("speed", 8, "there is no setting speed"),
-        ("train.max_steps", "12", "train.max_steps is '12', which is str; it must be int"),
-        ("train.max_steps", 1e4, "train.max_steps is 10000.0, which is float; it must be int"),
-        ("train.num_epochs", "two", "train.num_epochs is 'two', which is str; it must be int"),
-        ("seed", True, "seed is True, which is bool; it must be int"),
-        ("optimizer.learning_rate", None, "optimizer.learning_rate is None, which is NoneType; it must be float"),
-        ("data.path", None, "data.path is None, which is NoneType; it must be str"),
+        ("train.max_steps", "12", "train.max_steps is '12'; it must be int"),
+        ("train.max_steps", 1e4, "train.max_steps is 10000.0; it must be int"),
+        ("train.num_epochs", "two", "train.num_epochs is 'two'; it must be int"),
+        ("train.num_epochs", 0, "train.num_epochs is 0; it must be int, at least 1"),
+        ("seed", True, "seed is True; it must be int, at least 0 and below 2147483648"),
+        ("optimizer.learning_rate", None, "optimizer.learning_rate is None; it must be float"),
+        ("data.path", None, "data.path is None; it must be text"),
         ("data", 3, "there is no setting data"),
-        ("mesh.data", [1], r"mesh.data is \[1\], which is list; it must be int"),
+        ("mesh.data", [1], r"mesh.data is \[1\]; it must be int"),
+        ("train.remat", ["full"], r"train.remat is \['full'\]; it must be one of none, dots, full"),
     ],
 )
 def test_what_someone_wrote_in_a_file_is_checked(key, value, complaint):
     with pytest.raises(UserError, match=complaint):
-        check_keys(changed(key, value))
+        check_config(changed(key, value))
 
 
 def test_a_missing_key_is_named():
     config = load_config("sft")
     with config.unlocked():
         del config.train.eval_batches
-    with pytest.raises(UserError, match=r"lacks train.eval_batches; configs/sft.py has all keys"):
-        check_keys(config)
+    with pytest.raises(UserError, match=r"lacks train.eval_batches; docs/configuration.md lists all keys"):
+        check_config(config)
 
 
 def test_a_float_may_be_written_as_an_int_and_epochs_may_be_unset():
-    check_keys(changed("optimizer.grad_clip", 0))
+    check_config(changed("optimizer.grad_clip", 0))
     assert flat(changed("train.num_epochs", 3))["train.num_epochs"] == 3
+
+
+def test_choices_are_those_of_the_model():
+    assert Train.__annotations__["attention"].__args__ == ATTENTION_BACKENDS
+    assert Train.__annotations__["remat"].__args__ == REMAT_POLICIES
+
+
+def test_the_reference_page_lists_every_key():
+    page = Path(__file__).parents[2] / "docs" / "configuration.md"
+    assert reference() in page.read_text(), "run: python -m tinysft_jax.training.config > docs/configuration.md"
+    assert all(f"- `{key}=" in reference() for key in SETTINGS)

@@ -33,7 +33,8 @@ def evaluate(data, model: GPT, seq_len: int, batch_size: int, n_rows=None, seed=
     graph, state = nnx.split(model)
     mesh = mesh_of(*sizes)
     with jax.set_mesh(mesh):
-        evaluator = Evaluator(data, seq_len, batch_size, seed, mesh)
+        changes = {"data__seq_len": seq_len, "train__eval_batch_size": batch_size, "seed": seed}
+        evaluator = Evaluator(data, tiny_config(data.directory, **changes), mesh)
         step = jax.jit(make_eval_step(graph, len(data.tasks)))
         return evaluator.losses(step, nnx.to_pure_dict(state), evaluator.n_rows if n_rows is None else n_rows)
 

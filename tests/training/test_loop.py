@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from runs import latest_checkpoint, load_config, losses, tiny_config
+from runs import latest_checkpoint, load_config, losses, stop_at, tiny_config
 
 from tinysft_jax.checkpoints import load_description, load_model
 from tinysft_jax.console import Interrupted, RunError, UserError
@@ -15,18 +15,6 @@ from tinysft_jax.data.packing import plan_epoch
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.training import loop
 from tinysft_jax.training.log import read_metrics
-
-
-def stop_at(step: int, monkeypatch, number=signal.SIGINT):
-    """Sends this process a signal while the given step runs."""
-    account = loop._Run._account
-
-    def account_and_interrupt(run, done, metrics):
-        account(run, done, metrics)
-        if done == step:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(loop._Run, "_account", account_and_interrupt)
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +60,10 @@ def test_a_run_learns_and_leaves_what_it_should(finished):
 )
 def test_what_a_checkpoint_says_of_its_run_is_checked(chat_data, finished, monkeypatch, key, value):
     """Whoever alters it can write a manifest that fits."""
-    honest = loop.Checkpoints.progress
-    monkeypatch.setattr(loop.Checkpoints, "progress", lambda self, step: {**honest(self, step), key: value})
+    honest = loop.Checkpoints.read_json
+    monkeypatch.setattr(loop.Checkpoints, "read_json", lambda checkpoints: honest(checkpoints) | {key: value})
     before = sorted(path.name for path in finished.rglob("*"))
-    with pytest.raises(RunError, match=rf"can't continue from .*checkpoints/12: .*({key}|newer program)"):
+    with pytest.raises(RunError, match=rf"can't resume from .*checkpoints/12: .*({key}|newer program)"):
         loop.train(tiny_config(chat_data), finished)
     assert sorted(path.name for path in finished.rglob("*")) == before
 
@@ -165,7 +153,7 @@ def test_other_data_is_refused_unless_asked_for(finished, chat_data, tmp_path, c
     with pytest.raises(UserError, match="prepare the data with --bpe_ranks 256"):
         loop.train(tiny_config(tmp_path / "foreign"), tmp_path / "work", accept_changes=True)
     loop.train(tiny_config(tmp_path / "other", train__max_steps=14), tmp_path / "work", accept_changes=True)
-    assert "continuing another run than it was: data was " in capfd.readouterr().err
+    assert "resuming with changes: data was " in capfd.readouterr().err
     assert [*losses(tmp_path / "work")] == [*range(1, 15)]
 
 
@@ -186,10 +174,13 @@ def test_a_longer_run_does_not_take_models_of_the_shorter_one_for_its_own(chat_d
     shutil.rmtree(tmp_path / "work" / "checkpoints" / "12")
     assert os.readlink(tmp_path / "work" / "model") == "models/12"
     seen = []
-    check = loop._Run._train
-    monkeypatch.setattr(
-        loop._Run, "_train", lambda run: (seen.append(load_model(run.workdir).ln_f.scale[...]), check(run))
-    )
+    train_steps = loop.train_steps
+
+    def look_and_train(run, state):
+        seen.append(load_model(run.workdir).ln_f.scale[...])
+        return train_steps(run, state)
+
+    monkeypatch.setattr(loop, "train_steps", look_and_train)
     loop.train(tiny_config(chat_data, train__max_steps=13, train__eval_interval=12), tmp_path / "work")
     np.testing.assert_array_equal(seen[0], load_model(finished).ln_f.scale[...])
     assert load_model(tmp_path / "work").ln_f.scale.shape == (16,)
@@ -220,7 +211,7 @@ def test_an_evaluation_made_good_counts_after_a_kill(chat_data, tmp_path, monkey
         loop.train(tiny_config(chat_data), tmp_path)
     with monkeypatch.context() as patch, pytest.raises(RunError, match="killed"):
         patch.setattr(loop.Evaluator, "losses", scripted({"sft/val_loss": 1.0}))
-        patch.setattr(loop._Run, "_train", killed)
+        patch.setattr(loop.Checkpoints, "save", killed)
         loop.train(tiny_config(chat_data), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(loop.Evaluator, "losses", scripted(*({"sft/val_loss": loss} for loss in (1.0, 2.0, 3.0, 1.5))))
@@ -291,7 +282,7 @@ def test_a_disk_that_is_full_is_one_line(chat_data, tmp_path, monkeypatch):
         with pytest.raises(RunError, match=r"can't write .*checkpoints: .*No space left"):
             loop.train(tiny_config(chat_data), tmp_path / "one")
     with monkeypatch.context() as patch:
-        patch.setattr(loop.MetricLog, "write", full)
+        patch.setattr(loop.RunLog, "write", full)
         with pytest.raises(RunError, match=r"can't write .*No space left"):
             loop.train(tiny_config(chat_data), tmp_path / "two")
 
@@ -320,9 +311,9 @@ def test_tasks_are_evaluated_one_by_one_from_a_pytorch_checkpoint(tmp_path):
 
 def test_the_functions_of_a_run_are_compiled_once(chat_data, tmp_path, monkeypatch):
     runs = []
-    monkeypatch.setattr(loop._Run, "_finish", lambda run: runs.append(run))
+    monkeypatch.setattr(loop, "report", runs.append)
     loop.train(tiny_config(chat_data, train__max_steps=30), tmp_path)
-    assert (runs[0].train_step._cache_size(), runs[0].eval_step._cache_size()) == (1, 1)
+    assert (runs[0].steps.train._cache_size(), runs[0].steps.evaluate._cache_size()) == (1, 1)
 
 
 def test_a_run_may_go_over_several_epochs(chat_data, tmp_path):
@@ -364,18 +355,18 @@ def test_wandb_is_not_imported_unless_asked_for(finished):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"train__batch_size": 12}, "train.batch_size 12, .* not a multiple of 8 .* the nearest that fit are 8 and 16"),
+        ({"train__batch_size": 12}, "train.batch_size 12, .* not a multiple of 8 .* the next multiple is 16"),
         (
             {"train__grad_accumulation_steps": 3},
-            r"train.batch_size 8, .* not a multiple of 24 \(mesh.data × mesh.fsdp = 8, .* the nearest that fits is 24",
+            r"train.batch_size 8, .* not a multiple of 24 \(mesh.data × mesh.fsdp = 8, .* the next multiple is 24",
         ),
         ({"mesh__data": 3}, r"mesh data=3 × fsdp=1 × tensor=1 does not fit 8 device"),
-        ({"train__dtype": "float16"}, "train.dtype is 'float16'"),
+        ({"train__dtype": "float16"}, "train.dtype is 'float16'; it must be one of auto, bfloat16, float32"),
         ({"train__remat": "some"}, "train.remat is 'some'"),
         ({"train__log_interval": 0}, "train.log_interval is 0"),
         ({"optimizer__beta1": 1.0}, "optimizer.beta1 is 1.0"),
         ({"optimizer__ema_decay": 1.0}, "optimizer.ema_decay is 1.0"),
-        ({"optimizer__decayed": "norms"}, "optimizer.decayed is 'norms'; choose one of all, matrices"),
+        ({"optimizer__decayed": "norms"}, "optimizer.decayed is 'norms'; it must be one of all, matrices"),
         ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate is nan"),
         ({"wandb__mode": "on"}, "wandb.mode is 'on'"),
         ({"data__path": "/nowhere"}, "/nowhere is not a prepared data set"),
@@ -401,5 +392,5 @@ def test_what_cannot_be_a_run_is_refused_before_anything_is_written(chat_data, t
 @pytest.mark.parametrize("name", ["sft", "pretrain"])
 def test_presets(name):
     assert load_config(name, "demo").train.max_steps < load_config(name).train.max_steps
-    with pytest.raises(ValueError, match="no preset 'big'"):
+    with pytest.raises(UserError, match="no preset 'big'"):
         load_config(name, "big")

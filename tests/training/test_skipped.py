@@ -2,10 +2,9 @@
 
 import json
 import os
-import signal
 
 import pytest
-from runs import assert_same_bits, losses, tiny_config
+from runs import assert_same_bits, losses, stop_at, tiny_config
 
 from tinysft_jax.console import Interrupted, RunError
 from tinysft_jax.data.batches import BatchSource
@@ -48,25 +47,18 @@ def test_skipped_steps_are_counted_and_logged_with_their_conversations(chat_data
     assert f"step 3 changed nothing: its loss is nan, its gradient's norm nan; conversations {expected[0]}, " in said
 
 
-def test_a_run_with_skipped_steps_continues_exactly(chat_data, tmp_path, poison, monkeypatch):
+def test_a_run_with_skipped_steps_resumes_exactly(chat_data, tmp_path, poison, monkeypatch):
     """The count in a row as well: 4 and 5 were skipped before the stop at 5, 6 after."""
     poison(4, 5, 6)
     loop.train(tiny_config(chat_data, train__max_skipped_steps=4), tmp_path / "whole")
-    account = loop._Run._account
-
-    def account_and_interrupt(run, done, metrics):
-        account(run, done, metrics)
-        if done == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(loop._Run, "_account", account_and_interrupt)
+        stop_at(5, patch)
         loop.train(tiny_config(chat_data, train__max_skipped_steps=4), tmp_path / "stopped")
     loop.train(tiny_config(chat_data, train__max_skipped_steps=4), tmp_path / "stopped")
     assert_same_bits(tmp_path / "stopped", tmp_path / "whole")
     files = [(tmp_path / name / "skipped_steps.jsonl").read_text() for name in ("whole", "stopped")]
     assert files[0] == files[1]
-    with pytest.raises(RunError, match=r"of 3 steps in a row, up to step 6, was no finite number; lower"):
+    with pytest.raises(RunError, match=r"of 3 steps in a row, up to step 6, was not finite; lower"):
         loop.train(tiny_config(chat_data, train__max_skipped_steps=3), tmp_path / "strict")
 
 

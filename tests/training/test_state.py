@@ -11,7 +11,7 @@ from tinysft_jax.model import GPT, GPTConfig
 from tinysft_jax.parameters import ModelDescription, make_model, trim_vocabulary
 from tinysft_jax.sharding import make_mesh
 from tinysft_jax.tokenizer import ChatTokenizer
-from tinysft_jax.training.state import create_state, grow_vocabulary, starting_model, state_shapes
+from tinysft_jax.training.state import grow_vocabulary, make_steps, starting_model
 from tinysft_jax.training.step import make_optimizer
 
 PLAIN = GPTConfig(vocab_size=257, dim=16, n_layers=1, n_heads=2, max_seq_len=64)
@@ -76,17 +76,16 @@ def test_the_state_is_created_as_it_is_sharded():
     mesh = make_mesh(2, 2, 2)
     model = nnx.eval_shape(lambda: GPT(PLAIN, rngs=nnx.Rngs(0)))
     params = params_of(PLAIN)
-    optimizer = make_optimizer(1e-3, 0.01, 0.9, 0.95, 1.0)
+    steps = make_steps(mesh, model, make_optimizer(1e-3, 0.01, 0.9, 0.95, 1.0), lambda step: jnp.float32(1e-3))
     for start in (params, None):
-        shapes, shardings = state_shapes(mesh, model, optimizer)
-        state = create_state(shardings, model, start, optimizer, seed=0)
+        state = steps.create(start, 0)
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == jax.tree.map(
-            lambda leaf: (leaf.shape, leaf.dtype), shapes
+            lambda leaf: (leaf.shape, leaf.dtype), steps.shapes
         )
         kernel = state["params"]["blocks"]["attn"]["wq"]["kernel"]
         assert kernel.addressable_shards[0].data.shape == (1, 8, 8)
         moments = [leaf for leaf in jax.tree.leaves(state["opt_state"]) if leaf.shape == kernel.shape]
         assert len(moments) == 8 and all(leaf.addressable_shards[0].data.size == 64 for leaf in moments)
-        assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
+        assert jax.tree.map(lambda leaf: leaf.sharding, state) == steps.shardings
     # Random parameters follow from the seed, as those of a model made on one device do.
     np.testing.assert_allclose(kernel, params["blocks"]["attn"]["wq"]["kernel"], atol=1e-7)

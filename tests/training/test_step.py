@@ -12,9 +12,9 @@ from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.packing import PackingPlan, plan_epoch
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.sharding import batch_sharding, global_batch
-from tinysft_jax.training.state import create_state, state_shapes
-from tinysft_jax.training.step import make_eval_step, make_optimizer, make_train_step, supervised_nll, warmup_cosine
+from tinysft_jax.sharding import global_batch
+from tinysft_jax.training.state import make_steps
+from tinysft_jax.training.step import make_optimizer, make_train_step, supervised_nll, warmup_cosine
 
 CONFIG = GPTConfig(vocab_size=260, dim=32, n_layers=2, n_heads=2, max_seq_len=128)
 GRAPH, PARAMS = nnx.split(GPT(CONFIG, rngs=nnx.Rngs(0)))
@@ -80,26 +80,23 @@ def test_a_batch_without_targets_is_harmless(split):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def losses_on(mesh_sizes, split, n_steps: int, between=None, dtype=jnp.float32) -> tuple[list[float], int]:
-    """Losses of the first steps of a run on a mesh, and how often the step was compiled."""
+def losses_on(mesh_sizes, split, n_steps: int, evaluates=False, dtype=jnp.float32) -> tuple[list[float], list[int]]:
+    """Losses of the first steps of a run on a mesh, and how often the train and evaluation step were compiled."""
     mesh = mesh_of(*mesh_sizes)
     source = BatchSource(split, plan_epoch(split.lengths, 128), 8, 128)
     with jax.set_mesh(mesh):
         schedule = warmup_cosine(1e-3, 2, 40)
         optimizer = make_optimizer(schedule, 0.01, 0.9, 0.95, 1.0)
         model = nnx.eval_shape(lambda: GPT(CONFIG, rngs=nnx.Rngs(0), dtype=dtype))
-        _, shardings = state_shapes(mesh, model, optimizer)
-        state = create_state(shardings, model, PARAMS, optimizer, 0)
-        train_step = make_train_step(nnx.graphdef(model), optimizer, schedule)
-        step = jax.jit(train_step, out_shardings=(shardings, None), donate_argnums=0)
-        losses = []
+        steps = make_steps(mesh, model, optimizer, schedule, n_tasks=2)
+        state, losses = steps.create(PARAMS, 0), []
         for index in range(n_steps):
-            state, metrics = step(state, global_batch(mesh, source[index % len(source)]))
+            state, metrics = steps.train(state, global_batch(mesh, source[index % len(source)]))
             losses.append(float(metrics["loss"]))
-            if between:
+            if evaluates:
                 batch = source[0]
-                between(state["params"], global_batch(mesh, batch | {"tasks": batch["segment_ids"] % 2}))
-    return losses, step._cache_size()
+                steps.evaluate(state["params"], global_batch(mesh, batch | {"tasks": batch["segment_ids"] % 2}))
+    return losses, [steps.train._cache_size(), steps.evaluate._cache_size()]
 
 
 @pytest.fixture(scope="module")
@@ -149,25 +146,18 @@ def test_the_step_lowers_for_accelerators(platform, mesh_sizes):
     with jax.set_mesh(mesh):
         options = {"dtype": jnp.bfloat16, "attention": "xla", "remat": "full"}
         model = nnx.eval_shape(lambda: GPT(CONFIG, rngs=nnx.Rngs(0), **options))
-        shapes, shardings = state_shapes(mesh, model, OPTIMIZER)
+        steps = make_steps(mesh, model, OPTIMIZER, warmup_cosine(1e-3, 2, 40), accumulation=2)
         kinds = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "targets": jnp.int32}
         kinds["weights"] = jnp.float32
         batch = {key: jax.ShapeDtypeStruct((8, 128), dtype) for key, dtype in kinds.items()}
-        step = jax.jit(
-            make_train_step(nnx.graphdef(model), OPTIMIZER, warmup_cosine(1e-3, 2, 40), accumulation=2),
-            in_shardings=(shardings, batch_sharding(mesh)),
-            out_shardings=(shardings, None),
-        )
-        exported = jax.export.export(step, platforms=[platform])(shapes, batch)
+        exported = jax.export.export(steps.train, platforms=[platform])(steps.shapes, batch)
     assert exported.platforms == (platform,) and exported.nr_devices == math.prod(mesh_sizes)
     assert "bf16" in exported.mlir_module()
 
 
 def test_the_step_compiles_once(split):
     """Over 30 steps, with evaluation in between."""
-    eval_step = jax.jit(make_eval_step(GRAPH, 2))
-    _, compilations = losses_on((8, 1, 1), split, 30, between=eval_step)
-    assert compilations == 1 and eval_step._cache_size() == 1
+    assert losses_on((8, 1, 1), split, 30, evaluates=True)[1] == [1, 1]
 
 
 def test_the_schedule_warms_up_and_comes_down_to_zero():
@@ -234,18 +224,13 @@ def test_a_gradient_beyond_float32_changes_nothing(split):
     mesh = mesh_of(2, 2, 2)
     with jax.set_mesh(mesh):
         model = nnx.eval_shape(lambda: GPT(CONFIG, rngs=nnx.Rngs(0)))
-        _, shardings = state_shapes(mesh, model, OPTIMIZER)
         params = jax.tree.map(np.array, PARAMS)
-        # The logits are as large as ever, but the table's gradient is what it is multiplied by.
+        # The logits are as large as ever, but the embedding's gradient is what it is multiplied by.
         params["tok_emb"]["embedding"] *= np.float32(1e-21)
         params["ln_f"]["bias"] += np.float32(1e21)
-        state = create_state(shardings, model, params, OPTIMIZER, 0)
+        steps = make_steps(mesh, model, OPTIMIZER, lambda step: jnp.float32(1e-3))
+        state = steps.create(params, 0)
         before = jax.tree.map(np.asarray, state)
-        step = jax.jit(
-            make_train_step(nnx.graphdef(model), OPTIMIZER, lambda step: jnp.float32(1e-3)),
-            out_shardings=(shardings, None),
-            donate_argnums=0,
-        )
-        state, metrics = step(state, global_batch(mesh, source[0]))
+        state, metrics = steps.train(state, global_batch(mesh, source[0]))
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"]) and metrics["skipped"]
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state), before)

@@ -98,11 +98,11 @@ def test_one_process_asked_to_stop_stops_both_and_one_device_goes_on(chat_data, 
     processes[1].send_signal(signal.SIGTERM)
     endings = [(process.wait(timeout=100), process.stderr.read()) for process in processes]
     assert [code for code, _ in endings] == [143, 143], endings
-    assert all("checkpoint saved; run the same command to continue" in text for _, text in endings)
+    assert all("checkpoint saved; run the same command to resume" in text for _, text in endings)
     (stopped_at,) = (int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert 4 <= stopped_at < 20
     ((code, text),) = run(chat_data, tmp_path, num_processes=1, devices=1)
-    assert code == 0 and f"continuing at step {stopped_at} of 20" in text
+    assert code == 0 and f"resuming at step {stopped_at} of 20" in text
     assert [*losses(tmp_path)] == [*range(1, 21)]
     np.testing.assert_allclose([*losses(tmp_path).values()], [*losses(alone).values()], rtol=1e-5)
 

@@ -1,6 +1,7 @@
-"""The work directory and its checkpoints: whose it is, what it holds, and whether a run may continue."""
+"""The work directory: its lock, its best model, its checkpoints, and whether a run may resume from them."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import re
@@ -17,7 +18,6 @@ from orbax.checkpoint import v1 as ocp
 from tinysft_jax import distributed, files, locks
 from tinysft_jax.checkpoints import ORBAX_ERRORS, quiet_orbax, write_model
 from tinysft_jax.console import RunError, UserError, reason
-from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.files import COUNT, NUMBER, REAL_OR_NULL, Kind, Schema, check
 from tinysft_jax.parameters import ModelDescription, Params
@@ -27,73 +27,54 @@ from tinysft_jax.training.step import TrainState, warmup_cosine
 
 LOCK = ".lock"
 
-# What a run writes, besides checkpoints. The configuration says whose all of it is, so it is moved last.
-_OUTPUTS = (
-    "models",
-    "model",
-    "metrics.jsonl",
-    "skipped_steps.jsonl",
-    "loss.png",
-    "wandb_id",
-    "profile",
-    "huggingface",
-    "model.pt",
-    "exports.json",
-    "config.json",
-)
+# What a run writes besides checkpoints and config.json.
+_OUTPUTS = ("models", "model", "metrics.jsonl", "skipped_steps.jsonl", "loss.png", "wandb_id", "profile")
+_EXPORTS = ("huggingface", "model.pt", "exports.json")
 
 
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[str]:
-    """Keeps other runs out of a work directory while the block runs; makes it, and removes it if nothing came of it.
+    """In the block the work directory exists, and other runs are kept out; if it stays empty, it is removed again.
 
     Yields:
-      What the user should know; empty if there is nothing.
+      A note for the user, or "".
 
     Raises:
-      UserError: if another run is there, or the directory can't be used; in all processes.
-      OSError: if it can't be written; in the first process, a RunError in the others.
+      UserError: in all processes, if another run is there or the directory can't be used.
+      OSError: in the first process, if it can't be written; in the others a RunError.
     """
     with contextlib.ExitStack() as stack:
-        note = ""
+        notes = [""]
 
         def hold() -> None:
-            nonlocal note
             files.check_pattern_free(workdir)
             stack.enter_context(files.maybe_new_directory(workdir))
-            note = stack.enter_context(locks.held(workdir / LOCK, f"{workdir} is in use by another run"))
-            _check_links(workdir)
+            notes.append(stack.enter_context(locks.held(workdir / LOCK, f"{workdir} is in use by another run")))
+            try:
+                files.link(workdir / f"{LOCK}.link", workdir)
+                (workdir / f"{LOCK}.link").unlink()
+            except OSError as error:
+                raise UserError(
+                    f"{workdir} is on a file system without symbolic links ({reason(error)}), and a run's best model "
+                    "is one; choose another --workdir"
+                ) from None
 
         distributed.on_first(hold)
-        yield note
-
-
-def _check_links(workdir: Path) -> None:
-    """Raises: UserError, if the file system has no symbolic links; better now than at the first evaluation."""
-    probe = workdir / f"{LOCK}.link"
-    try:
-        files.link(probe, workdir)
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{workdir} is on a file system without symbolic links ({reason(error)}), and a run's best model is one; "
-            "choose another --workdir"
-        ) from None
+        yield notes[-1]
 
 
 def set_aside_other_run(workdir: Path, identity: dict[str, Any]) -> str:
-    """Moves what another run left in a work directory, of which there is no checkpoint, into a directory in it.
-
-    Args:
-      workdir: the work directory.
-      identity: of the run that is about to begin; see `resume.run_identity`.
-
-    Returns:
-      A line that says where it is; empty if there is nothing.
-    """
-    found = [workdir / name for name in _OUTPUTS if (workdir / name).exists() or (workdir / name).is_symlink()]
-    before = _identity_in(workdir)
-    if not found or (before and not differences(before, identity)):
+    """Moves what another run wrote before its first checkpoint into `workdir/earlier-N`; returns a note, or ""."""
+    # config.json identifies the run, so it is moved last.
+    names = (*_OUTPUTS, *_EXPORTS, "config.json")
+    found = [path for name in names if os.path.lexists(path := workdir / name)]
+    try:
+        content = files.read_json(workdir / "config.json", "a work directory", format_version=1)
+        check(content, {"run": {TOTAL_STEPS: COUNT}})
+        is_same = not differences(content["run"], identity)
+    except UserError:
+        is_same = False
+    if not found or is_same:
         return ""
     kept = next(path for n in range(1, 10**9) if not (path := workdir / f"earlier-{n}").exists())
     kept.mkdir()
@@ -102,269 +83,238 @@ def set_aside_other_run(workdir: Path, identity: dict[str, Any]) -> str:
     return f"{workdir} held the beginning of another run, which is now in {kept}"
 
 
-def set_models_aside(workdir: Path, step: int) -> None:
-    """Takes models of steps after `step` out of the way: the run will reach these again, perhaps otherwise.
+def save_best(workdir: Path, step: int, params: Params, description: ModelDescription) -> None:
+    """Writes `models/<step>`, points the link `model` at it, and removes the model before.
 
-    `model` keeps pointing at the same content, under another name.
+    Readers of `model` see one of the two, whole, at any moment.
     """
-    for path in own(workdir / "models", r"[0-9]+"):
-        if int(path.name) > step:
-            if (workdir / "model").resolve() == path.resolve():
-                kept = path.with_name(f"{path.name}.before")
-                shutil.rmtree(kept, ignore_errors=True)
-                shutil.copytree(path, kept)
-                files.link(workdir / "model", kept)
-            shutil.rmtree(path)
+    models, link = workdir / "models", workdir / "model"
+    directory, aside = models / str(step), models / f".{step}.partial"
+    if distributed.is_first():
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    distributed.barrier("directory of the best model")
+    write_model(aside, params, description)
+    distributed.barrier("best model")
+    if distributed.is_first():
+        if directory.exists():  # written before a kill, after the checkpoint that the run resumed from
+            before = models / f"{step}.before"
+            shutil.copytree(directory, before, dirs_exist_ok=True)
+            if link.resolve() == directory.resolve():
+                files.link(link, before)
+            shutil.rmtree(directory)
+        aside.rename(directory)
+        files.link(link, directory)
+        for other in own(models, r"[0-9]+(\.before)?|\.[0-9]+\.partial"):
+            if other != directory:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def own(directory: Path, names: str) -> list[Path]:
-    """The directories in `directory` that have one of this program's names, a regular expression; no others."""
+    """The directories in `directory` whose names match a regular expression; the others are the user's."""
     if not directory.is_dir():
         return []
     return [path for path in directory.iterdir() if re.fullmatch(names, path.name) and path.is_dir()]
 
 
-def _identity_in(workdir: Path) -> dict[str, Any] | None:
-    """Whose the work directory was; None if it does not say, as those of older programs."""
-    try:
-        content = files.read_json(workdir / "config.json", "a work directory", format_version=1)
-        check(content, {"run": {TOTAL_STEPS: COUNT}})
-    except UserError:
-        return None
-    return content["run"]
-
-
 TOTAL_STEPS = "steps"
-FORMAT_VERSION = 1  # of what a checkpoint says besides arrays
-
-_COUNTS: Kind = ("two whole numbers", lambda value: isinstance(value, list) and [*map(type, value)] == [int, int])
-_PROGRESS: Schema = {
-    "format_version": NUMBER,
-    "run": {TOTAL_STEPS: COUNT},
-    "best_loss": REAL_OR_NULL,
-    "best_step": COUNT,
-    "evaluated_step": NUMBER,
-    "eval_rows": COUNT,
-    "skipped_steps": _COUNTS,
-    "model": {},
-}
 
 
-def check_progress(progress: Any, where: Path) -> None:
-    """Looks at what a checkpoint says besides arrays.
-
-    Raises:
-      RunError: if it is of a newer program, or says what can't be.
-    """
-    try:
-        check(progress, {"format_version": NUMBER})
-        if progress["format_version"] > FORMAT_VERSION:
-            raise UserError("it is of a newer program; upgrade tinysft-jax")
-        check({"eval_rows": 0} | progress, _PROGRESS)  # which programs before did not write
-    except UserError as error:
-        raise RunError(f"can't continue from {where}: {error}") from None
-
-
-def run_identity(config: ConfigDict, data: PreparedData, packing: Packing, total_steps: int) -> dict[str, Any]:
-    """What must not change when a run continues: its model, its data and their order, the arithmetic of a step.
-
-    Returns:
-      JSON, by name.
-    """
+def run_identity(config: ConfigDict, data: PreparedData, packing: str, total_steps: int) -> dict[str, Any]:
+    """What must not change when a run resumes: its model, the data and their order, the arithmetic of a step."""
     values = flat(config)
-    is_random = config.init_from in ("", RANDOM)
-    shape = {key: value for key, value in values.items() if key.startswith("model.")} if is_random else {}
+    sections = ("model.", "optimizer.") if config.init_from in ("", RANDOM) else ("optimizer.",)
     return {
         "init_from": config.init_from,
-        **shape,
         "data": files.sha256(data.directory / "manifest.json")[:16],
         "chat_template": data.description["chat_template"],
         "tokenizer": data.description["tokenizer"],
-        "seed": config.seed,
-        "data.seq_len": config.data.seq_len,
-        "packing": packing.fingerprint,
-        "train.batch_size": config.train.batch_size,
-        **{key: value for key, value in values.items() if key.startswith("optimizer.")},
+        "packing": packing,
+        **{key: values[key] for key in ("seed", "data.seq_len", "train.batch_size")},
+        **{key: value for key, value in values.items() if key.startswith(sections)},
         TOTAL_STEPS: total_steps,
     }
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What distinguishes two identities, other than that the run is longer."""
+    """How two identities differ, in words. A longer run does not, nor a model whose path is written differently."""
+
+    def start(identity: dict[str, Any]) -> str:
+        path = identity.get("init_from")
+        return RANDOM if path in ("", RANDOM) else os.path.realpath(os.path.expanduser(str(path)))
+
+    def differs(key: str) -> bool:
+        if key == TOTAL_STEPS:
+            return before.get(key, 0) > now[key]
+        return start(before) != start(now) if key == "init_from" else before.get(key) != now.get(key)
+
+    def shown(value: Any) -> str:
+        return "empty" if value in ("", None) else str(value)
+
     keys = dict.fromkeys((*now, *before))
-    if before.get(TOTAL_STEPS, 0) <= now[TOTAL_STEPS]:
-        del keys[TOTAL_STEPS]
-    return [
-        f"{key} was {_shown(before, key)}, now {_shown(now, key)}"
-        for key in keys
-        if before.get(key) != now.get(key)
-        and not (key == "init_from" and _start(before.get(key)) == _start(now.get(key)))
-    ]
+    return [f"{key} was {shown(before.get(key))}, now {shown(now.get(key))}" for key in keys if differs(key)]
 
 
-def _start(init_from: Any) -> str:
-    """What `init_from` means, however it is written."""
-    if init_from in ("", RANDOM):
-        return RANDOM
-    return os.path.realpath(os.path.expanduser(str(init_from)))
+@dataclasses.dataclass
+class RunStatus:
+    """How far a run has come: what a checkpoint holds besides arrays."""
+
+    run: dict[str, Any]  # the run's identity
+    model: ModelDescription
+    step: int = 0  # steps done, which is also the position in the data
+    best_loss: float | None = None  # the lowest validation loss so far
+    best_step: int = 0  # whose model is kept; 0 while there is none
+    evaluated_step: int = -1  # the last one
+    eval_rows: int = 0  # of each periodic evaluation
+    skipped_steps: tuple[int, ...] | list[int] = (0, 0)  # that changed nothing: in the run, and in a row up to now
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"format_version": FORMAT_VERSION, "model": self.model.to_json()}
 
 
-def what_more_steps_do(config: ConfigDict, before: int, now: int, step: int) -> str:
-    """How the learning rate goes on in a run of `now` steps that was one of `before`, `step` of them done."""
-    rates = [
-        float(warmup_cosine(config.optimizer.learning_rate, config.optimizer.warmup_steps, total)(step))
-        for total in (now, before)
-    ]
-    return (
-        f"the run is longer than it was, {now:,} steps instead of {before:,}: the learning rate of step {step + 1:,} "
-        f"is {rates[0]:.2e} instead of {rates[1]:.2e}, and falls to 0 at step {now:,}"
-    )
+FORMAT_VERSION = 1  # of a checkpoint's JSON
+_TWO_COUNTS: Kind = ("two whole numbers", lambda value: isinstance(value, list) and [*map(type, value)] == [int, int])
+_STATUS: Schema = {  # of `RunStatus`, but for the step
+    "run": {TOTAL_STEPS: COUNT},
+    "model": {},
+    "best_loss": REAL_OR_NULL,
+    "best_step": COUNT,
+    "evaluated_step": NUMBER,
+    "eval_rows": COUNT,
+    "skipped_steps": _TWO_COUNTS,
+}
 
 
-def _shown(identity: dict[str, Any], key: str) -> str:
-    value = identity.get(key, "")
-    return "empty" if value == "" else str(value)
+_UNFINISHED = r"\.[0-9]+\.(partial|old).*"  # checkpoints that are being written (also by orbax) or removed
 
 
-_NONE, _ALL_DAMAGED = -1, -2
+class Checkpoints(contextlib.AbstractContextManager):
+    """The newest checkpoints of a work directory, `checkpoints/<step>/`; saved in a `with` block.
 
-# Names in checkpoints/: of what is finished, and of what is being written (also by orbax) or removed.
-_FINISHED, _UNFINISHED = r"[0-9]+", r"\.[0-9]+\.(partial|old).*"
-# Names in models/.
-_MODELS = r"[0-9]+(\.before)?|\.[0-9]+\.partial"
-
-
-class Checkpoints:
-    """The newest checkpoints of a work directory, `checkpoints/<step>/`.
-
-    Each is written aside in the background, by orbax, then its manifest, and then it is renamed: so what has a step's
-    number for its name was finished, and what is not as its manifest says was damaged since. Orbax itself would not
-    notice.
+    In the background orbax writes a checkpoint aside, its manifest follows, then it is renamed. So a directory whose
+    name is a step was finished; if it differs from its manifest it was damaged since, which orbax would not notice.
 
     Attributes:
-      newest: the step of the newest checkpoint that is sound, or is being written; None as long as there is none.
-
-    Args:
-      workdir: the work directory; nothing is written before `clear`.
-      keep: how many to keep.
+      newest: the step of the newest sound checkpoint, or of the one that is being written; -1 if there is none.
     """
 
     def __init__(self, workdir: Path, keep: int):
         self._directory, self._keep = (workdir / "checkpoints").absolute(), keep
-        self.newest: int | None = None
+        self.newest = -1
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # while it writes in the background as well
 
     def find_newest(self) -> str:
-        """Finds the newest checkpoint that is as it was written.
+        """Sets `newest`; returns what is wrong with newer checkpoints, or "". Raises: RunError, if all are damaged."""
+        damage = []
 
-        Returns:
-          What is wrong with newer ones; empty if nothing is.
-
-        Raises:
-          RunError: if there are checkpoints, and all are damaged.
-        """
-        answer, damage = _NONE, []
-        if distributed.is_first():
+        def find() -> None:
             for step in reversed(self._steps()):
-                fault = files.find_damage(self._path(step))
-                answer = step if fault is None else _ALL_DAMAGED
-                if fault is None:
-                    break
+                if (fault := files.find_damage(self.path(step))) is None:
+                    self.newest = step
+                    return
                 damage.append(f"checkpoint {step} is damaged: {fault}")
-        answer = distributed.first_decides(answer)
-        if answer == _ALL_DAMAGED:
-            raise RunError(
-                f"no sound checkpoint in {self._directory}: {'; '.join(damage) or 'see process 0'}; put one back, or "
-                "choose another --workdir to start over"
-            )
-        self.newest = None if answer == _NONE else answer
+            if damage:
+                raise RunError(
+                    f"no sound checkpoint in {self._directory}: {'; '.join(damage)}; put one back, or choose another "
+                    "--workdir to start over"
+                )
+
+        distributed.on_first(find)
+        self.newest = distributed.first_decides(self.newest)
         return "; ".join(damage)
 
-    def clear(self) -> None:
-        """Makes the directory, and removes what is newer than the newest sound checkpoint, or was never finished.
+    def read_json(self) -> Any:
+        """The JSON of the newest checkpoint, unchecked. Raises: RunError, if it can't be read."""
+        with self._one_line("read"):
+            return ocp.metadata(self.path(self.newest)).custom_metadata
 
-        To be called by the first process alone.
+    def resume(self, config: ConfigDict, identity: dict[str, Any], accept_changes: bool) -> tuple[RunStatus, list[str]]:
+        """The status that the newest checkpoint holds, and notes about what the user has changed since.
+
+        Raises:
+          RunError: if it can't be read or understood.
+          UserError: if it is another run's, unless `accept_changes`.
         """
+        where, workdir, total_steps = self.path(self.newest), self._directory.parent, identity[TOTAL_STEPS]
+        content = self.read_json()
+        try:
+            check(content, {"format_version": NUMBER})
+            if content["format_version"] > FORMAT_VERSION:
+                raise UserError("it is of a newer program; upgrade tinysft-jax")
+            content = {"eval_rows": 0} | content  # which older programs did not write
+            check(content, _STATUS)
+        except UserError as error:
+            raise RunError(f"can't resume from {where}: {error}") from None
+        changes, before = differences(content["run"], identity), content["run"][TOTAL_STEPS]
+        if changes and not accept_changes:
+            raise UserError(
+                f"{workdir} is another run: {'; '.join(changes)}; choose another --workdir, or add --accept_changes to "
+                "resume it with these changes"
+            )
+        if self.newest > total_steps:
+            raise UserError(f"{workdir} has done {self.newest} steps already, more than {total_steps}")
+        notes = [f"resuming with changes: {'; '.join(changes)}"] if changes else []
+        if before < total_steps:
+            notes.append(_effect_of_more_steps(config, before, total_steps, self.newest))
+        model = ModelDescription.from_json(content["model"], where)
+        fields = {key: content[key] for key in _STATUS} | {"run": identity, "model": model, "step": self.newest}
+        return RunStatus(**fields), notes
+
+    def restore(self, shapes: TrainState, shardings: TrainState) -> TrainState:
+        """The arrays of the newest checkpoint, whatever mesh wrote it. Raises: RunError, if they can't be read."""
+        wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+        with self._one_line("read"):
+            return ocp.load(self.path(self.newest), wanted)
+
+    def clear(self) -> None:
+        """In the first process: removes what is newer than the newest sound checkpoint, or was never finished."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        newest = _NONE if self.newest is None else self.newest
-        newer = [path for path in own(self._directory, _FINISHED) if int(path.name) > newest]
+        newer = [self.path(step) for step in self._steps() if step > self.newest]
         for path in [*newer, *own(self._directory, _UNFINISHED)]:
             shutil.rmtree(path, ignore_errors=True)
 
-    def save(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
-        """Starts to write; returns once the state has been copied to host memory.
-
-        Args:
-          step: steps done.
-          state: may be donated afterwards.
-          progress: JSON; what a run that continues must know besides.
+    def save(self, state: TrainState, status: RunStatus) -> None:
+        """Starts to write; returns once the state, which may then be donated, is copied to the host.
 
         Raises:
-          RunError: if this one can't be written, or the one before could not.
+          RunError: if this checkpoint can't be written, or the one before could not.
         """
-        if self.newest == step:
+        if self.newest == status.step:
             return
         self._finish_writing()
         with self._one_line("write"):
-            response = ocp.save_async(self._aside(step), state, custom_metadata=progress)
-        self._writing = self._writer.submit(self._finish, step, response.result)
-        self.newest = step
-
-    def progress(self, step: int) -> Any:
-        """What was saved with a checkpoint, as JSON; nobody has looked at it.
-
-        Raises:
-          RunError: if it can't be read.
-        """
-        with self._one_line("read"):
-            return ocp.metadata(self._path(step)).custom_metadata
-
-    def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
-        """Reads a checkpoint, whatever mesh wrote it.
-
-        Args:
-          step: which.
-          shapes: of what was saved.
-          shardings: where each array shall lie.
-
-        Raises:
-          RunError: if it can't be read.
-        """
-        wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-        with self._one_line("read"):
-            return ocp.load(self._path(step), wanted)
+            response = ocp.save_async(self._aside(status.step), state, custom_metadata=status.to_json())
+        self._writing = self._writer.submit(self._finish, status.step, response.result)
+        self.newest = status.step
 
     def wait(self) -> None:
-        """Returns when what was started is finished; all processes call it.
-
-        Raises:
-          RunError: if it could not be.
-        """
+        """Returns when the checkpoint is finished; called by all processes. Raises: RunError, if it failed."""
         self._finish_writing()
-        # The first process alone finishes a checkpoint, and the others must not be gone before.
-        distributed.barrier("checkpoint finished")
+        distributed.barrier("checkpoint finished")  # by the first process, and the others must not be gone before
 
-    def close(self) -> None:
-        """Waits, ends the thread, and gives back the room of what could not be finished."""
+    def path(self, step: int) -> Path:
+        return self._directory / str(step)
+
+    def __exit__(self, *_: object) -> None:
+        """Waits, and removes what could not be finished."""
         try:
             self._finish_writing()
         finally:
             self._writer.shutdown()
             if distributed.is_first():
-                for path in own(self._directory, _UNFINISHED):
-                    shutil.rmtree(path, ignore_errors=True)
+                self.clear()
 
     def _finish(self, step: int, written: Callable[[], None]) -> None:
-        """The part of writing that is done in the background."""
+        """The part of writing that happens in the background."""
         written()  # by all processes
         if distributed.is_first():
             files.write_manifest(self._aside(step))
-            self._aside(step).rename(self._path(step))
+            self._aside(step).rename(self.path(step))
             for old in self._steps()[: -self._keep]:
                 aside = self._directory / f".{old}.old"
-                self._path(old).rename(aside)
+                self.path(old).rename(aside)
                 shutil.rmtree(aside, ignore_errors=True)
 
     def _finish_writing(self) -> None:
@@ -374,18 +324,13 @@ class Checkpoints:
                 writing.result()
 
     def _steps(self) -> list[int]:
-        """The steps that have a checkpoint, in order."""
-        return sorted(int(path.name) for path in own(self._directory, _FINISHED))
-
-    def _path(self, step: int) -> Path:
-        return self._directory / str(step)
+        return sorted(int(path.name) for path in own(self._directory, r"[0-9]+"))
 
     def _aside(self, step: int) -> Path:
         return self._directory / f".{step}.partial"
 
     @contextlib.contextmanager
     def _one_line(self, verb: str) -> Iterator[None]:
-        """Turns orbax's and tensorstore's errors into one line."""
         try:
             with quiet_orbax():
                 yield
@@ -393,23 +338,10 @@ class Checkpoints:
             raise RunError(f"can't {verb} {self._directory}: {reason(error)}") from None
 
 
-def save_best(workdir: Path, step: int, params: Params, description: ModelDescription) -> None:
-    """Writes `models/<step>`, points `model` at it, and removes the model it pointed at before.
-
-    A reader of `model` sees the old model or the new one, whole, at any moment.
-    """
-    models = workdir / "models"
-    directory, aside = models / str(step), models / f".{step}.partial"
-    first = distributed.is_first()
-    if first:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    distributed.barrier("directory of the best model")
-    write_model(aside, params, description)
-    distributed.barrier("best model")
-    if first:
-        files.replace(aside, directory)
-        files.link(workdir / "model", directory)
-        for other in own(models, _MODELS):
-            if other != directory:
-                shutil.rmtree(other, ignore_errors=True)
+def _effect_of_more_steps(config: ConfigDict, before: int, now: int, step: int) -> str:
+    peak, warmup = config.optimizer.learning_rate, config.optimizer.warmup_steps
+    rate_now, rate_before = (float(warmup_cosine(peak, warmup, total)(step)) for total in (now, before))
+    return (
+        f"the run is longer than it was, {now:,} steps instead of {before:,}: the learning rate of step {step + 1:,} "
+        f"is {rate_now:.2e} instead of {rate_before:.2e}, and falls to 0 at step {now:,}"
+    )

@@ -1,152 +1,180 @@
-"""Where a run starts: the model it fine-tunes, its vocabulary grown for the data, and the sharded train state."""
+"""Where a run starts: the model to fine-tune, its vocabulary grown for the data, the sharded state and its steps."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
+from tinysft_jax.attention import choose_backend
 from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import UserError
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.model import GPT, GPTConfig, default_dtype
 from tinysft_jax.parameters import ModelDescription, Params, pad_vocabulary, trim_vocabulary
-from tinysft_jax.sharding import state_sharding
+from tinysft_jax.sharding import batch_sharding, state_sharding
 from tinysft_jax.tokenizer import ChatTokenizer
-from tinysft_jax.training.step import TrainState
+from tinysft_jax.training.config import check_model
+from tinysft_jax.training.step import (
+    Schedule,
+    TrainState,
+    make_eval_step,
+    make_optimizer,
+    make_train_step,
+    warmup_cosine,
+)
 
 RANDOM = "random"
 
 
 def starting_model(init_from: str, shape: dict, data: PreparedData) -> tuple[ModelDescription, Params | None]:
-    """The model that training starts from, able to speak the data's language.
+    """The model that training starts from, with the data's tokenizer and chat template.
 
     Args:
-      init_from: a model directory, a work directory or a `.pt`; `RANDOM`, or for plain text empty: random weights.
+      init_from: whatever `open_model` takes; `RANDOM`, or for plain text empty: random weights.
       shape: `GPTConfig`'s fields for random weights; vocab_size 0: the data's.
-      data: whose template and tokenizer the model will have.
+      data: what it will be trained on.
 
     Returns:
-      The description, and host parameters, or None for random ones.
+      The description, and parameters on the host; None for random ones.
 
     Raises:
       UserError: if the model can't be read or does not fit the data.
     """
     tokenizer = ChatTokenizer.from_description(data.description)
-    longest = data.description["splits"]["train"]["longest"]
     if not init_from and tokenizer.template is not None:
         raise UserError(
             "init_from is empty, and the data are conversations: fine-tuning starts from a model; give it with "
             f"--config.init_from=PATH, or say --config.init_from={RANDOM} for random weights"
         )
+    length = data.description["splits"]["train"]["longest"]
     if init_from in ("", RANDOM):
-        config = GPTConfig(**(shape | {"vocab_size": shape["vocab_size"] or tokenizer.vocab_size}))
+        config, params, source = (
+            GPTConfig(**(shape | {"vocab_size": shape["vocab_size"] or tokenizer.vocab_size})),
+            None,
+            {"kind": "random"},
+        )
         if config.vocab_size < tokenizer.vocab_size:
             raise UserError(f"model.vocab_size {config.vocab_size} is below the data's {tokenizer.vocab_size}")
-        longest = min(longest, config.max_seq_len)
-        source = {"kind": "random"}
-        return ModelDescription(config, **tokenizer.description(), source=source, trained_length=longest), None
-    description, params = open_model(init_from)
-    check_same_language(description, tokenizer, init_from)
-    config = description.config
-    if tokenizer.template == "control" and description.chat_template is None:
-        config, params = grow_vocabulary(config, params, tokenizer)
-    source = {"kind": "fine-tuned", "init_from": Path(init_from).name, "from": description.source}
-    longest = min(max(longest, description.trained_length), config.max_seq_len)
-    description = ModelDescription(config, **tokenizer.description(), source=source, trained_length=longest)
-    return description, params
+    else:
+        start, params = open_model(init_from)
+        check_same_language(start, tokenizer, init_from)
+        config = start.config
+        if tokenizer.template == "control" and start.chat_template is None:
+            config, params = grow_vocabulary(config, params, tokenizer)
+        source = {"kind": "fine-tuned", "init_from": Path(init_from).name, "from": start.source}
+        length = max(length, start.trained_length)
+    length = min(length, config.max_seq_len)
+    return ModelDescription(config, **tokenizer.description(), source=source, trained_length=length), params
 
 
 def grow_vocabulary(config: GPTConfig, params: Params, tokenizer: ChatTokenizer) -> tuple[GPTConfig, Params]:
-    """Gives the control tokens rows in the table: each the mean of the rows of its marker's BPE pieces.
-
-    So the model starts from what the marker's spelling means to it, not from noise.
-
-    Args:
-      config: the model's shape.
-      params: its parameters, the table padded or not.
-      tokenizer: with the `control` template.
+    """Adds an embedding for each control token: the mean of those of its marker's BPE pieces.
 
     Returns:
-      The grown shape and parameters, the table padded; the arrays passed in are left as they were.
+      The grown shape, and new parameters with a padded vocabulary.
     """
     grown = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
     old = np.asarray(trim_vocabulary(params, config)["tok_emb"]["embedding"])
-    table = np.zeros((grown.vocab_size, config.dim), old.dtype)
-    table[: len(old)] = old
+    embedding = np.zeros((grown.vocab_size, config.dim), old.dtype)
+    embedding[: len(old)] = old
     for marker, pieces in tokenizer.marker_pieces().items():
-        table[tokenizer.control_ids[marker]] = old[list(pieces)].mean(axis=0)
-    return grown, pad_vocabulary(params | {"tok_emb": {"embedding": table}}, grown)
-
-
-def state_shapes(
-    mesh: Mesh, model: GPT, optimizer: optax.GradientTransformation, averaged: bool = False
-) -> tuple[TrainState, TrainState]:
-    """The shapes of a train state, and how it is sharded.
-
-    Args:
-      mesh: where it lies.
-      model: an abstract GPT (`nnx.eval_shape`).
-      optimizer: whose state is part of it.
-      averaged: whether it holds the parameters' moving average.
-    """
-    shapes = jax.eval_shape(lambda params: _fresh(params, optimizer, averaged), nnx.to_pure_dict(nnx.state(model)))
-    return shapes, state_sharding(mesh, shapes)
-
-
-def create_state(
-    shardings: TrainState, model: GPT, params: Params | None, optimizer: optax.GradientTransformation, seed: int
-) -> TrainState:
-    """The state of step 0, created as it is sharded.
-
-    Args:
-      shardings: of `state_shapes`; with an average there, the state has one.
-      model: an abstract GPT, for its shape.
-      params: host parameters; None: random.
-      optimizer: whose state to make.
-      seed: of random parameters.
-    """
-    averaged = "average" in shardings
-    if params is None:
-
-        def random(key):
-            return _fresh(nnx.to_pure_dict(nnx.state(GPT(model.config, rngs=nnx.Rngs(key)))), optimizer, averaged)
-
-        return jax.jit(random, out_shardings=shardings)(jax.random.key(seed))
-    # Copied by the jitted function: steps will donate the state, and the caller's arrays are not ours to give away.
-    fresh = jax.jit(lambda params: _fresh(params, optimizer, averaged), out_shardings=shardings)
-    return fresh(jax.device_put(params, shardings["params"]))
-
-
-def _fresh(params: Params, optimizer: optax.GradientTransformation, averaged: bool) -> TrainState:
-    state = {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
-    # A copy of its own: a step gives both away, and no array can be given twice.
-    return state | ({"average": jax.tree.map(jnp.copy, params)} if averaged else {})
+        embedding[tokenizer.control_ids[marker]] = old[list(pieces)].mean(axis=0)
+    return grown, pad_vocabulary(params | {"tok_emb": {"embedding": embedding}}, grown)
 
 
 def check_same_language(description: ModelDescription, tokenizer: ChatTokenizer, init_from: str) -> None:
-    """Raises: UserError, if a model and the data have other vocabularies or chat templates."""
-    plain_vocabulary = tokenizer.eot_id + 1
-    if description.tokenizer is None:
-        # A checkpoint that does not name its tokenizer, and isn't GPT-2's size: it can only be the data's own.
-        if description.config.vocab_size != plain_vocabulary:
-            raise UserError(
-                f"{init_from} has {description.config.vocab_size} tokens and names no tokenizer, the data's has "
-                f"{plain_vocabulary}; prepare the data with --bpe_ranks {description.config.vocab_size - 1}"
-            )
-    elif description.tokenizer != tokenizer.description()["tokenizer"]:
+    """Raises: UserError, if the model's tokenizer or chat template is not the data's."""
+    config, theirs, ours = description.config, description.tokenizer, tokenizer.description()["tokenizer"]
+    template, wanted = description.chat_template, tokenizer.template
+    if theirs is None and config.vocab_size != tokenizer.eot_id + 1:
         raise UserError(
-            f"{init_from} has the tokenizer {description.tokenizer}, the data {tokenizer.description()['tokenizer']}; "
-            f"prepare the data with --bpe_ranks {description.tokenizer.get('bpe_ranks')}"
+            f"{init_from} has {config.vocab_size} tokens and names no tokenizer, the data's has "
+            f"{tokenizer.eot_id + 1}; prepare the data with --bpe_ranks {config.vocab_size - 1}"
         )
-    if description.chat_template is not None and tokenizer.template is None:
+    if theirs not in (None, ours):
+        raise UserError(
+            f"{init_from} has the tokenizer {theirs}, the data {ours}; prepare the data with --bpe_ranks "
+            f"{theirs.get('bpe_ranks')}"
+        )
+    if template is not None and wanted is None:
         raise UserError(f"{init_from} is a chat model, the data plain text; prepare conversations to fine-tune it")
-    if description.chat_template not in (None, tokenizer.template):
+    if template not in (None, wanted):
         raise UserError(
-            f"{init_from} speaks the chat template {description.chat_template!r}, the data {tokenizer.template!r}; "
-            f"prepare the data with --template {description.chat_template}"
+            f"{init_from} has the chat template {template!r}, the data {wanted!r}; prepare the data with "
+            f"--template {template}"
         )
+
+
+class Steps(NamedTuple):
+    """The jitted functions of a run, and the state that they take."""
+
+    train: Callable  # (state, batch) -> (state, metrics); donates the state
+    evaluate: Callable  # (params, batch) -> sums by task
+    create: Callable[[Params | None, int], TrainState]  # (host parameters or None: random ones, seed) -> step 0's state
+    shapes: TrainState
+    shardings: TrainState
+
+
+def make_steps(
+    mesh: Mesh,
+    model: GPT,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    n_tasks: int = 1,
+    accumulation: int = 1,
+    ema_decay: int | float = 0.0,
+) -> Steps:
+    """Jits the steps for an abstract GPT (`nnx.eval_shape`); see `make_train_step`. Nothing is compiled yet."""
+
+    def fresh(params: Params) -> TrainState:
+        state = {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+        # The average is a copy, because no array can be donated twice.
+        return state | ({"average": jax.tree.map(jnp.copy, params)} if ema_decay else {})
+
+    def random(key: jax.Array) -> TrainState:
+        return fresh(nnx.to_pure_dict(nnx.state(GPT(model.config, rngs=nnx.Rngs(key)))))
+
+    def create(params: Params | None, seed: int) -> TrainState:
+        if params is None:
+            return jax.jit(random, out_shardings=shardings)(jax.random.key(seed))
+        # The jitted function copies: the train step donates its state, and must not give away the caller's arrays.
+        return jax.jit(fresh, out_shardings=shardings)(jax.device_put(params, shardings["params"]))
+
+    graph, rows, whole = nnx.graphdef(model), batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    shapes = jax.eval_shape(fresh, nnx.to_pure_dict(nnx.state(model)))
+    shardings = state_sharding(mesh, shapes)
+    # Shardings are pinned, or the second call, whose state comes from the first, would compile again.
+    train_step = jax.jit(
+        make_train_step(graph, optimizer, schedule, accumulation, ema_decay),
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )
+    eval_step = jax.jit(make_eval_step(graph, n_tasks), in_shardings=(shardings["params"], rows), out_shardings=whole)
+    return Steps(train_step, eval_step, create, shapes, shardings)
+
+
+def steps_of(config: ConfigDict, shape: GPTConfig, total_steps: int, n_tasks: int, mesh: Mesh) -> Steps:
+    """The steps that a configuration describes.
+
+    Raises:
+      UserError: if the model does not fit it, or attention can't run here as asked.
+    """
+    check_model(config.data.seq_len, shape.max_seq_len, shape.n_heads, mesh.shape["tensor"])
+    dtype = default_dtype() if config.train.dtype == "auto" else jnp.dtype(config.train.dtype)
+    choose_backend(config.train.attention, dtype, shape.head_dim, config.data.seq_len)
+    options = {"dtype": dtype, "attention": config.train.attention, "remat": config.train.remat}
+    model = nnx.eval_shape(lambda: GPT(shape, rngs=nnx.Rngs(0), **options))
+    settings = config.optimizer.to_dict()
+    ema_decay = settings.pop("ema_decay")
+    schedule = warmup_cosine(settings.pop("learning_rate"), settings.pop("warmup_steps"), total_steps)
+    optimizer = make_optimizer(schedule, **settings)
+    return make_steps(mesh, model, optimizer, schedule, n_tasks, config.train.grad_accumulation_steps, ema_decay)

@@ -1,4 +1,4 @@
-"""The train step and the evaluation step: optimizer, loss, and the pure functions over plain pytrees."""
+"""The train step and the evaluation step: optimizer, loss, and pure functions over plain pytrees."""
 
 import functools
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from tinysft_jax.sharding import batch_axes, constrain
 
 Schedule = Callable[[jnp.ndarray], jnp.ndarray]
 
-DECAYED = ("all", "matrices")
+# params: nested dicts of float32; opt_state: optax's; step: int32[], steps that changed the parameters; average: their
+# moving average, if there is one
+TrainState = dict[str, Any]
+Metrics = dict[str, jax.Array]
 
 
 def warmup_cosine(peak: float, warmup_steps: int, total_steps: int) -> Schedule:
-    """Linear up to `peak` over the first steps, then half a cosine down to 0 at `total_steps`.
-
-    Step 0 already learns: its rate is peak / warmup_steps.
-    """
+    """Linear warm-up to `peak`, then half a cosine down to 0 at `total_steps`; step 0 has peak / warmup_steps."""
 
     def schedule(step):
         warming = (step + 1) / max(warmup_steps, 1)
@@ -41,42 +41,26 @@ def make_optimizer(
     grad_clip: float,
     decayed: str = "all",
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) on gradients clipped to a global norm.
+    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) after clipping by global norm (0: none).
 
-    Args:
-      learning_rate: a constant, or a function of the step.
-      weight_decay: how fast parameters shrink, as a multiple of the learning rate.
-      beta1: decay of the first moment.
-      beta2: decay of the second moment.
-      grad_clip: the global norm above which gradients are scaled down; 0: never.
-      decayed: what shrinks: "all" parameters, or "matrices" only (kernels and the table, not the norms).
+    Weight decay applies to "all" parameters, or to "matrices" only: kernels and the embedding, not the norms.
     """
+
+    def is_matrix(params):
+        # By name, because a norm's scale, stacked over layers, has two axes as well.
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
-    mask = _matrices if decayed == "matrices" else None
+    mask = is_matrix if decayed == "matrices" else None
     adamw = optax.adamw(learning_rate, b1=beta1, b2=beta2, eps=1e-8, weight_decay=weight_decay, mask=mask)
     return optax.chain(clip, adamw)
-
-
-def moving_average(average, params, decay: float, step: jax.Array):
-    """The exponential moving average of the parameters, `step` steps done; a short memory at first leaves the start.
-
-    The decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's `ExponentialMovingAverage`.
-    """
-    kept = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, average, params)
-
-
-def _matrices(params):
-    """True at each kernel and at the table. Names tell: stacked over layers, a norm's scale has two axes as well."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
 # Supervised positions whose logits exist at a time.
 CHUNK = 512
 
-SCOPE = "supervised_chunks"  # names the loop whose number of turns depends on the batch, for profiles and counts
-
-Axes = tuple[str, ...]  # the mesh axes over which a shard's values vary; () on one device
+# Names the loop over chunks, whose number of iterations depends on the batch, in profiles and compiled programs.
+SCOPE = "supervised_chunks"
 
 
 def supervised_nll(
@@ -86,21 +70,13 @@ def supervised_nll(
     weights: Float[Array, "B T"],
     vocab_size: int,
 ) -> Float[Array, ""]:
-    """Σ weight · −log p(target), p the softmax of the tied head.
+    """Σ weight · −log p(target), with p the softmax of the tied head's float32 logits.
 
-    Each shard of the batch brings its supervised positions to the front and runs head and cross-entropy over as many
-    chunks of them as there are: the cost follows the number of supervised tokens. Logits are float32. Gradients are
-    computed beside the loss, chunk by chunk, so that no logits are kept or computed a second time.
-
-    Args:
-      hidden: what the head reads.
-      embedding: the padded table.
-      targets: the token to predict at each position.
-      weights: of each position; 0 where nothing is supervised. Constants to differentiation.
-      vocab_size: rows of `embedding` that are tokens.
+    Each shard of the batch runs head and cross-entropy over chunks of its supervised positions (weight ≠ 0), so the
+    cost follows the number of supervised tokens. Gradients by `hidden` and `embedding`, whose rows from `vocab_size` on
+    are padding, are computed beside the loss, so the backward pass needs no logits.
     """
-    axes = batch_axes()
-    return _sum_over_shards(functools.partial(_nll, vocab_size, axes), axes, hidden, embedding, targets, weights)
+    return _sum_over_shards(functools.partial(_nll, vocab_size), hidden, embedding, targets, weights)
 
 
 def supervised_sums(
@@ -112,66 +88,52 @@ def supervised_sums(
     n_groups: int,
     vocab_size: int,
 ) -> Float[Array, "2 G"]:
-    """`supervised_nll` of each of several groups of positions, at the same cost; not to be differentiated.
-
-    Args:
-      hidden: as there, like all but the groups.
-      embedding: the padded table.
-      targets: the token to predict at each position.
-      weights: of each position.
-      groups: which group each position belongs to.
-      n_groups: how many groups there are.
-      vocab_size: rows of `embedding` that are tokens.
-
-    Returns:
-      Each group's Σ weight · −log p(target), and each group's Σ weight.
-    """
-    axes = batch_axes()
+    """Σ weight · −log p(target) and Σ weight of each group of positions; not differentiable."""
 
     def sums(hidden, embedding, targets, weights, groups):
-        def add(sums, chunk_inputs):
-            h, targets, weights, groups = chunk_inputs
+        def add(sums, chunk):
+            h, targets, weights, groups = chunk
             values = jnp.stack([_chunk_nll(vocab_size, embedding, h, targets, weights)[0], weights])
-            # No scatter: on a GPU it would add in an order that changes from run to run.
+            # Not a scatter: on a GPU it would add in an order that varies between runs.
             is_member = groups[:, None] == jnp.arange(n_groups)[None, :]
             return sums + jnp.sum(jnp.where(is_member[None], values[:, :, None], 0), axis=1)
 
-        return _over_chunks(add, _zeros((2, n_groups), jnp.float32, axes), hidden, targets, weights, groups)
+        return _over_chunks(add, jnp.zeros((2, n_groups), jnp.float32), hidden, targets, weights, groups)
 
-    return _sum_over_shards(sums, axes, hidden, embedding, targets, weights, groups)
+    return _sum_over_shards(sums, hidden, embedding, targets, weights, groups)
 
 
-def _sum_over_shards(function: Callable[..., jax.Array], axes: Axes, hidden, embedding, *positions) -> jax.Array:
-    """`function` of the table and each shard's positions, summed; of all positions where nothing divides them."""
-    if not axes:
+def _sum_over_shards(function: Callable[..., jax.Array], hidden, embedding, *positions) -> jax.Array:
+    """The sum over shards of the batch of `function(hidden, embedding, *positions)`."""
+    if not (axes := batch_axes()):
         return function(hidden, embedding, *positions)
 
     def shard(hidden, embedding, *positions):
-        # The table is the same on every shard; saying that its use varies sums its gradient over the shards.
-        return jax.lax.psum(function(hidden, _varying(embedding, axes), *positions), axes)
+        # Marked as varying, so that the gradient by the embedding is summed over the shards.
+        return jax.lax.psum(function(hidden, _varying(embedding), *positions), axes)
 
     batch, whole = PartitionSpec(axes), PartitionSpec()
     in_specs = (batch, whole, *(batch for _ in positions))
     return jax.shard_map(shard, in_specs=in_specs, out_specs=whole, axis_names=set(axes))(hidden, embedding, *positions)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _nll(vocab_size: int, axes: Axes, hidden, embedding, targets, weights):
-    def add(loss, chunk_inputs):
-        return loss + jnp.sum(_chunk_nll(vocab_size, embedding, *chunk_inputs)[0])
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _nll(vocab_size: int, hidden, embedding, targets, weights):
+    def add(loss, chunk):
+        return loss + jnp.sum(_chunk_nll(vocab_size, embedding, *chunk)[0])
 
-    return _over_chunks(add, _zeros((), jnp.float32, axes), hidden, targets, weights)
+    return _over_chunks(add, jnp.zeros((), jnp.float32), hidden, targets, weights)
 
 
-def _nll_forward(vocab_size: int, axes: Axes, hidden, embedding, targets, weights):
-    """The loss, and its gradients by `hidden` and `embedding`."""
+def _nll_forward(vocab_size: int, hidden, embedding, targets, weights):
+    """The loss, and as residuals its gradients by `hidden` and `embedding`."""
     n = weights.size
     order = _supervised_first(weights)
 
-    def add(carry, chunk_inputs):
+    def add(carry, chunk):
         loss, d_embedding, d_hidden, start = carry
-        h, _, _ = chunk_inputs
-        nll, d_logits = _chunk_nll(vocab_size, embedding, *chunk_inputs)
+        h, _, _ = chunk
+        nll, d_logits = _chunk_nll(vocab_size, embedding, *chunk)
         d_logits = d_logits.astype(h.dtype)
         d_embedding += jnp.einsum("cv,cd->vd", d_logits, h, preferred_element_type=jnp.float32)
         d_h = jnp.einsum("cv,vd->cd", d_logits, embedding.astype(h.dtype))
@@ -179,9 +141,9 @@ def _nll_forward(vocab_size: int, axes: Axes, hidden, embedding, targets, weight
 
     rows = -(-n // CHUNK) * CHUNK
     empty = (
-        _zeros((), jnp.float32, axes),
-        _zeros(embedding.shape, jnp.float32, axes),
-        _zeros((rows, hidden.shape[-1]), hidden.dtype, axes),
+        jnp.zeros((), jnp.float32),
+        jnp.zeros(embedding.shape, jnp.float32),
+        jnp.zeros((rows, hidden.shape[-1]), hidden.dtype),
         jnp.zeros((), jnp.int32),
     )
     loss, d_embedding, d_ordered, _ = _over_chunks(add, empty, hidden, targets, weights)
@@ -189,7 +151,7 @@ def _nll_forward(vocab_size: int, axes: Axes, hidden, embedding, targets, weight
     return loss, (d_ordered[inverse].reshape(hidden.shape), d_embedding.astype(embedding.dtype), weights)
 
 
-def _nll_backward(vocab_size: int, axes: Axes, residuals, g):
+def _nll_backward(vocab_size: int, residuals, g):
     d_hidden, d_embedding, weights = residuals
     return (g * d_hidden).astype(d_hidden.dtype), g * d_embedding, None, jnp.zeros_like(weights)
 
@@ -197,26 +159,23 @@ def _nll_backward(vocab_size: int, axes: Axes, residuals, g):
 _nll.defvjp(_nll_forward, _nll_backward)
 
 
-def _varying(x: jax.Array, axes: Axes) -> jax.Array:
-    return jax.lax.pcast(x, axes, to="varying") if axes else x
-
-
-def _zeros(shape: tuple[int, ...], dtype, axes: Axes) -> jax.Array:
-    """Zeros to sum into; a loop's carry must be declared to vary over shards where its sum will."""
-    return _varying(jnp.zeros(shape, dtype), axes)
+def _varying(tree):
+    """Declares that values vary over the shards of the batch, as a loop's carry must if its result will."""
+    axes = batch_axes()
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree) if axes else tree
 
 
 def _supervised_first(weights: Float[Array, "B T"]) -> Int32[Array, " n"]:
-    """Flat positions, those with a weight first, each group in order."""
+    """Flat positions, those with a weight first."""
     return jnp.argsort(weights.reshape(-1) == 0, stable=True).astype(jnp.int32)
 
 
 def _over_chunks(add, carry, hidden, targets, weights, *more):
-    """Folds `add` over the chunks that hold supervised positions; the last one is filled up with weight 0."""
+    """Folds `add` over chunks of supervised positions; the last one is padded with weight 0."""
     n = weights.size
     order = jnp.pad(_supervised_first(weights), (0, -n % CHUNK))
-    flat_hidden, flat_targets, flat_weights = hidden.reshape(n, -1), targets.reshape(n), weights.reshape(n)
-    flat_more = [each.reshape(n) for each in more]
+    flat_hidden, flat_weights = hidden.reshape(n, -1), weights.reshape(n)
+    flat_targets, *flat_more = (each.reshape(n) for each in (targets, *more))
     count = jnp.sum(flat_weights != 0, dtype=jnp.int32)
 
     def body(i, carry):
@@ -226,7 +185,7 @@ def _over_chunks(add, carry, hidden, targets, weights, *more):
         return add(carry, (*chunk, *(each[index] for each in flat_more)))
 
     with jax.named_scope(SCOPE):
-        return jax.lax.fori_loop(0, (count + CHUNK - 1) // CHUNK, body, carry)
+        return jax.lax.fori_loop(0, (count + CHUNK - 1) // CHUNK, body, _varying(carry))
 
 
 def _chunk_nll(
@@ -244,12 +203,6 @@ def _chunk_nll(
     return nll, weights[:, None] * (jnp.exp(log_p) - is_target)
 
 
-# params: nested dicts of float32; opt_state: optax's; step: int32[], steps that changed it; average: of params, if one
-# is kept
-TrainState = dict[str, Any]
-Metrics = dict[str, jax.Array]
-
-
 def make_train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
@@ -257,32 +210,26 @@ def make_train_step(
     accumulation: int = 1,
     ema_decay: int | float = 0.0,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """`train_step(state, batch) -> (state, metrics)`, to be jitted.
+    """`train_step(state, batch) -> (state, metrics)`, to be jitted, for a GPT's `nnx.graphdef`.
 
-    The loss is Σ weight · nll / Σ weight over the whole batch, however it is divided: micro-batches add up sums, and
-    the one division comes last.
-
-    A step whose loss or gradient is no finite number changes nothing, Adam's and the schedule's counts included.
-
-    Args:
-      graph: the GPT's structure (`nnx.split`).
-      optimizer: as `make_optimizer` makes it.
-      schedule: its learning rate, for the metrics.
-      accumulation: micro-batches a step; the batch's rows must be a multiple of it.
-      ema_decay: of the parameters' moving average, if the state has one.
+    The loss is Σ weight · nll / Σ weight over the global batch: `accumulation` micro-batches and all devices add up
+    sums, and the one division comes last. A step whose loss or gradient is not finite changes nothing, optimizer and
+    schedule included.
     """
+
+    def sum_nll(params, batch):
+        model = nnx.merge(graph, params)
+        return supervised_nll(*_head_inputs(model, batch), model.config.vocab_size)
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         params = state["params"]
-        nll, grads = _sum_over_micro_batches(
-            jax.value_and_grad(_sum_nll, argnums=1), graph, params, batch, accumulation
-        )
+        nll, grads = _sum_over_micro_batches(jax.value_and_grad(sum_nll), params, batch, accumulation)
         supervised = jnp.sum(batch["weights"])
         scale = 1 / jnp.where(supervised > 0, supervised, 1)
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], params)
         loss, grad_norm = nll * scale, optax.tree.norm(grads)
-        # One value that is no number makes the norm none; so does a sum of squares beyond float32.
+        # The norm is not finite if any gradient is not, or if the sum of squares exceeds float32.
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         metrics = {
             "loss": loss,
@@ -295,19 +242,16 @@ def make_train_step(
         step, params = state["step"] + 1, optax.apply_updates(params, updates)
         new_state = {"params": params, "opt_state": opt_state, "step": step}
         if "average" in state:
-            new_state["average"] = moving_average(state["average"], params, ema_decay, step)
+            # As in TensorFlow's `ExponentialMovingAverage`: a short memory at first forgets the start.
+            kept = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
+            new_state["average"] = jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, state["average"], params)
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state), metrics
 
     return train_step
 
 
 def make_eval_step(graph: nnx.GraphDef, n_tasks: int) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
-    """`eval_step(params, batch) -> [2, n_tasks]`, each task's Σ weight · nll and Σ weight; to be jitted.
-
-    Args:
-      graph: the GPT's structure (`nnx.split`).
-      n_tasks: the batch's `tasks` are below it.
-    """
+    """`eval_step(params, batch) -> [2, n_tasks]`, each task's Σ weight · nll and Σ weight; to be jitted."""
 
     def eval_step(params, batch):
         model = nnx.merge(graph, params)
@@ -316,28 +260,22 @@ def make_eval_step(graph: nnx.GraphDef, n_tasks: int) -> Callable[[Any, dict[str
     return eval_step
 
 
-def _sum_nll(graph: nnx.GraphDef, params, batch: dict[str, jax.Array]) -> jax.Array:
-    model = nnx.merge(graph, params)
-    return supervised_nll(*_head_inputs(model, batch), model.config.vocab_size)
-
-
 def _head_inputs(model: GPT, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
     hidden = model.hidden(batch["tokens"], batch["segment_ids"], batch["positions"])
     return hidden, model.tok_emb.embedding[...], batch["targets"], batch["weights"]
 
 
-def _sum_over_micro_batches(value_and_grad, graph, params, batch, accumulation: int):
+def _sum_over_micro_batches(value_and_grad: Callable, params, batch, accumulation: int):
     if accumulation == 1:
-        return value_and_grad(graph, params, batch)
+        return value_and_grad(params, batch)
 
     def split(x):
-        # Every k-th row, not k-th part: so each device's rows are spread over all micro-batches, and none moves.
+        # Micro-batch i has rows i, i + k, i + 2k, …: each device's rows are spread over all, and none moves.
         parts = x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
         return constrain(parts, None, "batch", None)
 
     def add(sums, micro_batch):
-        return jax.tree.map(jnp.add, sums, value_and_grad(graph, params, micro_batch)), None
+        return jax.tree.map(jnp.add, sums, value_and_grad(params, micro_batch)), None
 
     zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    sums, _ = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
-    return sums
+    return jax.lax.scan(add, zeros, jax.tree.map(split, batch))[0]

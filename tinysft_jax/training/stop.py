@@ -1,11 +1,10 @@
-"""Ctrl-C, SIGTERM and a closed terminal: the first asks a run to stop after its step, another one ends it at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first asks a run to stop after its step, a second one ends the process at once."""
 
 import contextlib
 import os
 import signal
 import socket
 import threading
-from types import FrameType
 
 import jax
 import numpy as np
@@ -15,44 +14,44 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
 class StopRequest:
-    """Within the block, notes the first signal instead of dying of it, and leaves at the second.
+    """In the block, the first signal is noted and the second ends the process.
 
     Attributes:
-      exit_code: what to leave with; None as long as the run goes on.
+      exit_code: of the signal that all processes agreed to stop for; None while the run continues.
     """
 
-    def __init__(self):
+    def __init__(self, mesh: Mesh):
         self.exit_code: int | None = None
-        self._noted: int | None = None  # this process's own signal
+        self._mesh = mesh
+        self._noted = 0  # exit code of this process's own signal
         self._vote: jax.Array | None = None
 
-    def agreed(self, mesh: Mesh) -> bool:
-        """Whether the run stops here: with several processes, all get the same answer at the same call.
+    def agreed(self) -> bool:
+        """Whether the run stops here; the same answer in all processes at the same call.
 
-        Each call puts a question to all devices and takes the answer to the call before: so a device's work is never
-        waited for while there is nothing else for it to do, and the processes stop one call late.
+        With several processes, each call starts a reduction over all devices and reads the result of the call before.
+        So no device waits for it, and the processes stop one call late.
         """
-        if jax.process_count() == 1:
-            self.exit_code = self._noted
-        else:
-            answer, self._vote = self._vote, _highest(mesh, self._noted or 0)
-            self.exit_code = None if answer is None else int(answer) or None
-        return self.exit_code is not None
+        code = self._noted
+        if jax.process_count() > 1:
+            vote, self._vote = self._vote, _max_over_devices(self._mesh, self._noted)
+            code = 0 if vote is None else int(vote)
+        self.exit_code = code or None
+        return code > 0
 
     def __enter__(self) -> "StopRequest":
-        # Python runs its handlers between two instructions of the main thread, which may be compiling for minutes. So
-        # a thread counts the signals, and it can leave at any moment.
+        # Python runs signal handlers between two instructions of the main thread, which may be compiling for minutes.
+        # So a thread reads the signals from a socket, and can end the process at any moment.
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._previous = {
             number: signal.signal(number, self._note)
             for number in EXIT_CODES
-            # Under nohup, a closed terminal is no reason to stop.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN  # ignored under nohup
         }
-        self._counter = threading.Thread(target=self._count, name="signals", daemon=True)
-        self._counter.start()
+        self._thread = threading.Thread(target=self._read_signals, name="signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -60,24 +59,23 @@ class StopRequest:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_fd)
         self._writer.close()  # which ends the thread
-        self._counter.join()
+        self._thread.join()
         self._reader.close()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, _frame) -> None:
         self._noted = self._noted or EXIT_CODES[number]
 
-    def _count(self) -> None:
-        asked = False
+    def _read_signals(self) -> None:
+        is_stopping = False
         while received := self._reader.recv(1):
-            if (code := EXIT_CODES.get(received[0])) is None:
+            number = received[0]
+            # A terminal and its shell both send SIGHUP, and some service managers send it after SIGTERM.
+            if number not in EXIT_CODES or (is_stopping and number == signal.SIGHUP):
                 continue
-            if asked and received[0] == signal.SIGHUP:
-                continue  # terminal and shell both send it, and some service managers do after SIGTERM
-            if asked:
-                # What is half-written is aside, and finished files stay.
-                _say("left at once; the same command continues from the last checkpoint")
-                os._exit(code)
-            asked = True
+            if is_stopping:
+                _say("left at once; the same command resumes from the last checkpoint")
+                os._exit(EXIT_CODES[number])
+            is_stopping = True
             _say("stopping after this step, with a checkpoint; once more to leave at once")
 
 
@@ -87,8 +85,8 @@ def _say(text: str) -> None:
         os.write(2, f"{text}\n".encode())
 
 
-def _highest(mesh: Mesh, value: int) -> jax.Array:
-    """The largest of the processes' values, on its way."""
+def _max_over_devices(mesh: Mesh, value: int) -> jax.Array:
+    """The largest of the processes' values; not waited for."""
     each_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     values = jax.make_array_from_callback(
         (mesh.size,), each_device, lambda index: np.full(len(range(*index[0].indices(mesh.size))), value, np.int32)

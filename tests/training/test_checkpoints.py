@@ -1,6 +1,7 @@
 """A run that was killed, whose files were damaged, or whose disk was full."""
 
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -16,9 +17,11 @@ from runs import assert_same_bits, tiny_config
 
 from tinysft_jax import files
 from tinysft_jax.console import RunError, UserError
-from tinysft_jax.training import checkpoints as checkpoint
+from tinysft_jax.model import GPTConfig
+from tinysft_jax.parameters import ModelDescription
+from tinysft_jax.training import checkpoints as checkpoints_module
 from tinysft_jax.training import loop
-from tinysft_jax.training.checkpoints import Checkpoints
+from tinysft_jax.training.checkpoints import Checkpoints, RunStatus
 
 
 def settings(data: Path, **changes):
@@ -75,10 +78,10 @@ def killed(chat_data, tmp_path_factory) -> dict[str, Path]:
         remove(path, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "rmtree", remove_half)
+        patch.setattr(checkpoints_module.shutil, "rmtree", remove_half)
         copies.around(patch, files, "write_manifest", "the manifest")
         copies.around(patch, files, "link", "the link to the best model")
-        copies.around(patch, checkpoint.ocp, "save_async", "the copy to host memory")
+        copies.around(patch, checkpoints_module.ocp, "save_async", "the copy to host memory")
         loop.train(settings(chat_data), target / "work")
     return copies.made
 
@@ -143,15 +146,18 @@ def test_damage_that_the_manifest_does_not_tell_is_one_line(tmp_path, capfd, cap
     shapes, shardings = jax.eval_shape(lambda: state), jax.tree.map(lambda leaf: leaf.sharding, state)
     checkpoints, refused = Checkpoints(tmp_path, keep=2), 0
     checkpoints.clear()
-    checkpoints.save(1, state, {"a": 1})
+    description = ModelDescription(GPTConfig(), None, None, {})
+    checkpoints.save(state, RunStatus({"steps": 1}, description, step=1))
     checkpoints.wait()
     directory = tmp_path / "checkpoints" / "1"
+    read_status = functools.partial(checkpoints.resume, tiny_config(tmp_path), {"steps": 1}, False)
+    read_arrays = functools.partial(checkpoints.restore, shapes, shardings)
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         content = path.read_bytes()
         for other in (b"", b"{}", b"[]", b"null", bytes(range(156, 256)), content[:-1]):
             path.write_bytes(other)
             files.write_manifest(directory)
-            for read in (lambda: checkpoints.progress(1), lambda: checkpoints.restore(1, shapes, shardings)):
+            for read in (read_status, read_arrays):
                 try:
                     read()
                 except RunError as error:
@@ -160,8 +166,9 @@ def test_damage_that_the_manifest_does_not_tell_is_one_line(tmp_path, capfd, cap
         path.write_bytes(content)
     files.write_manifest(directory)
     assert checkpoints.find_newest() == ""
-    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, shapes, shardings), state)
-    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, read_arrays(), state)
+    with checkpoints:
+        pass
     assert logging.getLogger("absl").level == logging.CRITICAL, "it writes in the background as well"
     assert refused > 8 and not caplog.records and not recwarn.list and capfd.readouterr().err == ""
 
@@ -172,7 +179,7 @@ def test_the_newest_sound_checkpoint_is_used(chat_data, finished, tmp_path, capf
     flip(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size), 1000)
     loop.train(settings(chat_data), tmp_path / "work")
     said = capfd.readouterr().err
-    assert "checkpoint 12 is damaged: " in said and "other content" in said and "; continuing at step 8 of 12" in said
+    assert "checkpoint 12 is damaged: " in said and "other content" in said and "; resuming at step 8 of 12" in said
     assert_same_bits(tmp_path / "work", finished)
 
 
@@ -200,11 +207,11 @@ def files_no_larger_than(size: int):
 def test_a_full_disk_leaves_the_last_checkpoint_intact(chat_data, finished, tmp_path, monkeypatch):
     save, limit = Checkpoints.save, contextlib.ExitStack()
 
-    def save_while_there_is_room(checkpoints, step, *rest):
-        if step == 8:
+    def save_while_there_is_room(checkpoints, state, status):
+        if status.step == 8:
             checkpoints.wait()
             limit.enter_context(files_no_larger_than(16 << 10))
-        save(checkpoints, step, *rest)
+        save(checkpoints, state, status)
 
     with monkeypatch.context() as patch, limit, pytest.raises(RunError, match=r"can't write .*File too large"):
         patch.setattr(Checkpoints, "save", save_while_there_is_room)

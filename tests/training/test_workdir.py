@@ -19,7 +19,7 @@ from runs import arrays, losses, tiny_config
 from test_train import run, settings, start_until
 
 from tinysft_jax.console import RunError, UserError
-from tinysft_jax.training.log import MetricLog
+from tinysft_jax.training.log import RunLog
 from tinysft_jax.training.loop import train
 
 
@@ -29,14 +29,14 @@ def best_model(workdir: Path) -> dict[str, np.ndarray]:
 
 def kill_at(step: int, monkeypatch) -> None:
     """Has a run end at a step as SIGKILL would: without another word to the work directory."""
-    write = MetricLog.write
+    write = RunLog.write
 
     def write_or_die(log, now, metrics):
         if now == step:
             raise RuntimeError("killed")
         write(log, now, metrics)
 
-    monkeypatch.setattr(MetricLog, "write", write_or_die)
+    monkeypatch.setattr(RunLog, "write", write_or_die)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_a_home_directory_is_found_in_every_path(chat_data, tmp_path):
     (tmp_path / "data").symlink_to(chat_data)
     arguments = ["train.py", "--config=configs/sft.py", "--workdir=~/work", *settings(Path("~/data"))]
     arguments += ["--config.train.max_steps=1", "--config.optimizer.warmup_steps=1"]
-    root, environ = Path(__file__).parents[1], os.environ | {"HOME": str(tmp_path)}
+    root, environ = Path(__file__).parents[2], os.environ | {"HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, *arguments], cwd=root, env=environ, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "work" / "model").is_symlink() and not (root / "~").exists()

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from tinysft_jax.sharding import make_mesh
-from tinysft_jax.training import stop as interrupt
+from tinysft_jax.training import stop as stops
 from tinysft_jax.training.stop import StopRequest
 
 
@@ -27,12 +27,12 @@ def test_the_first_signal_is_noted_and_the_second_leaves_at_once(monkeypatch, ca
     """Even while the main thread is deep in a compiler."""
     left: list[tuple[int, bool]] = []
     computing = threading.Event()
-    monkeypatch.setattr(interrupt.os, "_exit", lambda code: left.append((code, computing.is_set())))
+    monkeypatch.setattr(stops.os, "_exit", lambda code: left.append((code, computing.is_set())))
     mesh = make_mesh(jax.device_count())
-    with StopRequest() as stop:
-        assert not stop.agreed(mesh)
+    with StopRequest(mesh) as stop:
+        assert not stop.agreed()
         os.kill(os.getpid(), number)
-        assert stop.agreed(mesh) and stop.exit_code == code
+        assert stop.agreed() and stop.exit_code == code
 
         def ask_again():
             computing.set()
@@ -45,12 +45,12 @@ def test_the_first_signal_is_noted_and_the_second_leaves_at_once(monkeypatch, ca
     assert left == [(code, True)]
     said = capfd.readouterr().err
     assert "stopping after this step, with a checkpoint; once more to leave at once" in said
-    assert "left at once; the same command continues from the last checkpoint" in said
+    assert "left at once; the same command resumes from the last checkpoint" in said
 
 
 def test_afterwards_signals_are_what_they_were():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), threading.active_count()
-    with StopRequest():
+    with StopRequest(make_mesh(jax.device_count())):
         assert threading.active_count() == before[2] + 1
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), threading.active_count()) == before
     with pytest.raises(KeyboardInterrupt):

@@ -1,42 +1,48 @@
+import contextlib
 import json
 import sys
 import time
 
 import pytest
 from fake_wandb import FakeWandb
+from runs import load_config
 
+from tinysft_jax.console import Interrupted
 from tinysft_jax.model import GPTConfig
 from tinysft_jax.training import log as metrics
-from tinysft_jax.training.log import MetricLog, Rates, read_metrics, train_flops
+from tinysft_jax.training.log import Rates, RunLog, read_metrics, train_flops
 
 CONFIG = GPTConfig(vocab_size=260, dim=16, n_layers=1, n_heads=2, max_seq_len=64)
-DISABLED = {"mode": "disabled", "project": "p", "name": ""}
 
 
-def test_wandb_continues_the_same_run_and_learns_how_it_ended(tmp_path, monkeypatch):
+def write_lines(workdir, kept, lines, mode="disabled", error=None):
+    """A run's log of some lines; `error` ends it."""
+    log = RunLog(load_config("sft"), workdir, CONFIG, 10)
+    log.open(kept, {"config": {"wandb": {"mode": mode, "project": "p", "name": ""}}})
+    with contextlib.suppress(Interrupted), log:
+        for step, metrics in lines:
+            log.write(step, metrics)
+        if error:
+            raise error
+
+
+def test_wandb_resumes_the_same_run_and_learns_how_it_ended(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
-    for exit_code in (143, 0):
-        log = MetricLog(tmp_path, [], {"mode": "offline", "project": "p", "name": ""}, {"seed": 0})
-        log.write(3, {"sft/lr": 0.5})
-        log.close(exit_code)
+    for error in (Interrupted("stopped", 143), None):
+        write_lines(tmp_path, [], [(3, {"sft/lr": 0.5})], "offline", error)
     first, second = fake.started
     assert first["id"] == second["id"] and len(first["id"]) == 8 and first["resume"] == "allow"
     assert (first["mode"], first["project"], first["name"]) == ("offline", "p", tmp_path.name)
     assert fake.logged == [(3, {"sft/lr": 0.5})] * 2 and fake.finished == [143, 0]
 
 
-def test_a_continued_run_drops_the_lines_it_will_write_again(tmp_path):
-    log = MetricLog(tmp_path, [], DISABLED, {})
-    for step in range(1, 6):
-        log.write(step, {"sft/train_loss": step / 2})
-    log.close(0)
+def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path):
+    write_lines(tmp_path, [], [(step, {"sft/train_loss": step / 2}) for step in range(1, 6)])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('3\n{"step": null}\n{}\n')  # damaged
         file.write('{"step": 6, "sft/tr')  # killed while writing
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
-    log = MetricLog(tmp_path, read_metrics(tmp_path)[:3], DISABLED, {})
-    log.write(4, {"sft/train_loss": 9.0})
-    log.close(0)
+    write_lines(tmp_path, read_metrics(tmp_path)[:3], [(4, {"sft/train_loss": 9.0})])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["sft/train_loss"] for line in lines] == [0.5, 1.0, 1.5, 9.0]
 
@@ -45,7 +51,7 @@ def test_rates_leave_out_compilation_and_pauses(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(metrics, "peak_flops", lambda: 1e6)
-    rates = Rates(CONFIG, batch_positions=100, seq_len=50)
+    rates = Rates(CONFIG, batch_size=2, seq_len=50)
     assert rates.report() == {}
     now[0] = 30.0
     rates.count(80, 8)  # compiled: starts the clock

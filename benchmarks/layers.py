@@ -5,6 +5,7 @@
 
 import json
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,11 @@ from tinysft_jax.model import GPT, GPTConfig
 from tinysft_jax.training.step import supervised_nll
 
 
+def unrolled_scan(body, x, layers, scan=jax.lax.scan):
+    """`jax.lax.scan`, unrolled where it is over a model's layers."""
+    return scan(body, x, layers, unroll=isinstance(layers, nnx.State))
+
+
 def measure(model: GPT, unrolled: bool, rows: int, seq_len: int, steps: int) -> dict[str, float]:
     """Times one variant; every tenth position is supervised."""
     graph, params = nnx.split(model)
@@ -26,8 +32,9 @@ def measure(model: GPT, unrolled: bool, rows: int, seq_len: int, steps: int) -> 
 
     def loss(params):
         model = nnx.merge(graph, params)
-        model = model.unstacked() if unrolled else model
-        return supervised_nll(model.hidden(tokens), model.tok_emb.embedding[...], tokens, weights, config.vocab_size)
+        with mock.patch("jax.lax.scan", unrolled_scan if unrolled else jax.lax.scan):
+            hidden = model.hidden(tokens)
+        return supervised_nll(hidden, model.tok_emb.embedding[...], tokens, weights, config.vocab_size)
 
     start = time.perf_counter()
     step = jax.jit(jax.value_and_grad(loss)).lower(params).compile()

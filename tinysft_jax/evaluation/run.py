@@ -90,10 +90,10 @@ class Respondent:
           RunError: if a loss is not finite.
         """
         trained_length = max(self._trained_length, self._longest)  # each question can be answered
-        model = make_model(self._config, self._params, dtype=default_dtype(), trained_length=trained_length)
-        decoder = Decoder(model, make_mesh() if jax.device_count() > 1 else None)
+        mesh = make_mesh() if jax.device_count() > 1 else None
+        decoder = Decoder(self._config, self._params, default_dtype(), trained_length, mesh)
         options = text_options(options, self._tokenizer, self._config)
-        weigh = _make_weigh(model)
+        weigh = _make_weigh(make_model(self._config, self._params, dtype=default_dtype()))
         length = min(-(-self._longest // 64) * 64, self._config.max_seq_len)
         # Cases of about the same length share a batch.
         order = sorted(range(len(self._held_out)), key=lambda i: len(self._held_out[i].prompt))

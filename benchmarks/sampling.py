@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tinysft_jax import console
-from tinysft_jax.checkpoints import load_model
+from tinysft_jax.checkpoints import open_model
 from tinysft_jax.model import default_dtype
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
@@ -56,7 +56,8 @@ def main() -> None:
     twin = TorchTwin(VOCAB_SIZE, flags.dim, flags.n_layers, flags.n_heads, context)
     with tempfile.TemporaryDirectory() as directory:
         torch.save(twin.checkpoint(), f"{directory}/twin.pt")
-        decoder = Decoder(load_model(f"{directory}/twin.pt", dtype=default_dtype()))
+        description, params = open_model(f"{directory}/twin.pt")
+    decoder = Decoder(description.config, params, default_dtype())
     prompts = np.random.default_rng(0).integers(0, VOCAB_SIZE, (flags.batch, flags.prompt)).tolist()
     results = {"torch": torch_rates(twin, prompts, flags.new)}
     results["ours"] = our_rates(decoder, prompts, flags.new, flags.repeats)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from tinysft_jax.console import UserError
-from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.model import GPT, GPTConfig, Linear, embed, head_logits
 
 CONFIG = GPTConfig(vocab_size=200, dim=32, n_layers=2, n_heads=2, max_seq_len=512)
 
@@ -41,7 +41,7 @@ def test_a_shape_that_cannot_be_is_refused(change, complaint):
 def test_logits_are_float32_and_of_real_tokens_only(model):
     logits = model(random_tokens(2, 8))
     assert logits.shape == (2, 8, 200) and logits.dtype == jnp.float32
-    padded = model.logits(model.hidden(random_tokens(2, 8)))
+    padded = head_logits(model.hidden(random_tokens(2, 8)), model.tok_emb.embedding[...], 200)
     assert padded.shape == (2, 8, 256)
     assert np.all(np.asarray(jax.nn.softmax(padded)[..., 200:]) == 0)
 
@@ -60,11 +60,6 @@ def test_remat_changes_no_gradient(model, remat):
 
     rematerialised = GPT(CONFIG, rngs=nnx.Rngs(0), remat=remat)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradients(model), gradients(rematerialised))
-
-
-def test_unstacked_layers_compute_the_same(model):
-    tokens = random_tokens(2, 16)
-    np.testing.assert_allclose(model(tokens), model.unstacked()(tokens), atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [40, 300])
@@ -100,3 +95,37 @@ def test_64_bit_mode_is_refused():
     """Its random numbers, and so the answers for a seed, would be others."""
     with jax.enable_x64(True), pytest.raises(UserError, match=r"64-bit mode .* turn it off"):
         GPT(GPTConfig(vocab_size=8, dim=8, n_layers=1, n_heads=2), rngs=nnx.Rngs(0))
+
+
+def test_a_layer_multiplies_in_its_inputs_precision():
+    layer = Linear(8, 4, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (3, 8))
+    assert layer(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    np.testing.assert_allclose(layer(x), x @ layer.kernel[...], rtol=1e-6)
+
+
+def test_gradients_by_weights_are_summed_in_float32():
+    """As products of what was rounded, and no rounder: bfloat16 would keep 3 of 7 digits."""
+    graph, params = nnx.split(Linear(8, 4, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (4096, 8), jnp.bfloat16)
+    places = jax.random.normal(jax.random.key(2), (4096, 4), jnp.bfloat16)
+
+    def total(params, x):
+        return jnp.sum((places * nnx.merge(graph, params)(x)).astype(jnp.float32))
+
+    d_params, d_x = jax.grad(total, argnums=(0, 1))(params, x)
+    expected = np.asarray(x, np.float64).T @ np.asarray(places, np.float64)
+    np.testing.assert_allclose(d_params["kernel"][...], expected, atol=1e-3)
+    assert d_x.dtype == jnp.bfloat16
+    kernel = np.asarray(params["kernel"][...].astype(jnp.bfloat16), np.float64)
+    np.testing.assert_allclose(d_x.astype(np.float32), np.asarray(places, np.float64) @ kernel.T, atol=2e-3)
+
+
+def test_a_frequent_tokens_row_gathers_all_its_gradient():
+    """Four thousand equal small parts: in bfloat16 a sum stops growing where a part is below its last digit."""
+    tokens = jnp.full((1, 4096), 3, jnp.int32)
+
+    def total(embedding):
+        return embed(tokens, embedding, jnp.bfloat16).astype(jnp.float32).sum()
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.zeros((128, 8)))[3], 4096.0)

@@ -123,7 +123,7 @@ def test_a_file_of_requests(sample, chat_model, tmp_path):
     source.write_text('{"prompt": "Hi"}\n{"prompt": "Ho"}\n{"prompt": "Hi"}\n')
     arguments = (f"--checkpoint={chat_model}", f"--input={source}", "--system=S", "--max_new_tokens=20")
     code, out, err = sample(*arguments, f"--output={output}", "--num_samples=2")
-    assert (code, out) == (0, "") and re.fullmatch(r"6/6 answers, [0-9,]+ tokens/s\n", err)
+    assert (code, out) == (0, "") and re.fullmatch(r"answers 6/6  [0-9,]+ tokens/s\n", err)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [[message["content"] for message in line["messages"][:2]] for line in lines] == [
         ["S", text] for text in ("Hi", "Hi", "Ho", "Ho", "Hi", "Hi")

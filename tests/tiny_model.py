@@ -1,4 +1,4 @@
-"""A tiny model that speaks: it says letters, in an order that random weights decide."""
+"""A tiny model that generates letters, in an order that random weights decide."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from flax import nnx
 from tinysft_jax.checkpoints import save_model
 from tinysft_jax.model import GPT, GPTConfig
 from tinysft_jax.parameters import ModelDescription
+from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.tokenizer import ChatTokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -43,10 +44,8 @@ def make_config(context: int = 256) -> GPTConfig:
     return GPTConfig(vocab_size=260, dim=32, n_layers=2, n_heads=2, max_seq_len=context)
 
 
-def make_model(context: int = 256, ends: bool = True) -> GPT:
-    config = make_config(context)
-    graph, _ = nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))))
-    return nnx.merge(graph, jax.tree.map(jax.numpy.asarray, make_params(config, ends)))
+def make_decoder(ends: bool = True) -> Decoder:
+    return Decoder(make_config(), make_params(make_config(), ends), np.dtype("float32"))
 
 
 def make_model_directory(path: Path, template: str | None, context: int = 256, ends: bool = False) -> Path:
@@ -54,3 +53,8 @@ def make_model_directory(path: Path, template: str | None, context: int = 256, e
     description = ModelDescription(config, language["chat_template"], language["tokenizer"], {})
     save_model(path, make_params(config, ends), description)
     return path
+
+
+def decoder_of(model: GPT, dtype=None, mesh=None) -> Decoder:
+    params = nnx.to_pure_dict(nnx.state(model))
+    return Decoder(model.config, params, dtype or model.dtype, model.trained_length, mesh)

@@ -1,4 +1,4 @@
-"""Causal attention that never leaves its segment, and attention over a cache of keys and values."""
+"""Causal attention within segments, by backend, and attention over a cache of keys and values."""
 
 import jax
 import jax.numpy as jnp
@@ -10,62 +10,32 @@ from tinysft_jax.sharding import over_batch_shards
 
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn")
 
+# Queries, and keys, in a block. Measured on a CPU, 4 rows of 1024, 12 heads of 64, conversations of 60 to 350 tokens,
+# forward and backward: 133 ms with 64, 140 with 128, 347 with 256; without skipping any block 266, 235 and 277.
+BLOCK = 128
+SCOPE = "key_blocks"  # names the loops whose number of iterations depends on the rows, for profiles and counts
+# A masked score. Finite: a block of nothing but masked scores adds weights that the diagonal block, which comes last
+# and always has the query's own key, scales down to 0.
+MASKED = -1e30
 
-def segment_attention(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B T H D"],
-    v: Float[Array, "B T H D"],
-    segment_ids: Int32[Array, "B T"],
-    backend: str = "auto",
-) -> Float[Array, "B T H D"]:
-    """Softmax(q kᵀ / √D) v over the earlier positions of a query's own segment, and itself.
+Heads = Float[Array, "B T H D"]
+Slots = Float[Array, "B H S D"]  # a cache of S positions
+Blocks = Float[Array, "N B H C D"]  # N blocks of C positions
+SegmentBlocks = Int32[Array, "N B C"]
 
-    Args:
-      q: queries.
-      k: keys.
-      v: values.
-      segment_ids: which conversation each position belongs to; padding is a segment like any other.
-      backend: "xla"; "cudnn" (NVIDIA GPU and half precision only); "auto": cuDNN where it can run, else XLA.
 
-    Raises:
-      UserError: if the backend is unknown or can't run here. No backend ignores segments.
+def segment_attention(q: Heads, k: Heads, v: Heads, segment_ids: Int32[Array, "B T"], backend: str = "auto") -> Heads:
+    """Softmax(q kᵀ / √D) v over the earlier positions of each query's segment, and itself; padding is a segment, too.
+
+    No backend ignores segments. Raises a UserError if the backend is unknown or can't run here.
     """
     if choose_backend(backend, q.dtype, q.shape[-1], q.shape[1]) == "cudnn":
-        # cuDNN takes segments only as a mask: its causal flag alone would let neighbours see each other.
-        return _cudnn(q, k, v, segment_ids)
+        return _cudnn_attention(q, k, v, segment_ids)
     return over_batch_shards(block_attention, q, k, v, segment_ids)
 
 
-def cached_attention(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B H S D"],
-    v: Float[Array, "B H S D"],
-    positions: Int32[Array, "B T"],
-) -> Float[Array, "B T H D"]:
-    """Attention of queries at `positions` over cache slots 0..position, where slot i holds position i.
-
-    Heads lead in the cache: each head's slots are read in a row, where `jax.nn.dot_product_attention` would copy the
-    whole cache into that order at every step. Measured on a CPU, 16 rows of 512 slots, 4 layers: 1.7 ms a step, not 7.
-    """
-    scores = jnp.einsum("bthd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    mask: Bool[Array, "B 1 T S"] = positions[:, None, :, None] >= jnp.arange(k.shape[2])[None, None, None, :]
-    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bhts,bhsd->bthd", weights.astype(v.dtype), v)
-
-
-def _cudnn(q, k, v, segment_ids):
-    positions = jnp.arange(q.shape[1])
-    causal = positions[:, None] >= positions[None, :]
-    mask = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]) & causal[None, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-
-
 def choose_backend(backend: str, dtype, head_dim: int, seq_len: int) -> str:
-    """The backend that will run: "xla" or "cudnn".
-
-    Raises:
-      UserError: if the one asked for is unknown or can't run here.
-    """
+    """The backend that will run; a UserError if the one asked for is unknown or can't run here."""
     if backend not in ATTENTION_BACKENDS:
         raise UserError(f"attention backend {backend!r} is not one of {', '.join(ATTENTION_BACKENDS)}")
     if backend == "xla":
@@ -76,8 +46,8 @@ def choose_backend(backend: str, dtype, head_dim: int, seq_len: int) -> str:
     return "xla" if obstacle else "cudnn"
 
 
-def _cudnn_obstacle(dtype, head_dim: int, seq_len: int) -> str | None:
-    """Why cuDNN's attention can't run in this process; None if it can."""
+def _cudnn_obstacle(dtype, head_dim: int, seq_len: int) -> str:
+    """Why cuDNN's attention can't run in this process; empty if it can."""
     device = jax.devices()[0]
     if device.platform != "gpu" or not hasattr(device, "compute_capability"):
         return "there is no NVIDIA GPU"
@@ -87,51 +57,56 @@ def _cudnn_obstacle(dtype, head_dim: int, seq_len: int) -> str | None:
         return f"it takes bfloat16 or float16, not {dtype}"
     if head_dim > 128 or head_dim % 8:
         return f"it takes heads of a multiple of 8 up to 128, not {head_dim}"
-    if seq_len % 2:
-        return f"it takes rows of even length, not {seq_len}"
-    return None
+    return f"it takes rows of even length, not {seq_len}" if seq_len % 2 else ""
 
 
-# Queries, and keys, a block. Measured on a CPU, 4 rows of 1024, 12 heads of 64, conversations of 60 to 350 tokens,
-# forward and backward: 133 ms with 64, 140 with 128, 347 with 256; without skipping any block 266, 235 and 277.
-BLOCK = 128
-
-SCOPE = "key_blocks"  # names the loops whose number of turns depends on the rows, for profiles and counts
-
-# A masked score. Finite: a block of nothing but masked scores adds weights that the diagonal block, which comes last
-# and always has the query's own key, scales down to 0.
-MASKED = -1e30
-
-Blocks = Float[Array, "N B H C D"]  # N blocks of C positions
+def _cudnn_attention(q, k, v, segment_ids):
+    """Segments go in as a mask: with cuDNN's causal flag alone, conversations in a row would see each other."""
+    positions = jnp.arange(q.shape[1])
+    causal = positions[:, None] >= positions[None, :]
+    mask = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]) & causal[None, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
 
-def block_attention(
-    q: Float[Array, "B T H D"], k: Float[Array, "B T H D"], v: Float[Array, "B T H D"], segment_ids: Int32[Array, "B T"]
-) -> Float[Array, "B T H D"]:
-    """As `attention.segment_attention`, in plain JAX. Scores and sums are float32."""
+def cached_attention(q: Heads, k: Slots, v: Slots, positions: Int32[Array, "B T"]) -> Heads:
+    """Attention of queries at `positions` over cache slots 0..position, where slot i holds position i.
+
+    The heads' axis comes before the slots': each head's slots are contiguous, where `jax.nn.dot_product_attention`
+    would transpose the whole cache at every step (on a CPU, 16 rows of 512 slots, 4 layers: 7 ms a step, not 1.7).
+    """
+    scores = jnp.einsum("bthd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    mask: Bool[Array, "B 1 T S"] = positions[:, None, :, None] >= jnp.arange(k.shape[2])[None, None, None, :]
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bhsd->bthd", weights.astype(v.dtype), v)
+
+
+def block_attention(q: Heads, k: Heads, v: Heads, segment_ids: Int32[Array, "B T"]) -> Heads:
+    """`segment_attention` in plain JAX, block by block (FlashAttention-2, https://arxiv.org/abs/2307.08691).
+
+    Scores and sums are float32; the backward pass recomputes the scores. Blocks of keys that share no segment with a
+    block of queries are not visited.
+    """
     n_rows, length, n_heads, head_dim = q.shape
     block = min(BLOCK, length)
-    padding = -length % block
-    padded = ((0, 0), (0, padding))
+    padding = ((0, 0), (0, -length % block))
 
     def blocks(x):
-        x = jnp.pad(x, (*padded, (0, 0), (0, 0)))
+        x = jnp.pad(x, (*padding, (0, 0), (0, 0)))
         return x.reshape(n_rows, -1, block, n_heads, head_dim).transpose(1, 0, 3, 2, 4)
 
-    segments = jnp.pad(segment_ids, padded).reshape(n_rows, -1, block).swapaxes(0, 1)
+    segments = jnp.pad(segment_ids, padding).reshape(n_rows, -1, block).swapaxes(0, 1)
     out = _attend(blocks(q), blocks(k), blocks(v), segments)
     return out.transpose(1, 0, 3, 2, 4).reshape(n_rows, -1, n_heads, head_dim)[:, :length]
 
 
 @jax.custom_vjp
-def _attend(q: Blocks, k: Blocks, v: Blocks, segments: Int32[Array, "N B C"]) -> Blocks:
+def _attend(q: Blocks, k: Blocks, v: Blocks, segments: SegmentBlocks) -> Blocks:
     return _forward(q, k, v, segments)[0]
 
 
 def _forward(q, k, v, segments):
-    """The output, and beside its inputs what the backward pass needs: log Σ exp(score) of each query."""
+    """The output, and what the backward pass needs: the inputs, the output, and log Σ exp(score) of each query."""
     first = first_key_blocks(segments)
-    head_dim = q.shape[-1]
 
     def query_block(_, j):
         def key_block(i, carry):
@@ -143,7 +118,7 @@ def _forward(q, k, v, segments):
             return out * shrink + added, new_highest, total * shrink + weights.sum(axis=-1, keepdims=True)
 
         none = jnp.zeros((*q.shape[1:-1], 1), jnp.float32)
-        empty = (jnp.zeros((*q.shape[1:-1], head_dim), jnp.float32), none + MASKED, none)
+        empty = (jnp.zeros(q.shape[1:], jnp.float32), none + MASKED, none)
         with jax.named_scope(SCOPE):
             out, highest, total = lax.fori_loop(first[j], j + 1, key_block, empty)
         return None, ((out / total).astype(q.dtype), highest + jnp.log(total))
@@ -187,7 +162,7 @@ def _backward(residuals, d_out):
 _attend.defvjp(_forward, _backward)
 
 
-def first_key_blocks(segments: Int32[Array, "N B C"]) -> Int32[Array, " N"]:
+def first_key_blocks(segments: SegmentBlocks) -> Int32[Array, " N"]:
     """For each block of queries, the first block of keys that shares a segment with it in any row.
 
     Blocks are compared by the range of their segments: that is exact where segments follow each other in a row, and
@@ -200,7 +175,7 @@ def first_key_blocks(segments: Int32[Array, "N B C"]) -> Int32[Array, " N"]:
     return jnp.argmax(meet.any(axis=-1), axis=-1).astype(jnp.int32)
 
 
-def _scores(q: Blocks, k: Blocks, segments: Int32[Array, "N B C"], j, i) -> Float[Array, "B H C C"]:
+def _scores(q: Blocks, k: Blocks, segments: SegmentBlocks, j, i) -> Float[Array, "B H C C"]:
     """The scaled scores of query block j over key block i; `MASKED` where a key is later or of another segment."""
     positions = jnp.arange(segments.shape[-1])
     is_earlier = (i < j) | (positions[:, None] >= positions[None, :])

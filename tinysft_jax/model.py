@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +14,25 @@ from tinysft_jax.attention import cached_attention, segment_attention
 from tinysft_jax.console import UserError, shown
 from tinysft_jax.sharding import constrain
 
-# Rows of the embedding table are padded to a multiple of this, so that any mesh divides it and matmuls tile well.
+# Rows of the embedding are padded to a multiple of this: any mesh divides them, and matmuls tile well.
 VOCAB_MULTIPLE = 128
-
 # Positions and ids are 32-bit integers.
 LARGEST_SIZE = 2**31 - 1
-
 REMAT_POLICIES = ("none", "dots", "full")
+LINEAR_OUTPUT = "linear_output"  # the name of what remat "dots" saves
 
-Rotation = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
-LayerCache = tuple[Float[Array, "B H S D"], Float[Array, "B H S D"]]
+Ints = Int32[Array, "B T"]  # token ids, segment ids or positions
+Rotation = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # cosines and sines
+LayerCache = tuple[Float[Array, "B H S D"], Float[Array, "B H S D"]]  # keys and values of positions 0 to S-1
+
+# Recomputes in the backward pass what costs next to nothing, instead of storing it. A matmul at the end of what is
+# wrapped is not computed again: nothing in the backward pass needs its output.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT.
-
-    Raises:
-      UserError: if the numbers can't be a model.
-    """
+    """The shape of a GPT; raises a UserError if no model has it."""
 
     vocab_size: int = 50257
     dim: int = 768
@@ -66,8 +67,68 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding table in memory."""
+        """Rows of the embedding in memory."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def default_dtype() -> jnp.dtype:
+    """bfloat16 on accelerators; float32 on a CPU, which computes no faster in half precision."""
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+@jax.custom_vjp
+def _matmul(x: Float[Array, "N n_in"], kernel: Float[Array, "n_in n_out"]) -> Float[Array, "N n_out"]:
+    return x @ kernel.astype(x.dtype)
+
+
+def _matmul_forward(x, kernel):
+    return _matmul(x, kernel), (x, kernel)
+
+
+def _matmul_backward(residuals, d_out):
+    x, kernel = residuals
+    # By default, JAX would return the kernel's gradient in x's dtype, and so sum it over devices and micro-batches.
+    d_kernel = jnp.einsum("ni,no->io", x, d_out, preferred_element_type=jnp.float32)
+    return d_out @ kernel.astype(x.dtype).T, d_kernel.astype(kernel.dtype)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+class Linear(nnx.Module):
+    """x W without a bias; multiplies in x's dtype, and sums W's gradient in float32."""
+
+    def __init__(self, n_in: int, n_out: int, *, std: float = 0.02, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (n_in, n_out), jnp.float32))
+
+    def __call__(self, x: Float[Array, "N n_in"]) -> Float[Array, "N n_out"]:
+        return checkpoint_name(_matmul(x, self.kernel[...]), LINEAR_OUTPUT)
+
+
+def _norm(config: GPTConfig, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """The norm of blocks and head. For RMSNorm, return nnx.RMSNorm and delete its biases from `conversion/names.py`."""
+    return nnx.LayerNorm(config.dim, epsilon=1e-5, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+def _residual_std(config: GPTConfig) -> float:
+    """Smaller where a layer adds to the residual stream, so that its variance does not grow with depth (GPT-2)."""
+    return 0.02 / (2 * config.n_layers) ** 0.5
+
+
+def rotary_angles(positions: Ints, config: GPTConfig) -> Rotation:
+    """Cosines and sines of position × theta^(-2i / head_dim) (RoFormer, https://arxiv.org/abs/2104.09864, eq. 15)."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    angles = positions[..., None].astype(jnp.float32) / (config.rope_theta**exponents)[None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B T H D"], rotation: Rotation) -> Float[Array, "B T H D"]:
+    """Rotates the interleaved pairs (x[2i], x[2i+1]) by their angles, in float32."""
+    cos, sin = (part[:, :, None, :] for part in rotation)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -81,8 +142,8 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "N dim"],
         rotation: Rotation,
-        positions: Int32[Array, "B T"],
-        segment_ids: Int32[Array, "B T"] | None,
+        positions: Ints,
+        segment_ids: Ints | None,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "N dim"], LayerCache | None]:
         q, k, v = (w(x).reshape(*positions.shape, self.n_heads, -1) for w in (self.wq, self.wk, self.wv))
@@ -90,10 +151,8 @@ class Attention(nnx.Module):
         if cache is None:
             out = segment_attention(q, k, v, segment_ids, self.backend)
         else:
-            rows = jnp.arange(positions.shape[0])[:, None]
-            cache = tuple(
-                c.at[rows, :, positions].set(new.astype(c.dtype)) for c, new in zip(cache, (k, v), strict=True)
-            )
+            rows = jnp.arange(len(positions))[:, None]
+            cache = tuple(part.at[rows, :, positions].set(new) for part, new in zip(cache, (k, v), strict=True))
             out = cached_attention(q, *cache, positions)
         return self.wo(out.reshape(x.shape)), cache
 
@@ -107,7 +166,7 @@ class MLP(nnx.Module):
         self.w2 = Linear(config.hidden_dim, config.dim, std=_residual_std(config), rngs=rngs)
 
     def __call__(self, x: Float[Array, "N dim"]) -> Float[Array, "N dim"]:
-        # Of the four values of this width, the backward pass keeps two and makes the others again.
+        # Of the four activations of the hidden width, two are stored and two recomputed.
         return _recomputed(lambda gate, up: self.w2(nnx.silu(gate) * up))(self.w1(x), self.w3(x))
 
 
@@ -118,7 +177,7 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: GPTConfig, dtype, backend: str, rngs: nnx.Rngs):
-        self.ln_1, self.ln_2 = _layer_norm(config, dtype, rngs), _layer_norm(config, dtype, rngs)
+        self.ln_1, self.ln_2 = _norm(config, dtype, rngs), _norm(config, dtype, rngs)
         self.attn = Attention(config, backend, rngs)
         self.mlp = MLP(config, rngs)
 
@@ -131,10 +190,7 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """A decoder-only transformer with float32 parameters.
-
-    The blocks' parameters are stacked along a leading layer axis: training scans over it. `unstacked()` gives the
-    same model with one block a layer, which is what decoding runs.
+    """A decoder-only transformer with float32 parameters; those of the blocks are stacked along a leading layer axis.
 
     Args:
       config: the shape.
@@ -142,7 +198,7 @@ class GPT(nnx.Module):
       dtype: of matmuls and activations; norms, softmax and logits are float32 all the same.
       attention: "auto", "xla" or "cudnn"; see `attention.segment_attention`.
       remat: what the backward pass recomputes of each block: "none"; "dots": all but matmuls; "full": all.
-      trained_length: tokens of the longest sequence that it was trained on, where generation stops; None: its context.
+      trained_length: tokens of the longest training sequence, where generation stops; None: the context.
     """
 
     def __init__(
@@ -161,38 +217,26 @@ class GPT(nnx.Module):
             raise UserError(f"train.remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         self.trained_length = trained_length or config.max_seq_len
-        self.tok_emb = nnx.Embed(
-            config.padded_vocab_size,
-            config.dim,
-            embedding_init=functools.partial(_embedding_init, vocab_size=config.vocab_size),
-            rngs=rngs,
-        )
+        init = functools.partial(_embedding_init, vocab_size=config.vocab_size)
+        self.tok_emb = nnx.Embed(config.padded_vocab_size, config.dim, embedding_init=init, rngs=rngs)
         create_blocks = nnx.vmap(lambda rngs: Block(config, self.dtype, attention, rngs))
         self.blocks = create_blocks(rngs.split(config.n_layers))
-        self.ln_f = _layer_norm(config, self.dtype, rngs)
+        self.ln_f = _norm(config, self.dtype, rngs)
 
     def __call__(
-        self,
-        tokens: Int32[Array, "B T"],
-        segment_ids: Int32[Array, "B T"] | None = None,
-        positions: Int32[Array, "B T"] | None = None,
+        self, tokens: Ints, segment_ids: Ints | None = None, positions: Ints | None = None
     ) -> Float[Array, "B T vocab"]:
         """Next-token logits, float32.
 
-        Args:
-          tokens: token ids.
-          segment_ids: which segment each position belongs to; None: one segment a row.
-          positions: each token's position in its segment; None: 0..T-1.
+        By default, a row is one segment, with positions 0..T-1. Positions only attend within their segment.
         """
-        return self.logits(self.hidden(tokens, segment_ids, positions))[..., : self.config.vocab_size]
+        hidden = self.hidden(tokens, segment_ids, positions)
+        return head_logits(hidden, self.tok_emb.embedding[...], self.config.vocab_size)[..., : self.config.vocab_size]
 
     def hidden(
-        self,
-        tokens: Int32[Array, "B T"],
-        segment_ids: Int32[Array, "B T"] | None = None,
-        positions: Int32[Array, "B T"] | None = None,
+        self, tokens: Ints, segment_ids: Ints | None = None, positions: Ints | None = None
     ) -> Float[Array, "B T dim"]:
-        """What the head reads; arguments as in `__call__`."""
+        """The head's input; arguments as in `__call__`."""
         if tokens.shape[1] > self.config.max_seq_len:
             raise ValueError(f"{tokens.shape[1]} positions, but the model's context is {self.config.max_seq_len}")
         if segment_ids is None:
@@ -200,117 +244,33 @@ class GPT(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         rotation = rotary_angles(positions, self.config)
-        x = constrain(self._embed(tokens), "batch", None)
+        graph, layers = nnx.split(self.blocks)
 
-        def apply(block: Block, x):
-            return block(x, rotation, positions, segment_ids)[0]
+        def apply(x, layer):
+            x, _ = nnx.merge(graph, layer)(x, rotation, positions, segment_ids)
+            return x, None
 
-        if isinstance(self.blocks, nnx.List):
-            for block in self.blocks:
-                x = apply(block, x)
-        else:
-            graph, layers = nnx.split(self.blocks)
-            body = _remat(lambda x, layer: (apply(nnx.merge(graph, layer), x), None), self.remat)
-            x, _ = jax.lax.scan(body, x, layers)
+        if self.remat != "none":
+            saved = jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT) if self.remat == "dots" else None
+            # A scan already keeps XLA from merging the recomputation with the forward pass.
+            apply = jax.checkpoint(apply, policy=saved, prevent_cse=False)
+        x = constrain(embed(tokens, self.tok_emb.embedding[...], self.dtype), "batch", None)
+        x, _ = jax.lax.scan(apply, x, layers)
         return self.ln_f(x).reshape(*tokens.shape, -1)
 
-    def hidden_cached(
-        self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"], cache: list[LayerCache]
-    ) -> tuple[Float[Array, "B T dim"], list[LayerCache]]:
-        """What the head reads, where earlier positions' keys and values are in a cache.
 
-        Each row writes its tokens at their positions' slots and sees the slots up to its own: what lies in later
-        slots (a prompt's padding, say) is never seen, and overwritten when its position comes.
-
-        Args:
-          tokens: token ids.
-          positions: their positions, any for each row.
-          cache: of `init_cache`; one pair of keys and values a layer.
-        """
-        rotation = rotary_angles(positions, self.config)
-        x, updated = self._embed(tokens), []
-        for block, layer_cache in zip(self.unstacked().blocks, cache, strict=True):
-            x, layer_cache = block(x, rotation, positions, None, layer_cache)
-            updated.append(layer_cache)
-        return self.ln_f(x).reshape(*tokens.shape, -1), updated
-
-    def init_cache(
-        self, batch_size: int, length: int, sharding: jax.sharding.Sharding | None = None
-    ) -> list[LayerCache]:
-        """An empty cache with slots for positions 0..length-1, one pair `[B, H, length, D]` a layer."""
-        shape = (batch_size, self.config.n_heads, length, self.config.head_dim)
-        empty = functools.partial(jnp.zeros, shape, self.dtype, device=sharding)
-        return [(empty(), empty()) for _ in range(self.config.n_layers)]
-
-    def _embed(self, tokens: Int32[Array, "B T"]) -> Float[Array, "N dim"]:
-        """Rows of the float32 table, rounded after they were taken: so their gradients are summed in float32."""
-        return self.tok_emb(tokens.reshape(-1)).astype(self.dtype)
-
-    def logits(self, hidden: Float[Array, "*N dim"]) -> Float[Array, "*N padded_vocab"]:
-        """Logits of all rows of the table, float32; -inf at padding rows."""
-        return head_logits(hidden, self.tok_emb.embedding[...], self.config.vocab_size)
-
-    def unstacked(self) -> "GPT":
-        """The same model with one block a layer, in a list."""
-        if isinstance(self.blocks, nnx.List):
-            return self
-        twin = nnx.merge(*nnx.split(self))
-        graph, layers = nnx.split(self.blocks)
-        leaves, structure = jax.tree.flatten(layers)
-        columns = zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True)
-        twin.blocks = nnx.List([nnx.merge(graph, jax.tree.unflatten(structure, column)) for column in columns])
-        return twin
-
-
-def default_dtype() -> jnp.dtype:
-    """bfloat16 on accelerators; float32 on a CPU, which has no faster arithmetic for less."""
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+def embed(tokens: Ints, embedding: Float[Array, "V dim"], dtype) -> Float[Array, "N dim"]:
+    """The tokens' rows, cast after the look-up: so their gradients are summed in float32."""
+    return jnp.take(embedding, tokens.reshape(-1), axis=0).astype(dtype)
 
 
 def head_logits(
-    hidden: Float[Array, "*N dim"], embedding: Float[Array, "padded_vocab dim"], vocab_size: int
-) -> Float[Array, "*N padded_vocab"]:
-    """The tied head: float32 logits, in `hidden`'s precision of multiplication; -inf at padding rows."""
+    hidden: Float[Array, "*N dim"], embedding: Float[Array, "V dim"], vocab_size: int
+) -> Float[Array, "*N V"]:
+    """The tied head: float32 logits of matmuls in `hidden`'s dtype; -inf at padding rows."""
     logits = jnp.einsum("...d,vd->...v", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
     is_padding = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) >= vocab_size
     return jnp.where(is_padding, -jnp.inf, logits)
-
-
-def rotary_angles(positions: Int32[Array, "B T"], config: GPTConfig) -> Rotation:
-    """Cosines and sines of position × theta^(-2i / head_dim) (RoFormer, https://arxiv.org/abs/2104.09864, eq. 15)."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions[..., None].astype(jnp.float32) / (config.rope_theta**exponents)[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Float[Array, "B T H D"], rotation: Rotation) -> Float[Array, "B T H D"]:
-    """Rotates the interleaved pairs (x[2i], x[2i+1]) by their angles."""
-    cos, sin = (part[:, :, None, :] for part in rotation)
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return rotated.reshape(x.shape).astype(x.dtype)
-
-
-def _remat(body, policy: str):
-    if policy == "none":
-        return body
-    saved = jax.checkpoint_policies.save_only_these_names(PRODUCT) if policy == "dots" else None
-    return jax.checkpoint(body, policy=saved, prevent_cse=False)  # scan already keeps XLA from merging the two passes
-
-
-# Makes again in the backward pass what costs next to nothing, instead of keeping it. A product at the end of what is
-# wrapped is not computed again: nothing in the backward pass asks for it.
-_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
-
-
-def _layer_norm(config: GPTConfig, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(config.dim, epsilon=1e-5, dtype=dtype, use_fast_variance=False, rngs=rngs)
-
-
-def _residual_std(config: GPTConfig) -> float:
-    """Smaller where a layer adds to the residual stream, so that its variance does not grow with depth (GPT-2)."""
-    return 0.02 / (2 * config.n_layers) ** 0.5
 
 
 def _embedding_init(key, shape, dtype, *, vocab_size: int):
@@ -318,40 +278,23 @@ def _embedding_init(key, shape, dtype, *, vocab_size: int):
     return jnp.where(rows < vocab_size, 0.02 * jax.random.normal(key, shape, dtype), 0)
 
 
-PRODUCT = "product"  # names a layer's output, so that rematerialisation can choose to keep it
+def cached_hidden(
+    params: dict[str, Any], tokens: Ints, positions: Ints, cache: list[LayerCache], config: GPTConfig
+) -> tuple[Float[Array, "B T dim"], list[LayerCache]]:
+    """`GPT.hidden` for decoding, where a cache holds the keys and values of earlier positions; also the new cache.
 
+    Each row writes its tokens to their positions' slots, and attends to the slots up to its own: what is in later ones
+    (of a prompt's padding, say) is never read, and is overwritten when its position comes.
 
-class Linear(nnx.Module):
-    """x W, without a bias.
-
-    Args:
-      n_in: of an input.
-      n_out: of an output.
-      std: of the weights at first, which are normal.
-      rngs: with a `params` stream.
+    Parameters and cache are a list with one entry per layer, where training has stacked layers: a cache carried
+    through a scan would be copied at each step. The cache's dtype is that of matmuls and activations.
     """
-
-    def __init__(self, n_in: int, n_out: int, *, std: float = 0.02, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (n_in, n_out), jnp.float32))
-
-    def __call__(self, x: Float[Array, "N n_in"]) -> Float[Array, "N n_out"]:
-        return checkpoint_name(_product(x, self.kernel[...]), PRODUCT)
-
-
-@jax.custom_vjp
-def _product(x: Float[Array, "N n_in"], kernel: Float[Array, "n_in n_out"]) -> Float[Array, "N n_out"]:
-    return x @ kernel.astype(x.dtype)
-
-
-def _forward(x, kernel):
-    return _product(x, kernel), (x, kernel)
-
-
-def _backward(residuals, d_out):
-    x, kernel = residuals
-    # By itself, JAX would give the weights' gradient in x's type, and so sum it over devices and micro-batches.
-    d_kernel = jnp.einsum("ni,no->io", x, d_out, preferred_element_type=jnp.float32)
-    return d_out @ kernel.astype(x.dtype).T, d_kernel.astype(kernel.dtype)
-
-
-_product.defvjp(_forward, _backward)
+    dtype = cache[0][0].dtype
+    block, _ = nnx.split(nnx.eval_shape(lambda: Block(config, dtype, "auto", nnx.Rngs(0))))
+    norm, _ = nnx.split(nnx.eval_shape(lambda: _norm(config, dtype, nnx.Rngs(0))))
+    rotation = rotary_angles(positions, config)
+    x, updated = embed(tokens, params["tok_emb"]["embedding"], dtype), []
+    for layer, layer_cache in zip(params["blocks"], cache, strict=True):
+        x, layer_cache = nnx.merge(block, layer)(x, rotation, positions, None, layer_cache)
+        updated.append(layer_cache)
+    return nnx.merge(norm, params["ln_f"])(x).reshape(*tokens.shape, -1), updated

@@ -6,9 +6,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from tiny_model import make_config, make_model, make_tokenizer
+from tiny_model import make_config, make_decoder, make_tokenizer
 
 from tinysft_jax.console import Interrupted, RunError, UserError
+from tinysft_jax.sampling import batch
 from tinysft_jax.sampling.batch import Request, answer_file, read_requests
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
@@ -20,7 +21,7 @@ SYSTEM = [{"role": "system", "content": "s"}]
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    return Decoder(make_model())
+    return make_decoder()
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_requests_of_a_model_without_template(source, tmp_path):
     }
     with pytest.raises(UserError, match=r"prompts\.jsonl:7: .*no chat template"):
         read_requests(source, plain, make_config())
-    with pytest.raises(UserError, match="--system"):
+    with pytest.raises(UserError, match="takes no system message"):
         read_requests(path, plain, make_config(), "s")
 
 
@@ -161,7 +162,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     answer(decoder, requests, whole)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2, stop)
-        with pytest.raises(Interrupted, match="same command continues") as end:
+        with pytest.raises(Interrupted, match="same command resumes") as end:
             answer(decoder, requests, output)
     assert end.value.exit_code == (143 if isinstance(stop, Interrupted) else 130)
     assert not output.exists() and len(partial.read_bytes().splitlines()) == 1 + 4
@@ -169,18 +170,16 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     capsys.readouterr()
     answer(decoder, requests, output)
     assert output.read_bytes() == whole.read_bytes() and not partial.exists()
-    expected = {0: "going on after 4", 1: "going on after 2", 200: "going on after 2", 10_000: "8/8"}[tear]
+    expected = {0: "resuming after 4", 1: "resuming after 2", 200: "resuming after 2", 10_000: "answers 8/8"}[tear]
     assert capsys.readouterr().err.startswith(expected)
 
 
 def test_a_run_left_before_its_last_step(decoder, requests, tmp_path, monkeypatch):
     """All answers are there, but the output is not yet in its place."""
-    from tinysft_jax.sampling.batch import AnswerFile
-
     whole, output = tmp_path / "whole", tmp_path / "out"
     answer(decoder, requests, whole)
     with monkeypatch.context() as patch:
-        patch.setattr(AnswerFile, "finish", lambda self: signal.raise_signal(signal.SIGINT))
+        patch.setattr(batch, "_finish", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(Interrupted):
             answer(decoder, requests, output)
     answer(decoder, requests, output)
@@ -194,7 +193,7 @@ def test_a_partial_output_of_other_settings_is_refused(decoder, requests, tmp_pa
         with pytest.raises(Interrupted):
             answer(decoder, requests, output)
     before = partial.read_bytes()
-    other = Decoder(make_model(ends=False))
+    other = make_decoder(ends=False)
     for changed, call in {
         "temperature, seed": lambda: answer(
             decoder, requests, output, dataclasses.replace(OPTIONS, temperature=0.5, seed=1)
@@ -212,7 +211,7 @@ def test_a_partial_output_of_other_settings_is_refused(decoder, requests, tmp_pa
 @pytest.mark.parametrize("content", [b"mine", b"mine\n", b"[]\n", b'{"a": 1}\n{}\n'])
 def test_a_file_of_the_user_in_the_partial_outputs_place_is_left_alone(decoder, requests, tmp_path, content):
     (tmp_path / "out.partial").write_bytes(content)
-    with pytest.raises(UserError, match=r"out\.partial is not what"):
+    with pytest.raises(UserError, match=r"out\.partial is not the partial output"):
         answer(decoder, requests, tmp_path / "out")
     assert (tmp_path / "out.partial").read_bytes() == content
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_model import decoder_of
 
 from tinysft_jax.sampling import decode
-from tinysft_jax.sampling import decode as loop
 from tinysft_jax.sampling.decode import Decoder, KeptCache
 from tinysft_jax.sampling.filters import SamplingOptions
 
@@ -18,19 +18,19 @@ OPTIONS = SamplingOptions(34, temperature=0)
 
 @pytest.fixture(scope="module")
 def decoder(model) -> Decoder:
-    return Decoder(model)
+    return decoder_of(model)
 
 
 @pytest.fixture
 def fed(monkeypatch) -> list[tuple[int, int]]:
     """Position and number of the tokens of each piece of a prompt that is computed from here on."""
-    pieces, start = [], loop.start
+    pieces, prefill = [], decode.prefill
 
-    def spy(params, cache, tokens, starts, lengths, *rest, **options):
-        pieces.append((int(starts[0]), int(lengths[0])))
-        return start(params, cache, tokens, starts, lengths, *rest, **options)
+    def spy(params, state, tokens, lengths, config):
+        pieces.append((int(state.positions[0]), int(lengths[0])))
+        return prefill(params, state, tokens, lengths, config)
 
-    monkeypatch.setattr(loop, "start", spy)
+    monkeypatch.setattr(decode, "prefill", spy)
     return pieces
 
 
@@ -39,8 +39,7 @@ def stream(decoder: Decoder, ids: list[int], kept: KeptCache | None = None) -> l
 
 
 def test_the_common_beginning_is_handed_over_once():
-    kept, layer = KeptCache(), (jnp.ones((1, 2, 8, 4)), jnp.ones((1, 2, 8, 4)))
-    kept.hold([1, 2, 3, 4], [layer])
+    kept = KeptCache([1, 2, 3, 4], [(jnp.ones((1, 2, 8, 4)), jnp.ones((1, 2, 8, 4)))])
     n_held, [(keys, values)] = kept.take([1, 2, 9, 4], 16)
     assert n_held == 2 and keys.shape == values.shape == (1, 2, 16, 4)
     np.testing.assert_array_equal(keys, np.repeat([1, 0], 8)[None, None, :, None] * np.ones((1, 2, 16, 4)))
@@ -48,11 +47,8 @@ def test_the_common_beginning_is_handed_over_once():
 
 
 def test_the_last_token_of_a_prompt_is_always_computed():
-    kept = KeptCache()
-    kept.hold([1, 2, 3], [])
-    assert kept.take([1, 2, 3], 8)[0] == 2
-    kept.hold([1, 2, 3], [])
-    assert kept.take([1, 2], 8)[0] == 1
+    assert KeptCache([1, 2, 3]).take([1, 2, 3], 8)[0] == 2
+    assert KeptCache([1, 2, 3]).take([1, 2], 8)[0] == 1
 
 
 def test_only_what_is_new_is_computed(decoder, fed):

@@ -7,11 +7,12 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_model import decoder_of
 
-import tinysft_jax.sampling.decode as loop
 from tinysft_jax.checkpoints import load_model
 from tinysft_jax.console import UserError
-from tinysft_jax.model import GPT
+from tinysft_jax.model import cached_hidden, head_logits
+from tinysft_jax.sampling import decode
 from tinysft_jax.sampling.decode import Decoder, generate
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sharding import make_mesh, state_sharding
@@ -22,7 +23,7 @@ N_NEW = 34
 
 @pytest.fixture(scope="session")
 def decoder(model) -> Decoder:
-    return Decoder(model)
+    return decoder_of(model)
 
 
 @pytest.fixture(scope="session")
@@ -56,44 +57,34 @@ def compilations():
 
 
 def compiled() -> int:
-    return loop.start._cache_size() + loop.advance._cache_size()
+    return decode.prefill._cache_size() + decode.advance._cache_size()
+
+
+@pytest.fixture(scope="session")
+def cached_step(decoder):
+    def step(tokens, positions, cache):
+        hidden, cache = cached_hidden(decoder._params, tokens, positions, cache, decoder.config)
+        return hidden[:, 0], cache
+
+    return jax.jit(step)
 
 
 @settings(max_examples=15)
 @given(lengths=st.lists(st.integers(1, 32), min_size=4, max_size=4), seed=st.integers(0, 2**32 - 1))
-def test_cached_logits_equal_the_full_forward(model, full_logits, cached_step, lengths, seed):
+def test_cached_logits_equal_the_full_forward(decoder, full_logits, cached_step, lengths, seed):
     """Prefill of ragged rows with garbage behind them, then known tokens one by one."""
     tokens = np.random.default_rng(seed).integers(0, 200, (4, 96)).astype(np.int32)
     expected = np.asarray(full_logits(tokens))
-    lengths, zeros = np.array(lengths, np.int32), np.zeros(4, np.int32)
-    decoder_model = model.unstacked()
-    state = loop.start(
-        nnx.to_pure_dict(nnx.state(decoder_model)),
-        model.init_cache(4, 64),
-        tokens[:, :32],  # behind a row's length: what comes later in it, which must not be seen
-        zeros,
-        lengths,
-        lengths + 8,
-        zeros,
-        np.zeros((4, 256), bool),
-        np.uint32(0),
-        config=model.config,
-        dtype=model.dtype,
-    )
-    hidden, cache, rows = state.hidden, state.cache, np.arange(4)
+    prompts, rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)], np.arange(4)
+    state = decoder._begin(prompts, [0] * 4, SamplingOptions(N_NEW))
+    lengths = np.array(lengths, np.int32)
+    # Behind a row's length is what comes later in it, which must not be seen.
+    state = decode.prefill(decoder._params, state, tokens[:, :32], lengths, decoder.config)
+    hidden, cache = state.hidden, state.cache
     for step in range(8):
-        logits = model.logits(hidden)[:, :200]
+        logits = head_logits(hidden, decoder._params["tok_emb"]["embedding"], 200)[:, :200]
         np.testing.assert_allclose(logits, expected[rows, lengths - 1 + step], atol=1e-4)
         hidden, cache = cached_step(tokens[rows, lengths + step][:, None], (lengths + step)[:, None], cache)
-
-
-@pytest.fixture(scope="session")
-def cached_step(model):
-    def step(tokens, positions, cache):
-        hidden, cache = model.hidden_cached(tokens, positions, cache)
-        return hidden[:, 0], cache
-
-    return jax.jit(step)
 
 
 def test_greedy_is_the_argmax_of_the_full_forward(model, prompts, full_logits):
@@ -221,9 +212,9 @@ def test_decoders_of_one_shape_share_what_is_compiled(model, decoder, prompts):
     options = SamplingOptions(max_new_tokens=N_NEW)
     decoder.generate(prompts[:3], options)
     before = compiled()
-    graph, state = nnx.split(model)
-    other = nnx.merge(graph, jax.tree.map(lambda leaf: leaf * 1.1, nnx.to_pure_dict(state)))
-    assert Decoder(other).generate(prompts[:3], options) != decoder.generate(prompts[:3], options)
+    params = jax.tree.map(lambda leaf: leaf * 1.1, nnx.to_pure_dict(nnx.state(model)))
+    other = Decoder(model.config, params, model.dtype)
+    assert other.generate(prompts[:3], options) != decoder.generate(prompts[:3], options)
     assert compiled() == before
 
 
@@ -242,38 +233,33 @@ def test_top_k_over_the_vocabulary_is_off(decoder, prompts):
         assert decoder.generate(prompts, SamplingOptions(N_NEW, 1.0, top_k)) == whole
 
 
-def test_half_precision_generates(model, prompts):
+def test_half_precision_generates(model, decoder, prompts):
     """Weights are cast once, norms are not; the loop's state keeps its types."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: GPT(model.config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
-    half = nnx.merge(graph, nnx.state(model))
-    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
-    decoder = Decoder(half)
-    assert {(leaf.ndim, leaf.dtype.name) for leaf in jax.tree.leaves(decoder._params)} == {
-        (1, "float32"),
-        (2, "bfloat16"),
-    }
+    half = decoder_of(model, jnp.bfloat16)
+    dtypes = {(leaf.ndim, leaf.dtype.name) for leaf in jax.tree.leaves(half._params)}
+    assert dtypes == {(1, "float32"), (2, "bfloat16")}
     options = SamplingOptions(max_new_tokens=N_NEW, temperature=0)
-    state = decoder._prefill([np.array(prompt, np.int32) for prompt in prompts], list(range(len(prompts))), options)
+    state = half._feed(half._begin(prompts, list(range(len(prompts))), options), prompts, 32)
     assert {leaf.dtype.name for leaf in jax.tree.leaves((state.cache, state.hidden))} == {"bfloat16"}
-    out = decoder.generate(prompts, options)
-    exact = Decoder(model).generate(prompts, options)
+    out, exact = half.generate(prompts, options), decoder.generate(prompts, options)
     assert np.mean([a == b for x, y in zip(out, exact, strict=True) for a, b in zip(x, y, strict=True)]) > 0.5
 
 
 def test_a_model_on_several_devices_generates_the_same(model, decoder, prompts):
-    graph, state = nnx.split(model)
-    params = nnx.to_pure_dict(state)
+    params = nnx.to_pure_dict(nnx.state(model))
     params = jax.device_put(params, state_sharding(make_mesh(data=2, fsdp=2, tensor=2), params))
     assert not params["tok_emb"]["embedding"].is_fully_replicated
     options = SamplingOptions(max_new_tokens=N_NEW, temperature=0)
-    assert Decoder(nnx.merge(graph, params)).generate(prompts, options) == decoder.generate(prompts, options)
+    divided = Decoder(model.config, params, model.dtype)
+    assert divided.generate(prompts, options) == decoder.generate(prompts, options)
 
 
 def test_rows_divided_over_a_mesh_are_the_same(model, decoder, prompts):
-    divided = Decoder(model, make_mesh(data=2, fsdp=2, tensor=2))
+    divided = decoder_of(model, mesh=make_mesh(data=2, fsdp=2, tensor=2))
     options = SamplingOptions(max_new_tokens=N_NEW, temperature=1.0)
     assert divided.generate(prompts, options) == decoder.generate(prompts, options)
-    state = divided._prefill([np.array(prompt, np.int32) for prompt in prompts], list(range(7)), options)
+    assert list(divided.stream(prompts[0], options)) == list(decoder.stream(prompts[0], options))
+    state = divided._begin([*prompts, prompts[0]], list(range(8)), options)
     assert {len(shard.data) for shard in state.cache[0][0].addressable_shards} == {2}, "eight rows over four"
 
 

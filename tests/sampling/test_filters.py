@@ -47,7 +47,8 @@ def distribution(logits: np.ndarray, temperature: float, top_p: float, top_k: in
 
 
 def knobs(temperature: float, top_p: float = 1, min_p: float = 0) -> Knobs:
-    return Knobs(*map(jnp.float32, (temperature, top_p, min_p, 1)))
+    scalars = map(jnp.float32, (temperature, top_p, min_p, 1))
+    return Knobs(*scalars, seed=jnp.uint32(0), stop_ids=jnp.zeros(0, jnp.int32), forbidden=jnp.zeros(VOCAB, bool))
 
 
 def drawn_counts(logits, temperature: float, top_p: float, top_k: int, min_p: float = 0) -> np.ndarray:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_model import make_model, make_model_directory, make_tokenizer
+from tiny_model import make_decoder, make_model_directory, make_tokenizer
 
 from tinysft_jax.sampling.chat import HELP, Session, Shell, load_transcript
 from tinysft_jax.sampling.decode import Decoder
@@ -26,7 +26,7 @@ COMMANDS = ("help", "system", "reset", "retry", "undo", "temperature", "save", "
 
 @pytest.fixture(scope="module")
 def speaker() -> Decoder:
-    return Decoder(make_model(ends=False))
+    return make_decoder(ends=False)
 
 
 @pytest.fixture

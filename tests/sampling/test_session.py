@@ -5,14 +5,14 @@ import dataclasses
 from collections.abc import Iterator
 
 import pytest
-from tiny_model import LETTERS, make_config, make_model, make_tokenizer
+from tiny_model import LETTERS, make_config, make_decoder, make_tokenizer
 
 from tinysft_jax.console import UserError
 from tinysft_jax.model import GPTConfig
+from tinysft_jax.sampling import decode
 from tinysft_jax.sampling.chat import Session
-from tinysft_jax.sampling.decode import Decoder, KeptCache
+from tinysft_jax.sampling.decode import Decoder, KeptCache, Prompt, check_prompt
 from tinysft_jax.sampling.filters import SamplingOptions
-from tinysft_jax.sampling.text import Prompt, check_prompt
 
 TOKENIZER = make_tokenizer("control")
 
@@ -113,10 +113,10 @@ def test_a_new_system_message_holds_for_what_was_said():
     parrot = Parrot(b"One.", b"Two.")
     session = Session(parrot, TOKENIZER, SamplingOptions(), system="S")
     say(session, "a")
-    session.system = "T"
+    session.set_system("T")
     for bad in ("", "\u200b", "\ud800", "x" * 120):
         with pytest.raises(UserError):
-            session.system = bad
+            session.set_system(bad)
     say(session, "b")
     assert parrot.prompts[1] == "<|system|>T<|user|>a<|assistant|>One.<|endoftext|><|user|>b<|assistant|>"
     assert session.transcript[0] == {"role": "system", "content": "T"} and len(session.transcript) == 5
@@ -186,16 +186,16 @@ def test_without_template_each_text_is_continued_by_itself():
     session = Session(parrot, make_tokenizer(None), SamplingOptions())
     say(session, "Once <|user|>")
     say(session, "b")
-    assert session.opening == "b" and "".join(session.retry()) == " three"
+    assert "".join(session.retry()) == "b three"
     assert parrot.prompts == ["Once <|user|>", "b", "b"] and parrot.rows == [0, 0, 1]
-    for refused in (lambda: setattr(session, "system", "S"), lambda: session.resume(session.transcript)):
+    for refused in (lambda: session.set_system("S"), lambda: session.resume(session.transcript)):
         with pytest.raises(UserError, match="no chat template"):
             refused()
 
 
 @pytest.fixture(scope="module")
 def speaker() -> Decoder:
-    return Decoder(make_model())
+    return make_decoder()
 
 
 @pytest.mark.parametrize("template", ["control", "text", None])
@@ -218,7 +218,7 @@ def test_an_answer_in_a_kept_session_is_that_of_a_fresh_one(speaker, template, t
         if history and template:
             fresh.resume(history)
         elif template:
-            fresh.system = kept.system
+            fresh.set_system(kept.system)
         expected = say(fresh, text)
         for _ in range(retries):
             expected = "".join(fresh.retry())
@@ -243,7 +243,7 @@ def test_an_answer_in_a_kept_session_is_that_of_a_fresh_one(speaker, template, t
     for i in range(4):
         ask(f"{i} " * 25)
     if template:
-        kept.system = "q"
+        kept.set_system("q")
         ask("what")
         kept.reset()
         ask("abc")
@@ -253,15 +253,13 @@ def test_an_answer_in_a_kept_session_is_that_of_a_fresh_one(speaker, template, t
 
 
 def test_a_turn_computes_only_what_is_new(speaker, monkeypatch):
-    from tinysft_jax.sampling import decode as loop
+    prefill, fed = decode.prefill, []
 
-    start, fed = loop.start, []
+    def spy(params, state, tokens, lengths, config):
+        fed.append((int(state.positions[0]), int(lengths[0])))
+        return prefill(params, state, tokens, lengths, config)
 
-    def spy(params, cache, tokens, starts, lengths, *rest, **options):
-        fed.append((int(starts[0]), int(lengths[0])))
-        return start(params, cache, tokens, starts, lengths, *rest, **options)
-
-    monkeypatch.setattr(loop, "start", spy)
+    monkeypatch.setattr(decode, "prefill", spy)
     session = Session(speaker, TOKENIZER, SamplingOptions(20, temperature=0), system="s")
     say(session, "abc")
     n_prompt, n_answer = 7, session.last.n_tokens

@@ -39,5 +39,5 @@ def test_figures_leave_out_the_first_tokens_time():
 def test_a_request_without_template_is_the_text_itself():
     plain = make_tokenizer(None)
     assert plain.decode(encode_request(plain, "Once <|user|>")) == "Once <|user|>"
-    with pytest.raises(UserError, match="--system"):
+    with pytest.raises(UserError, match="takes no system message"):
         encode_request(plain, "Once", system="S")

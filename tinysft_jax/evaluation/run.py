@@ -1,5 +1,6 @@
 """The command that asks models held-out questions and reports what their answers are worth."""
 
+import dataclasses
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from tinysft_jax.evaluation import metrics
 from tinysft_jax.evaluation import report as reports
 from tinysft_jax.evaluation.cases import Answer, Answers, Case, draw_cases, write_answers
 from tinysft_jax.model import GPT, default_dtype
-from tinysft_jax.parameters import make_model
+from tinysft_jax.parameters import ModelDescription, Params, make_model
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.text import text_options
@@ -24,6 +25,8 @@ from tinysft_jax.sharding import make_mesh
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.state import starting_model
 from tinysft_jax.training.step import make_eval_step
+
+Model = tuple[ModelDescription, Params]
 
 CONTENT = ("report.json", "report.md", "report.png", "answers.jsonl")
 
@@ -46,7 +49,7 @@ def evaluate(flags: Namespace) -> tuple[dict[str, Any], list[Case], Answers]:
     return checkpoints | settings, cases, answers
 
 
-def load(checkpoint: str, data: PreparedData, cases: Sequence[Case]) -> GPT:
+def load(checkpoint: str, data: PreparedData, cases: Sequence[Case]) -> Model:
     """The model; one without a chat template gets the data's, as at the start of fine-tuning.
 
     Raises:
@@ -60,21 +63,24 @@ def load(checkpoint: str, data: PreparedData, cases: Sequence[Case]) -> GPT:
             "prepare the data with a smaller --max_tokens"
         )
     trained_length = max(description.trained_length, longest)  # so that each case can be answered
-    return make_model(description.config, params, dtype=default_dtype(), trained_length=trained_length)
+    return dataclasses.replace(description, trained_length=trained_length), params
 
 
 def answer(
-    model: GPT, name: str, tokenizer: ChatTokenizer, cases: Sequence[Case], options: SamplingOptions, batch_size: int
+    model: Model, name: str, tokenizer: ChatTokenizer, cases: Sequence[Case], options: SamplingOptions, batch_size: int
 ) -> list[Answer]:
     """The model's answer to each case; `name` is for messages.
 
     Raises:
       RunError: if a loss is not finite.
     """
-    decoder = Decoder(model, make_mesh() if jax.device_count() > 1 else None)
-    options = text_options(options, tokenizer, model.config)
+    description, params = model
+    config, mesh = description.config, make_mesh() if jax.device_count() > 1 else None
+    decoder = Decoder(config, params, default_dtype(), description.trained_length, mesh)
+    options = text_options(options, tokenizer, config)
     batch_size = min(batch_size, len(cases))
-    losses = _make_losses(model, batch_size, min(-(-_longest(cases) // 64) * 64, model.config.max_seq_len))
+    length = min(-(-_longest(cases) // 64) * 64, config.max_seq_len)
+    losses = _make_losses(make_model(config, params, dtype=default_dtype()), batch_size, length)
     order = sorted(range(len(cases)), key=lambda i: len(cases[i].prompt))  # a batch has cases of similar lengths
     answers: dict[int, Answer] = {}
     with console.Progress(f"{name}: answers", len(cases)) as progress:

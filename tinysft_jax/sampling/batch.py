@@ -1,49 +1,37 @@
-"""`sample.py --input --output`: the requests of a file answered into another, from where that was left if need be."""
+"""`sample.py --input --output`: answers the requests of a file into another file; an interrupted run can be resumed."""
 
 import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from tinysft_jax import chat, locks
-from tinysft_jax.console import Interrupted, RunError, UserError, reason
+from tinysft_jax import chat, files, locks
+from tinysft_jax.console import Interrupted, Progress, RunError, UserError, reason
 from tinysft_jax.data.reading import TOO_LONG, read_json
 from tinysft_jax.model import GPTConfig
-from tinysft_jax.sampling.decode import Decoder
+from tinysft_jax.sampling.decode import Decoder, check_prompt
 from tinysft_jax.sampling.filters import SamplingOptions
-from tinysft_jax.sampling.text import check_prompt, encode_request, system_message, text_options
+from tinysft_jax.sampling.text import encode_request, system_message, text_options
 from tinysft_jax.tokenizer import ChatTokenizer
 
 
 class Request(NamedTuple):
-    """What one line, or element of an array, asks for.
+    """A line, or an element of an array, of the input."""
 
-    Attributes:
-      line: its number, from 1.
-      ids: the prompt.
-      text: what the model continues, where it has no chat template; else None.
-      messages: what it answers, where it has one.
-    """
-
-    line: int
-    ids: list[int]
-    text: str | None
-    messages: list[dict[str, Any]]
+    line: int  # its number, from 1
+    ids: list[int]  # the prompt
+    text: str | None  # what the model continues, if it has no chat template
+    messages: list[dict[str, Any]]  # what it answers, if it has one
 
     def answered(self, answer: str) -> dict[str, Any]:
-        """The conversation with its answer, as chat-jsonl has it."""
+        """The conversation with its answer, in chat-jsonl."""
         if self.text is not None:
             return {"prompt": self.text, "completion": answer}
         return {"messages": [*self.messages, {"role": "assistant", "content": answer}]}
@@ -54,22 +42,15 @@ def read_requests(
 ) -> list[Request]:
     """Reads lines of `{"messages": [...]}`, the last one the user's, or `{"prompt": "..."}`, or an array of them.
 
-    Args:
-      path: the file.
-      tokenizer: the model's.
-      config: the model's shape.
-      system: the system message of requests that have none.
-      length: tokens that a request and its answer may take together; None: the model's context.
-
-    Raises:
-      UserError: if the file can't be read, or a line can't be answered; names the first such line.
+    `system` is the system message of requests that have none; `length` is as of `check_prompt`. Raises a UserError if
+    the file can't be read, or a line can't be answered, and names the first such line.
     """
     requests = []
     try:
         with path.open("rb") as file:
             for place, number, line in read_json(file, path):
                 try:
-                    request = _parse_line(number, line, tokenizer, system)
+                    request = _parse_request(number, line, tokenizer, system)
                     check_prompt(request.ids, "the request", config, length)
                     requests.append(request)
                 except UserError as error:
@@ -81,7 +62,7 @@ def read_requests(
     return requests
 
 
-def _parse_line(number: int, line: bytes | None, tokenizer: ChatTokenizer, system: str | None) -> Request:
+def _parse_request(number: int, line: bytes | None, tokenizer: ChatTokenizer, system: str | None) -> Request:
     if line is None:
         raise UserError(TOO_LONG)
     try:
@@ -103,97 +84,6 @@ def _parse_line(number: int, line: bytes | None, tokenizer: ChatTokenizer, syste
     return Request(number, tokenizer.encode_prompt(messages).tolist(), None, messages)
 
 
-FORMAT_VERSION = 1
-
-
-class AnswerFile:
-    """JSON lines that stand in `OUTPUT.partial`, below a line that says what they are made with, until all are there.
-
-    To be used in a `with` block.
-
-    Args:
-      output: the file to make.
-      settings: what the lines are made with.
-      batch_size: how many lines are made together. Of a batch that is not all there nothing is kept: made anew with
-        other neighbours, its lines could differ in round-off from those of a run that was never stopped.
-
-    Attributes:
-      partial: where the lines stand until all are there.
-      n_done: how many there were when the file was opened.
-
-    Raises:
-      UserError: when it is opened, if the lines that are there were made with other settings.
-    """
-
-    def __init__(self, output: Path, settings: Mapping[str, Any], batch_size: int):
-        self.partial, self.n_done = output.with_name(output.name + ".partial"), 0
-        self._output, self._batch_size = output, batch_size
-        settings = {"format_version": FORMAT_VERSION, **settings, "batch_size": batch_size}
-        self._settings = json.loads(json.dumps(settings))  # as they will be read
-
-    def __enter__(self) -> "AnswerFile":
-        self._file = self.partial.open("r+b" if self.partial.exists() else "w+b")
-        with contextlib.suppress(OSError):  # a file system without locks
-            if not locks.take(self._file.fileno()):
-                raise UserError(f"another run of this command is writing {self.partial}; wait for it, or stop it")
-        header, found = json.dumps(self._settings).encode() + b"\n", self._file.readline()
-        if found.endswith(b"\n"):
-            self._check(found)
-            lines = (len(line) for line in self._file if line.endswith(b"\n"))
-            ends = list(itertools.accumulate(lines, initial=len(found)))
-            self.n_done = (len(ends) - 1) // self._batch_size * self._batch_size
-            self._file.seek(ends[self.n_done])
-        else:
-            if not header.startswith(found):  # new, or left while its first line was being written
-                raise self._foreign()
-            self._file.seek(0)
-            self._file.write(header)
-        self._file.truncate()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._file.close()
-
-    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Adds a batch."""
-        self._file.write(b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records))
-        self._file.flush()
-
-    def finish(self) -> None:
-        """Makes the lines the output, now that all are there."""
-        aside = self._output.with_name(f".{self._output.name}.{os.getpid()}.aside")
-        try:
-            self._file.seek(0)
-            self._file.readline()
-            with aside.open("wb") as file:
-                shutil.copyfileobj(self._file, file)
-            os.replace(aside, self._output)
-        finally:
-            aside.unlink(missing_ok=True)
-        self.partial.unlink()
-
-    def _check(self, header: bytes) -> None:
-        try:
-            stored = json.loads(header)
-        except (ValueError, RecursionError):
-            raise self._foreign() from None
-        if not isinstance(stored, dict) or "format_version" not in stored:
-            raise self._foreign()
-        different = [name for name, value in self._settings.items() if stored.get(name) != value]
-        if different:
-            raise UserError(
-                f"{self.partial} was begun with another {', '.join(different)}; "
-                "go on with the same, or delete it to begin anew"
-            )
-
-    def _foreign(self) -> UserError:
-        return UserError(f"{self.partial} is not what this command leaves there; move it or choose another --output")
-
-
-# Seconds between two lines of progress where there is no terminal.
-LINE_INTERVAL = 10.0
-
-
 def answer_file(
     decoder: Decoder,
     tokenizer: ChatTokenizer,
@@ -205,89 +95,91 @@ def answer_file(
 ) -> None:
     """Answers requests into a file, in their order, each request's samples one after another.
 
-    A line is the conversation with its answer, as chat-jsonl has it, and besides: "line", of the input; "sample",
-    from 0; "tokens", the answer's; "finish", which is "stop" where the model ended it and "length" where there was no
-    more room for it.
-
-    Args:
-      decoder: the model.
-      tokenizer: its tokenizer.
-      options: how to draw.
-      requests: what to answer.
-      output: the file to make; see `AnswerFile` for what stands in its place before all is done.
-      num_samples: answers to each request.
-      batch_size: answers made together.
+    A line is the conversation with its answer, in chat-jsonl, and: "line", of the input; "sample", from 0; "tokens", of
+    the answer; "finish", "stop" where the model ended it and "length" where there was no more room. Until all answers
+    are there, they are in `OUTPUT.partial`, whose first line holds the settings.
 
     Raises:
       UserError: if a run with other settings has begun this output.
-      RunError: if the disk is full, say.
-      Interrupted: by Ctrl-C or SIGTERM; what was answered is kept.
+      Interrupted: by Ctrl-C or SIGTERM; the answers so far are kept.
     """
-    settings = {
-        "model": decoder.fingerprint(),
-        "input": _digest(requests),
-        **dataclasses.asdict(options),
-        "num_samples": num_samples,
-    }
+    digest = hashlib.sha256("".join(map(json.dumps, requests)).encode()).hexdigest()
+    settings = {"format_version": 1, "model": decoder.fingerprint(), "input": digest}
+    settings |= dataclasses.asdict(options) | {"num_samples": num_samples, "batch_size": batch_size}
     options, total = text_options(options, tokenizer, decoder.config), len(requests) * num_samples
-    file, lengths = AnswerFile(output, settings, batch_size), []
+    partial, lengths, n_tokens = output.with_name(output.name + ".partial"), [], 0
     try:
-        with file, _progress(file.n_done, total) as show:
-            for first in range(file.n_done, total, batch_size):
+        with _open_partial(partial, settings) as (file, done), Progress("answers", total, done) as progress:
+            if done:
+                progress.say(f"resuming after {done:,} of {total:,} answers")
+            start = time.monotonic()
+            for first in range(done, total, batch_size):
                 rows = range(first, min(first + batch_size, total))
                 asked = [(requests[row // num_samples], row % num_samples) for row in rows]
                 answers = decoder.generate([request.ids for request, _ in asked], options, batch_size, first_row=first)
-                file.append(
-                    {**request.answered(tokenizer.decode(ids)), "line": request.line, "sample": sample}
-                    | {"tokens": len(ids), "finish": "length" if decoder.is_full(request.ids, ids, options) else "stop"}
-                    for (request, sample), ids in zip(asked, answers, strict=True)
-                )
-                lengths += [len(request.ids) + len(ids) for (request, _), ids in zip(asked, answers, strict=True)]
-                show(rows.stop, sum(map(len, answers)))
-            file.finish()
+                for (request, sample), ids in zip(asked, answers, strict=True):
+                    finish = "length" if decoder.is_full(request.ids, ids, options) else "stop"
+                    record = request.answered(tokenizer.decode(ids)) | {"line": request.line, "sample": sample}
+                    record |= {"tokens": len(ids), "finish": finish}
+                    file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                    lengths.append(len(request.ids) + len(ids))
+                    n_tokens += len(ids)
+                file.flush()
+                rate = n_tokens / (time.monotonic() - start)
+                progress.update(rows.stop, f"{rate:,.0f} tokens/s", always=rows.stop == total)
+            _finish(file, output)
+            partial.unlink()
         if note := decoder.note_on_length(lengths, options):
             print(note, file=sys.stderr)
     except OSError as error:
-        raise RunError(f"can't write {output}: {reason(error)}; the same command continues") from None
+        raise RunError(f"can't write {output}: {reason(error)}; the same command resumes") from None
     except (KeyboardInterrupt, Interrupted) as stop:
         code = stop.exit_code if isinstance(stop, Interrupted) else 130
-        raise Interrupted(
-            f"stopped; what was answered is in {file.partial}, the same command continues", code
-        ) from None
-
-
-def _digest(requests: list[Request]) -> str:
-    digest = hashlib.sha256()
-    for request in requests:
-        digest.update(json.dumps(request).encode())
-    return digest.hexdigest()
+        raise Interrupted(f"stopped; the answers so far are in {partial}, the same command resumes", code) from None
 
 
 @contextlib.contextmanager
-def _progress(done: int, total: int) -> Iterator[Callable[[int, int], None]]:
-    """Yields what takes the number of answers so far and of new tokens: a live bar in a terminal, lines elsewhere."""
-    console, begin, n_tokens = Console(file=sys.stderr), time.monotonic(), 0
-    if done:
-        print(f"going on after {done:,} of {total:,} answers", file=sys.stderr)
+def _open_partial(path: Path, settings: dict[str, Any]) -> Iterator[tuple[BinaryIO, int]]:
+    """Yields the partial output, at its end, and how many answers it holds.
 
-    def rate(new: int) -> str:
-        nonlocal n_tokens
-        n_tokens += new
-        return f"{n_tokens / (time.monotonic() - begin):,.0f} tokens/s"
+    Of a batch that is not complete nothing is kept: with other rows in its batch, an answer could differ in round-off
+    from that of a run that was never stopped.
+    """
+    header = json.dumps(settings).encode() + b"\n"
+    with path.open("r+b" if path.exists() else "w+b") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            if not locks.take(file.fileno()):
+                raise UserError(f"another run of this command is writing {path}; wait for it, or stop it")
+        found, done = file.readline(), 0
+        if header.startswith(found) and found != header:  # new, or left while its first line was being written
+            file.seek(0)
+            file.write(header)
+        else:
+            _check_settings(path, found, header)
+            ends = list(itertools.accumulate((len(line) for line in file if line.endswith(b"\n")), initial=len(found)))
+            done = (len(ends) - 1) // settings["batch_size"] * settings["batch_size"]
+            file.seek(ends[done])
+        file.truncate()
+        yield file, done
 
-    if console.is_terminal:
-        columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task("compiling", total=total, completed=done)
-            yield lambda done, new: bar.update(task, completed=done, description=rate(new))
-    else:
-        shown = begin
 
-        def show_line(done: int, new: int) -> None:
-            nonlocal shown
-            text = f"{done:,}/{total:,} answers, {rate(new)}"
-            if done == total or time.monotonic() - shown >= LINE_INTERVAL:
-                shown = time.monotonic()
-                print(text, file=sys.stderr, flush=True)
+def _check_settings(path: Path, found: bytes, header: bytes) -> None:
+    """Compares the first line of a partial output with that of this run."""
+    try:
+        stored = json.loads(found)
+    except (ValueError, RecursionError):
+        stored = None
+    if not isinstance(stored, dict) or "format_version" not in stored:
+        raise UserError(f"{path} is not the partial output of this command; move it or choose another --output")
+    if different := [name for name, value in json.loads(header).items() if stored.get(name) != value]:
+        raise UserError(
+            f"{path} was begun with another {', '.join(different)}; resume with the same, or delete it to start over"
+        )
 
-        yield show_line
+
+def _finish(file: BinaryIO, output: Path) -> None:
+    """Copies the answers to the output, now that they are complete."""
+    file.seek(0)
+    file.readline()
+    with files.new_file(output) as aside, aside.open("wb") as copy:
+        shutil.copyfileobj(file, copy)

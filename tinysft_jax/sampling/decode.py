@@ -1,7 +1,9 @@
-"""Generation: prompts of any lengths in, continuations out, by a loop on the device over a cache of keys and values."""
+"""Generation: continues prompts of any lengths, by a loop on the device over a cache of keys and values."""
 
+import dataclasses
 import functools
 import hashlib
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,197 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int32, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int32
 
 from tinysft_jax.console import UserError
-from tinysft_jax.model import GPT, GPTConfig, LayerCache
+from tinysft_jax.model import GPT, GPTConfig, LayerCache, cached_hidden, head_logits
 from tinysft_jax.sampling.filters import Knobs, SamplingOptions, draw, penalize
-from tinysft_jax.sampling.text import Prompt, check_prompt, forbidden_ids, seen_ids
 from tinysft_jax.sharding import batch_sharding, batch_shards
 
+Prompt = Sequence[int] | np.ndarray
+Params = dict[str, Any]
 
-class KeptCache:
-    """The keys and values of one row of tokens, on the device.
-
-    A prompt takes them over as far as it begins with the same ids, whatever became of the rest: slots behind a
-    position are never seen. So going on, going back and starting anew are the same thing.
-
-    Attributes:
-      ids: the tokens whose keys and values are held.
-    """
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self) -> None:
-        """Holds nothing."""
-        self.ids: list[int] = []
-        self._layers: list[LayerCache] = []
-
-    def hold(self, ids: Sequence[int], layers: list[LayerCache]) -> None:
-        """Holds the keys and values of these ids."""
-        self.ids, self._layers = list(ids), layers
-
-    def take(self, ids: Sequence[int], length: int) -> tuple[int, list[LayerCache]]:
-        """Hands over what is held, to be written to, and holds nothing afterwards.
-
-        Args:
-          ids: a prompt, not empty.
-          length: slots that are needed.
-
-        Returns:
-          How many of the prompt's first ids need not be computed (its last one always has to be, for what follows
-          it), and the cache with at least so many slots; no layers if nothing is held.
-        """
-        layers, n_held = self._layers, 0
-        for mine, yours in zip(self.ids, ids[:-1], strict=False):
-            if mine != yours:
-                break
-            n_held += 1
-        self.clear()
-        return n_held, [tuple(_lengthened(part, length) for part in layer) for layer in layers]
-
-
-def _lengthened(part, length: int):
-    missing = length - part.shape[2]
-    return part if missing <= 0 else jnp.pad(part, ((0, 0), (0, 0), (0, missing), (0, 0)))
-
-
-# The most steps of one call to `advance`.
-CHUNK = 64
-
-
-class DecodeState(NamedTuple):
-    """Where a batch of rows stands.
-
-    Attributes:
-      cache: keys and values of the positions so far, one pair a layer.
-      hidden: what the head reads to predict each row's next token.
-      positions: that token's position.
-      limits: the position at which a row has to end.
-      keys: each row's source of random numbers.
-      seen: the ids that the repetition penalty is for.
-      active: whether a row goes on.
-    """
-
-    cache: list[LayerCache]
-    hidden: Float[Array, "B dim"]
-    positions: Int32[Array, " B"]
-    limits: Int32[Array, " B"]
-    keys: Key[Array, " B"]
-    seen: Bool[Array, "B padded_vocab"]
-    active: Bool[Array, " B"]
-
-
-@functools.lru_cache
-def decoding_graph(config: GPTConfig, dtype) -> nnx.GraphDef:
-    """What makes a model, one block a layer, from its parameters."""
-    return nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), dtype=dtype).unstacked()))[0]
-
-
-@functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="cache")
-def start(
-    params: dict[str, Any],
-    cache: list[LayerCache],
-    tokens: Int32[Array, "B P"],
-    starts: Int32[Array, " B"],
-    lengths: Int32[Array, " B"],
-    limits: Int32[Array, " B"],
-    rows: Int32[Array, " B"],
-    seen: Bool[Array, "B padded_vocab"],
-    seed: UInt32[Array, ""],
-    *,
-    config: GPTConfig,
-    dtype,
-) -> DecodeState:
-    """Feeds the prompts (prefill).
-
-    Args:
-      params: the parameters of the model that `decoding_graph` describes.
-      cache: with what stands before `starts`; the buffers are taken over.
-      tokens: prompts, padded on the right.
-      starts: the position of each prompt's first token.
-      lengths: how many tokens of each row count; at least 1.
-      limits: the position at which a row has to end.
-      rows: the row's number, which chooses its random numbers.
-      seen: the ids that the repetition penalty is for.
-      seed: of the random numbers.
-      config: the model's shape.
-      dtype: what it computes in.
-    """
-    model = nnx.merge(decoding_graph(config, dtype), params)
-    positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    hidden, cache = model.hidden_cached(tokens, positions, cache)
-    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), row))(rows)
-    ends = starts + lengths
-    return DecodeState(cache, last, ends, limits, keys, seen, ends < limits)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "top_k"), donate_argnames="state")
-def advance(
-    params: dict[str, Any],
-    state: DecodeState,
-    n_steps: Int32[Array, ""],
-    knobs: Knobs,
-    stop_ids: Int32[Array, " n_stop"],
-    forbidden: Bool[Array, " padded_vocab"],
-    *,
-    top_k: int,
-    config: GPTConfig,
-    dtype,
-) -> tuple[DecodeState, Int32[Array, "B chunk"]]:
-    """Draws up to `n_steps` tokens a row, until no row goes on.
-
-    A drawn token is fed at once, so that the cache always holds all that was emitted.
-
-    Args:
-      params: the parameters of the model that `decoding_graph` describes.
-      state: where the rows stand; the buffers are taken over.
-      n_steps: at most `CHUNK`.
-      knobs: see `filters.draw`.
-      stop_ids: a row that draws one of them emits nothing more.
-      forbidden: ids that are never drawn.
-      top_k: see there.
-      config: the model's shape.
-      dtype: what it computes in.
-
-    Returns:
-      Where the rows stand now, and the tokens they emitted; -1 at the steps where a row emitted none.
-    """
-    model = nnx.merge(decoding_graph(config, dtype), params)
-
-    def step(carry):
-        i, state, emitted = carry
-        logits = penalize(model.logits(state.hidden), state.seen, knobs.repetition_penalty)
-        logits = jnp.where(forbidden[None], -jnp.inf, logits)
-        # Random numbers belong to a position, so that neither chunks nor buckets change what is drawn there.
-        keys = jax.vmap(jax.random.fold_in)(state.keys, state.positions)
-        token = draw(logits, keys, knobs, top_k)
-        emits = state.active & ~(token[:, None] == stop_ids[None]).any(axis=1)
-        emitted = emitted.at[:, i].set(jnp.where(emits, token, -1))
-        hidden, cache = model.hidden_cached(token[:, None], state.positions[:, None], state.cache)
-        positions = state.positions + emits
-        seen = state.seen.at[jnp.arange(len(token)), token].set(True)
-        active = emits & (positions < state.limits)
-        state = state._replace(cache=cache, hidden=hidden[:, 0], positions=positions, seen=seen, active=active)
-        return i + 1, state, emitted
-
-    def goes_on(carry):
-        i, state, _ = carry
-        return (i < n_steps) & state.active.any()
-
-    emitted = jnp.full((len(state.positions), CHUNK), -1, jnp.int32)
-    _, state, emitted = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, emitted))
-    return state, emitted
-
-
-# Steps between two looks of the host at what was made, where someone reads along.
-STREAM_CHUNK = 8
+# Steps of one call to `advance`, at most; and while someone reads the answer as it is generated.
+CHUNK, STREAM_CHUNK = 64, 8
 # Lengths are rounded up to powers of two, from this one on.
 SHORTEST_BUCKET = 32
-# One row's prompt is fed in pieces of two lengths, whatever its own: as many of the long ones as it fills, then short
-# ones. That compiles little and leaves little padding.
+# A stream's prompt is fed in pieces of two lengths: as many of the long ones as it fills, then short ones. That
+# compiles little and pads little.
 PIECES = (256, SHORTEST_BUCKET)
 
 
@@ -212,72 +39,151 @@ def generate(
     top_k: int = 50,
     top_p: float | int = 1.0,
     seed: int = 0,
-    stop_ids: Sequence[int] = (),
+    stop_ids: Iterable[int] = (),
     *,
-    min_p: float | int = 0.0,
-    repetition_penalty: float | int = 1.0,
-    forbidden_ids: Sequence[int] = (),
-    max_length: int | None = None,
     batch_size: int = 32,
+    **options: Any,
 ) -> list[list[int]]:
-    """Continues prompts of any lengths.
+    """The new ids of each prompt, without the stop id; the arguments are those of `SamplingOptions`.
 
-    To generate more than once, keep a `Decoder`: it prepares the model's weights only once.
-
-    Args:
-      model: the model; its `dtype` is what is computed in.
-      prompts: token ids; none empty, each shorter than `max_length`.
-      max_new_tokens: new ids a prompt, at most; `max_length` can make them fewer.
-      temperature: logits are divided by it; 0 is greedy.
-      top_k: draw among the k most likely ids; 0: off.
-      top_p: draw among the most likely ids that together have this probability; 1: off.
-      seed: of the random numbers. Prompt i draws the same ones whatever the other prompts are.
-      stop_ids: ids that end a continuation.
-      min_p: draw only ids that are at least this fraction as likely as the most likely one; 0: off.
-      repetition_penalty: above 1, ids that occurred become less likely; 1: off.
-      forbidden_ids: ids that never come out.
-      max_length: ids of a prompt and its continuation together, at most, up to the model's context; None: the length
-        that the model was trained to.
-      batch_size: prompts decoded together; memory grows with it, the result does not depend on it.
-
-    Returns:
-      The new ids of each prompt, without the stop id.
+    To generate more than once, keep a `Decoder`: it casts the weights only once. Memory grows with `batch_size`, the
+    prompts decoded together; the result does not depend on it.
 
     Raises:
-      UserError: if a number is out of range or a prompt can't be continued.
+      UserError: if an option is out of range, or a prompt is empty, holds other ids or leaves no room for an answer.
     """
     options = SamplingOptions(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        max_length=max_length,
-        seed=seed,
-        stop_ids=tuple(map(int, stop_ids)),
-        forbidden_ids=tuple(map(int, forbidden_ids)),
+        max_new_tokens, temperature, top_k, top_p, seed=seed, stop_ids=tuple(map(int, stop_ids)), **options
     )
-    return Decoder(model).generate(prompts, options, batch_size)
+    params = nnx.to_pure_dict(nnx.state(model))
+    return Decoder(model.config, params, model.dtype, model.trained_length).generate(prompts, options, batch_size)
+
+
+def check_prompt(prompt: Prompt, name: str, config: GPTConfig, length: int | None = None) -> Int32[np.ndarray, " n"]:
+    """The prompt's ids; a UserError if they can't be continued up to `length` tokens (None: the context)."""
+    ids, vocab_size, length = np.asarray(prompt), config.vocab_size, length or config.max_seq_len
+    if not ids.size:
+        raise UserError(f"{name} is empty; give at least one token")
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"{name} is not a list of token ids, which are whole numbers")
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise UserError(f"{name} holds the id {outside[0]}; the model's ids are 0 to {vocab_size - 1}")
+    if len(ids) >= length:
+        limit = f"the model's context is {length}"
+        if length < config.max_seq_len:
+            limit = f"it may end at {length} (see --max_length; the model's context is {config.max_seq_len})"
+        raise UserError(f"{name} has {len(ids)} tokens, and {limit}: no room for an answer; shorten it")
+    return ids.astype(np.int32)
+
+
+class DecodeState(NamedTuple):
+    """A batch of rows on the device. A row is finished when its position has reached its limit."""
+
+    cache: list[LayerCache]
+    hidden: Float[Array, "B dim"]  # what the head reads to predict the next token
+    positions: Int32[Array, " B"]  # of the next token
+    limits: Int32[Array, " B"]
+    rows: Int32[Array, " B"]  # the number of each row, which chooses its random numbers
+    seen: Bool[Array, "B V"]  # the ids that the repetition penalty is for
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def prefill(
+    params: Params, state: DecodeState, tokens: Int32[Array, "B P"], lengths: Int32[Array, " B"], config: GPTConfig
+) -> DecodeState:
+    """Feeds the next tokens of the prompts: `lengths` of each row, at least 1; the others are padding."""
+    positions = state.positions[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    hidden, cache = cached_hidden(params, tokens, positions, state.cache, config)
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    return state._replace(cache=cache, hidden=last, positions=state.positions + lengths)
+
+
+@functools.partial(jax.jit, static_argnames=("top_k", "config"), donate_argnames="state")
+def advance(
+    params: Params, state: DecodeState, n_steps: Int32[Array, ""], knobs: Knobs, top_k: int, config: GPTConfig
+) -> tuple[DecodeState, Int32[Array, "B chunk"]]:
+    """Draws up to `n_steps` (at most `CHUNK`) tokens a row; returns the state and the tokens, padded with -1.
+
+    A token is fed as soon as it is drawn, so the cache always holds all that was returned. A row that draws a stop id
+    is finished.
+    """
+    key = jax.random.key(knobs.seed, impl="threefry2x32")
+    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(state.rows)
+
+    def step(carry):
+        i, state, new = carry
+        logits = head_logits(state.hidden, params["tok_emb"]["embedding"], config.vocab_size)
+        logits = penalize(logits, state.seen, knobs.repetition_penalty)
+        logits = jnp.where(knobs.forbidden[None], -jnp.inf, logits)
+        # Random numbers belong to a row and a position: neither chunks nor buckets change what is drawn.
+        token = draw(logits, jax.vmap(jax.random.fold_in)(row_keys, state.positions), knobs, top_k)
+        active = (state.positions < state.limits) & ~(token[:, None] == knobs.stop_ids[None]).any(axis=1)
+        hidden, cache = cached_hidden(params, token[:, None], state.positions[:, None], state.cache, config)
+        state = state._replace(
+            cache=cache,
+            hidden=hidden[:, 0],
+            positions=state.positions + active,
+            limits=jnp.where(active, state.limits, state.positions),
+            seen=state.seen.at[jnp.arange(len(token)), token].set(True),
+        )
+        return i + 1, state, new.at[:, i].set(jnp.where(active, token, -1))
+
+    def unfinished(carry):
+        i, state, _ = carry
+        return (i < n_steps) & (state.positions < state.limits).any()
+
+    new = jnp.full((len(state.positions), CHUNK), -1, jnp.int32)
+    _, state, new = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, new))
+    return state, new
+
+
+@dataclasses.dataclass
+class KeptCache:
+    """The cache of one row of tokens, kept for the next prompt.
+
+    A prompt reuses the slots of the ids that it begins with, whatever follows them: later slots are never read. So
+    continuing, going back and starting over are one operation.
+    """
+
+    ids: list[int] = dataclasses.field(default_factory=list)
+    layers: list[LayerCache] = dataclasses.field(default_factory=list)
+
+    def take(self, ids: Sequence[int], n_slots: int) -> tuple[int, list[LayerCache]]:
+        """Hands over the cache, lengthened to at least `n_slots` slots, and keeps nothing.
+
+        Also returns how many of the prompt's first ids it holds, without the last one: to predict what follows, that
+        must be computed again.
+        """
+        layers, n_kept = self.layers, 0
+        for mine, yours in zip(self.ids, ids[:-1], strict=False):
+            if mine != yours:
+                break
+            n_kept += 1
+        self.ids, self.layers = [], []
+        if layers and (missing := n_slots - layers[0][0].shape[2]) > 0:
+            layers = jax.tree.map(lambda part: jnp.pad(part, ((0, 0), (0, 0), (0, missing), (0, 0))), layers)
+        return n_kept, layers
 
 
 class Decoder:
-    """A model made ready to generate: one block a layer, weights in the precision of the computation.
+    """A GPT's parameters ready to generate: one dict per layer, matrices in `dtype`, that of matmuls and activations.
 
-    What is compiled depends on the model's shape, the buckets (of rows, prompt and cache) and `top_k`, on no other
-    option and on no parameter: all decoders of one shape share it.
-
-    Args:
-      model: the model.
-      mesh: divides the rows of a batch over its devices; each has all the weights then. None: the arrays' own devices.
+    What is compiled depends on the model's shape, the buckets (of rows, prompt and cache), `top_k` and the number of
+    stop ids, on no other option and on no parameter: all decoders of one shape share it. Answers end at
+    `trained_length`, the length of the longest training sequence, unless the options say otherwise. With a mesh, the
+    rows of a batch are divided over its devices, each of which holds all parameters.
     """
 
-    def __init__(self, model: GPT, mesh: Mesh | None = None):
-        self.config, self._dtype, self._mesh = model.config, model.dtype, mesh
-        self.trained_length = model.trained_length
-        params = nnx.to_pure_dict(nnx.state(model.unstacked()))
+    def __init__(
+        self, config: GPTConfig, params: Params, dtype, trained_length: int | None = None, mesh: Mesh | None = None
+    ):
+        self.config, self.trained_length = config, trained_length or config.max_seq_len
+        self._dtype, self._mesh, self._shards = jnp.dtype(dtype), mesh, 1 if mesh is None else batch_shards(mesh)
+        layers = [jax.tree.map(operator.itemgetter(i), params["blocks"]) for i in range(config.n_layers)]
         # Vectors (the norms' scales and biases) stay float32, as they take part in float32 arithmetic.
-        params = jax.tree.map(lambda leaf: leaf.astype(model.dtype) if leaf.ndim > 1 else leaf, params)
+        params = params | {"blocks": layers}
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, self._dtype if leaf.ndim > 1 else None), params)
         self._params = params if mesh is None else jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
     def fingerprint(self) -> str:
@@ -290,26 +196,25 @@ class Decoder:
     def generate(
         self, prompts: Sequence[Prompt], options: SamplingOptions, batch_size: int = 32, first_row: int = 0
     ) -> list[list[int]]:
-        """Continues prompts; see the function `generate`.
+        """The new ids of each prompt, without the stop id.
 
-        Args:
-          prompts: token ids.
-          options: how to draw.
-          batch_size: prompts decoded together.
-          first_row: the first prompt's number among all those of a larger task, which its random numbers depend on.
+        A prompt's random numbers depend on its row; `first_row` is that of the first prompt, in a larger task.
         """
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
-        names = [f"prompt {row}" for row in range(len(prompts))] if len(prompts) > 1 else ["the prompt"]
-        prompts = [self.check_prompt(prompt, name, options) for prompt, name in zip(prompts, names, strict=False)]
-        answers, forbidden = [[] for _ in prompts], forbidden_ids(options, self.config)
+        length = self.max_length(options)
+        prompts = [check_prompt(prompt, f"prompt {row}", self.config, length) for row, prompt in enumerate(prompts)]
+        answers, knobs = [[] for _ in prompts], self._knobs(options)
         by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # neighbours share a bucket
         for first in range(0, len(prompts), batch_size):
             rows = by_length[first : first + batch_size]
-            state = self._prefill([prompts[row] for row in rows], [first_row + row for row in rows], options)
-            goes_on = True
-            while goes_on:
-                state, new, goes_on = self._advance(state, options, forbidden, CHUNK)
+            n_rows = -(-_bucket(len(rows)) // self._shards) * self._shards
+            filled = rows + (n_rows - len(rows)) * rows[-1:]  # the last one again
+            batch = [prompts[row] for row in filled]
+            state = self._begin(batch, [first_row + row for row in filled], options)
+            state, unfinished = self._feed(state, batch, self._slots(max(map(len, batch)))), True
+            while unfinished:
+                state, new, unfinished = self._advance(state, knobs, options.top_k, CHUNK)
                 for row, ids in zip(rows, new, strict=False):
                     answers[row] += ids
         return answers
@@ -317,135 +222,108 @@ class Decoder:
     def stream(
         self, prompt: Prompt, options: SamplingOptions, kept: KeptCache | None = None, row: int = 0
     ) -> Iterator[list[int]]:
-        """Yields what `generate` gives for this one prompt, a few ids at a time, as they are made.
+        """Yields what `generate` returns for this one prompt, a few ids at a time, as they are generated.
 
-        Args:
-          prompt: token ids.
-          options: how to draw.
-          kept: what it holds of the prompt is not computed again; it holds prompt and answer afterwards, up to where
-            the iterator was left.
-          row: chooses the random numbers.
+        What `kept` holds of the prompt is not computed again. Afterwards it holds prompt and answer, up to where the
+        iterator was left.
         """
-        ids, forbidden = self.check_prompt(prompt, "the prompt", options).tolist(), forbidden_ids(options, self.config)
-        kept = KeptCache() if kept is None else kept
+        ids = check_prompt(prompt, "the prompt", self.config, self.max_length(options)).tolist()
+        return self._stream(ids, options, self._knobs(options), kept or KeptCache(), row)
 
-        def chunks() -> Iterator[list[int]]:
-            state, said, n_steps, goes_on = self._extend(kept, ids, row, options), list(ids), 1, True
-            while goes_on:
-                kept.clear()  # what it holds is about to be written over
-                state, (new, *_), goes_on = self._advance(state, options, forbidden, n_steps)
-                said += new
-                kept.hold(said, state.cache)
-                n_steps = STREAM_CHUNK  # only the first token is not waited for
-                if new:
-                    yield new
+    def _stream(self, ids: list[int], options: SamplingOptions, knobs: Knobs, kept: KeptCache, row: int) -> Iterator:
+        """A generator, which begins at its first chunk; `stream` raises errors at once."""
+        start, cache = kept.take(ids, self._slots(self._limit(len(ids), options)))
+        state = self._begin([ids], [row], options, start, cache)
+        while start < len(ids):
+            size = next((size for size in PIECES if size <= len(ids) - start), PIECES[-1])
+            state = self._feed(state, [ids[start : start + size]], size)
+            start += size
+        n_steps, unfinished = 1, True  # the reader waits for the first token alone
+        while unfinished:
+            kept.ids, kept.layers = [], []  # the buffers are about to be overwritten
+            state, (new, *_), unfinished = self._advance(state, knobs, options.top_k, n_steps)
+            ids = ids + new
+            kept.layers, kept.ids = state.cache, ids
+            n_steps = STREAM_CHUNK
+            if new:
+                yield new
 
-        return chunks()  # what is wrong has been said by now, not at the first chunk
+    def max_length(self, options: SamplingOptions) -> int:
+        """Tokens of prompt and answer together, at most; a UserError if the options ask for more than the context."""
+        length, context = options.max_length or self.trained_length, self.config.max_seq_len
+        if length > context:
+            raise UserError(f"max_length is {length}, and the model's context is {context}; choose up to that")
+        return length
 
     def is_full(self, prompt: Prompt, answer: list[int], options: SamplingOptions) -> bool:
         """Whether an answer ended because there was no room for more, not with a stop id."""
         return len(prompt) + len(answer) >= self._limit(len(prompt), options)
 
     def note_on_length(self, lengths: Iterable[int], options: SamplingOptions) -> str:
-        """A line for the user if answers ended where the model's training did, before its context; else empty.
-
-        Args:
-          lengths: of each prompt and its answer together.
-          options: how they were drawn.
-        """
+        """A line for the user if answers of these lengths, prompts included, were cut off short of the context."""
         trained, context = self.trained_length, self.config.max_seq_len
         n = sum(length >= trained for length in lengths)
         if options.max_length is not None or trained == context or not n:
             return ""
         return (
             f"({n:,} answer{'s' if n > 1 else ''} cut off at {trained:,} tokens, the question's included: the model "
-            f"was not trained to more; --max_length goes on, up to {context:,})"
+            f"was not trained on longer sequences; --max_length allows up to {context:,})"
         )
 
-    def max_length(self, options: SamplingOptions) -> int:
-        """Positions that prompt and answer may take together.
+    def _knobs(self, options: SamplingOptions) -> Knobs:
+        forbidden = np.isin(np.arange(self.config.padded_vocab_size), options.forbidden_ids)
+        if forbidden[: self.config.vocab_size].all():
+            raise UserError("forbidden_ids holds the whole vocabulary: nothing is left to draw")
+        scalars = (options.temperature, options.top_p, options.min_p, options.repetition_penalty)
+        stop_ids = np.array(options.stop_ids, np.int32)
+        return Knobs(*map(np.float32, scalars), np.uint32(options.seed), stop_ids, forbidden)
 
-        Raises:
-          UserError: if the options ask for more than the model's context.
-        """
-        length, context = options.max_length or self.trained_length, self.config.max_seq_len
-        if length > context:
-            raise UserError(f"max_length is {length}, and the model's context is {context}; choose up to that")
-        return length
+    def _begin(
+        self, prompts: Sequence[Prompt], rows: list[int], options: SamplingOptions, start: int = 0, cache: Any = ()
+    ) -> DecodeState:
+        """The state of these rows before their prompts' tokens from `start` on; a new cache if none is given."""
+        n_rows, config = len(rows), self.config
+        limits = [self._limit(len(prompt), options) for prompt in prompts]
+        seen = np.zeros((n_rows, config.padded_vocab_size), bool)
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[prompt] = True
+        seen[:, [id_ for id_ in options.stop_ids if 0 <= id_ < config.vocab_size]] = False
+        if not cache:
+            shape = (n_rows, config.n_heads, self._slots(max(limits)), config.head_dim)
+            empty = functools.partial(jnp.zeros, shape, self._dtype, device=self._sharding(n_rows))
+            cache = [(empty(), empty()) for _ in range(config.n_layers)]
+        hidden = np.zeros((n_rows, config.dim), self._dtype)
+        numbers = (np.array(each, np.int32) for each in (n_rows * [start], limits, rows))
+        return DecodeState(cache, *jax.device_put((hidden, *numbers, seen), self._sharding(n_rows)))
 
-    def check_prompt(self, prompt: Prompt, name: str, options: SamplingOptions) -> Int32[np.ndarray, " n"]:
-        """The ids of a prompt that can be continued; see `prompt.check_prompt`."""
-        return check_prompt(prompt, name, self.config, self.max_length(options))
+    def _feed(self, state: DecodeState, pieces: Sequence[Prompt], size: int) -> DecodeState:
+        """Feeds a piece of at most `size` tokens to each row."""
+        tokens = np.zeros((len(pieces), size), np.int32)
+        for row, piece in zip(tokens, pieces, strict=True):
+            row[: len(piece)] = piece
+        lengths = np.array([len(piece) for piece in pieces], np.int32)
+        tokens, lengths = jax.device_put((tokens, lengths), self._sharding(len(pieces)))
+        return prefill(self._params, state, tokens, lengths, self.config)
 
     def _advance(
-        self, state: DecodeState, options: SamplingOptions, forbidden: Bool[np.ndarray, " V"], n_steps: int
+        self, state: DecodeState, knobs: Knobs, top_k: int, n_steps: int
     ) -> tuple[DecodeState, list[list[int]], bool]:
-        """Draws up to `n_steps` tokens: the new state, each row's new ids, and whether any row goes on."""
-        knobs = (options.temperature, options.top_p, options.min_p, options.repetition_penalty)
-        state, emitted = advance(
-            self._params,
-            state,
-            np.int32(n_steps),
-            Knobs(*map(np.float32, knobs)),
-            np.array(options.stop_ids, np.int32),
-            forbidden,
-            top_k=options.top_k if options.top_k < self.config.vocab_size else 0,
-            config=self.config,
-            dtype=self._dtype,
-        )
-        emitted, active = jax.device_get((emitted, state.active))
-        return state, [row[row >= 0].tolist() for row in emitted], bool(active.any())
-
-    def _prefill(self, prompts: list[np.ndarray], rows: list[int], options: SamplingOptions) -> DecodeState:
-        """Feeds the prompts, as the rows with these numbers, all at once."""
-        shards = 1 if self._mesh is None else batch_shards(self._mesh)
-        padded = -(-_bucket(len(prompts)) // shards) * shards
-        # Rows that only fill the bucket have one token of prompt and no room for more.
-        filling = padded - len(prompts)
-        prompts, rows = prompts + filling * [np.zeros(1, np.int32)], rows + filling * [0]
-        lengths = [len(prompt) for prompt in prompts]
-        limits = [self._limit(length, options) for length in lengths[: padded - filling]] + filling * [0]
-        tokens = np.zeros((padded, self._slots(max(lengths))), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-        cache = self._empty_cache(padded, self._slots(max(limits)))
-        seen = seen_ids(prompts, options, self.config)
-        return self._start(cache, tokens, padded * [0], lengths, limits, rows, seen, options.seed)
-
-    def _extend(self, kept: KeptCache, ids: list[int], row: int, options: SamplingOptions) -> DecodeState:
-        """Feeds one prompt from where `kept` has nothing of it, in pieces."""
-        limit = self._limit(len(ids), options)
-        start, cache = kept.take(ids, self._slots(limit))
-        cache = cache or self._empty_cache(1, self._slots(limit))
-        seen = seen_ids([np.array(ids, np.int32)], options, self.config)
-        while start < len(ids):
-            size = next((size for size in PIECES if size <= len(ids) - start), PIECES[-1])
-            piece = ids[start : start + size]
-            tokens = np.array([piece + (size - len(piece)) * [0]], np.int32)
-            state = self._start(cache, tokens, [start], [len(piece)], [limit], [row], seen, options.seed)
-            start, cache = start + len(piece), state.cache
-        return state
-
-    def _start(self, cache, tokens, starts, lengths, limits, rows, seen, seed: int) -> DecodeState:
-        """Calls `start` with the rows' arrays on the rows' devices."""
-        numbers = (np.array(each, np.int32) for each in (starts, lengths, limits, rows))
-        arrays = jax.device_put((tokens, *numbers, seen), self._sharding(len(tokens)))
-        return start(self._params, cache, *arrays, np.uint32(seed), config=self.config, dtype=self._dtype)
-
-    def _empty_cache(self, n_rows: int, n_slots: int) -> list[LayerCache]:
-        model = nnx.merge(decoding_graph(self.config, self._dtype), self._params)
-        return model.init_cache(n_rows, n_slots, self._sharding(n_rows))
+        """Draws up to `n_steps` tokens: the new state, each row's new ids, and whether any row is unfinished."""
+        top_k = top_k if top_k < self.config.vocab_size else 0
+        state, new = advance(self._params, state, np.int32(n_steps), knobs, top_k, self.config)
+        new, positions, limits = jax.device_get((new, state.positions, state.limits))
+        return state, [row[row >= 0].tolist() for row in new], bool((positions < limits).any())
 
     def _sharding(self, n_rows: int) -> NamedSharding | None:
-        """How rows lie on the mesh; a stream's single one is not divided."""
-        return None if self._mesh is None or n_rows % batch_shards(self._mesh) else batch_sharding(self._mesh)
+        """How rows are divided over the mesh; a stream's single one is not."""
+        return None if self._mesh is None or n_rows % self._shards else batch_sharding(self._mesh)
 
     def _limit(self, n_prompt: int, options: SamplingOptions) -> int:
-        """The position at which an answer has to end."""
+        """The position at which an answer ends at the latest."""
         return min(n_prompt + options.max_new_tokens, self.max_length(options))
 
     def _slots(self, n: int) -> int:
-        """`n`, rounded up so that few shapes are ever compiled."""
+        """`n` positions, rounded up so that few shapes are compiled."""
         return min(max(_bucket(n), SHORTEST_BUCKET), self.config.max_seq_len)
 
 

@@ -210,18 +210,6 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [each for each in objects if isinstance(each, dict)]
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a log: a JSON object a line. Of a missing file there are none.
-
-    Other lines are left out: a process that is killed leaves its last line unfinished.
-    """
-    objects = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError):
-            objects.append(json.loads(line))
-    return [each for each in objects if isinstance(each, dict)]
-
-
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:

@@ -1,15 +1,15 @@
 """Converts models between PyTorch checkpoints, model directories and Hugging Face folders."""
 
 import math
+from argparse import Namespace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from tinysft_jax import console, distributed
+from tinysft_jax import console, distributed, export
 from tinysft_jax.checkpoints import load_model, model_kind, open_model
 from tinysft_jax.console import RunError, UserError
-from tinysft_jax.conversion import export
 from tinysft_jax.conversion.model_card import read_run
 from tinysft_jax.conversion.parity import measure_parity
 from tinysft_jax.model import GPT
@@ -17,7 +17,7 @@ from tinysft_jax.parameters import ModelDescription, make_model, model_parameter
 
 
 def main() -> None:
-    args = _parser().parse_args()
+    args = _parse()
     export.check_output(args.to, args.output, args.overwrite)
     if args.report and args.to != "huggingface":
         raise UserError("--report is for the model card, which only --to huggingface writes")
@@ -41,7 +41,7 @@ def main() -> None:
     print(f"written     {args.output}")
 
 
-def _parser() -> console.Parser:
+def _parse(arguments: list[str] | None = None) -> Namespace:
     parser = console.Parser(description=__doc__)
     parser.add_argument(
         "--input",
@@ -58,7 +58,7 @@ def _parser() -> console.Parser:
     parser.add_argument("--report", type=console.path, metavar="DIR", help="an evaluation, for the model card")
     parser.add_argument("--check", action="store_true", help="compare logits with an independent forward pass")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    return parser
+    return parser.parse_args(arguments)
 
 
 def print_model(description: ModelDescription) -> None:

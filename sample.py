@@ -40,8 +40,7 @@ CAPABILITIES = {
 
 
 def main() -> None:
-    flags = _parser().parse_args()
-    _check(flags)
+    flags = _parse()
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_length", "seed")
     options = SamplingOptions(**{name: getattr(flags, name) for name in names})
     distributed.check_devices()
@@ -104,7 +103,7 @@ def print_capabilities(
         print(note, file=sys.stderr)
 
 
-def _parser() -> console.Parser:
+def _parse(arguments: list[str] | None = None) -> Namespace:
     parser = console.Parser(description=__doc__)
     parser.add_argument(
         "--checkpoint", required=True, help="a work directory, a model directory, a .pt file or a Hugging Face folder"
@@ -132,11 +131,7 @@ def _parser() -> console.Parser:
     add("--num_samples", type=int, default=1, help="answers to --prompt, or to each request of --input")
     add("--batch_size", type=int, default=32, help="answers generated together for --input; memory grows with it")
     add("--seed", type=int, default=0, help="the same seed gives the same answers")
-    return parser
-
-
-def _check(flags: Namespace) -> None:
-    """Refuses wrong combinations of flags before the model is read."""
+    flags = parser.parse_args(arguments)
     for name in ("num_samples", "batch_size"):
         if (value := getattr(flags, name)) < 1:
             raise UserError(f"--{name} is {value}; it must be 1 or more")
@@ -152,6 +147,7 @@ def _check(flags: Namespace) -> None:
             raise UserError(f"{flags.output} exists; choose another --output or delete it")
         if not flags.output.parent.is_dir():
             raise UserError(f"there is no directory {flags.output.parent} for --output")
+    return flags
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main() -> None:
     if not file.is_file():
         raise UserError(f"there is no configuration {file}; this project's are configs/sft.py and configs/pretrain.py")
     from tinysft_jax import distributed  # after the flags, because importing JAX takes seconds
-    from tinysft_jax.conversion.export import export_run, parse_export
+    from tinysft_jax.export import export_run, parse_export
     from tinysft_jax.training.loop import train
 
     config, workdir = CONFIG.value, Path(WORKDIR.value).expanduser()

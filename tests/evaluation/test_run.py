@@ -167,7 +167,7 @@ def test_what_does_not_fit_together_is_refused(models, chat_data, story_data, ev
     output = f"--output={tmp_path / 'out'}"
     with pytest.raises(UserError, match="exists; choose another --output"):
         run.main([f"--checkpoint={models / 'ends'}", f"--data={chat_data}", f"--output={evaluated[0]}"])
-    with pytest.raises(UserError, match="speaks the chat template 'control'"):
+    with pytest.raises(UserError, match="has the chat template 'control'"):
         run.main([f"--checkpoint={models / 'ends'}", f"--data={story_data / 'text'}", output])
     with pytest.raises(UserError, match="has a context of 128 tokens, and the data a conversation of"):
         run.main([f"--checkpoint={models / 'ends'}", f"--data={story_data / 'control'}", output])

@@ -152,7 +152,7 @@ def test_the_final_evaluation_is_done_once(chat_data, finished, tmp_path, monkey
     with pytest.raises(Interrupted, match="run the same command") as interruption:
         loop.train(config, tmp_path / "work")
     assert interruption.value.exit_code == 143 and not final_lines(tmp_path / "work")
-    said = "validation: 1 rows with 2 of 32 conversations, 4 times; the kept model at the end: 2 rows with 4"
+    said = "validation: 1 of 17 rows, 4 times; the kept model: 2 rows"
     assert said in capfd.readouterr().err
     for _ in range(2):
         loop.train(config, tmp_path / "work")
@@ -170,12 +170,12 @@ def test_a_longer_run_keeps_its_sample_unless_another_is_asked_for(chat_data, fi
     shutil.copytree(finished, tmp_path / "work", symlinks=True)
     longer = {"train__max_steps": 14, "train__eval_interval": 14}  # of which 3 rows would be evaluated by default
     loop.train(small_samples(chat_data, **longer), tmp_path / "work")
-    assert "validation: 1 rows" in capfd.readouterr().err
+    assert "validation: 1 of" in capfd.readouterr().err
     assert {step: rows for step, (rows, _) in final_lines(tmp_path / "work").items()} == {14: 3}
     assert os.readlink(tmp_path / "work" / "model") == "models/5"
     other = {"train__max_steps": 16, "train__eval_batches": 3}
     loop.train(small_samples(chat_data, **other), tmp_path / "work")
     said = capfd.readouterr().err
-    assert "the validation sample is not what it was" in said and "validation: 3 rows" in said
+    assert "the validation sample is not what it was" in said and "validation: 3 of" in said
     assert os.readlink(tmp_path / "work" / "model") == "models/15"
     assert {step: rows for step, (rows, _) in final_lines(tmp_path / "work").items()} == {16: 3}

@@ -5,10 +5,8 @@ import fcntl
 import importlib.metadata
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -177,30 +175,3 @@ def test_a_run_that_diverged_is_no_finished_one_for_wandb(chat_data, tmp_path, m
         train(tiny_config(chat_data, optimizer__learning_rate=1e30, **changes), tmp_path / "one")
     train(tiny_config(chat_data, train__max_steps=2, **changes), tmp_path / "two")
     assert [code != 0 for code in fake.finished] == [True, False]
-
-
-def test_plans_of_killed_runs_are_removed(chat_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    program = (
-        "import os, tinysft_jax as tsft\n"
-        f"batches = iter(tsft.batches({str(chat_data)!r}, seq_len=64))\nnext(batches)\nprint(flush=True)\nos.read(0, 1)"
-    )
-    environ = os.environ | {"TMPDIR": str(tmp_path)}
-    killed, alive = (
-        subprocess.Popen([sys.executable, "-c", program], env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        for _ in range(2)
-    )
-    for process in (killed, alive):
-        process.stdout.readline()
-    assert len(os.listdir(tmp_path)) == 2
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    import tinysft_jax as tsft
-
-    ours = iter(tsft.batches(chat_data, seq_len=64))
-    next(ours)
-    assert len(os.listdir(tmp_path)) == 2
-    alive.communicate(b"\n")
-    ours.close()
-    del ours
-    assert not os.listdir(tmp_path)

@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
 
-def _parse(arguments: list[str] | None) -> Namespace:
+def _parse(arguments: list[str] | None = None) -> Namespace:
     parser = console.Parser(
         prog="python -m tinysft_jax.data.inspect", description="A packed row, as training reads it."
     )

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     _print_summary(flags.output, encoder, ledger, totals, time.monotonic() - start)
 
 
-def _parse(arguments: list[str] | None) -> Namespace:
+def _parse(arguments: list[str] | None = None) -> Namespace:
     parser = console.Parser(prog="python -m tinysft_jax.data.prepare", description="Text to a prepared data set.")
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)

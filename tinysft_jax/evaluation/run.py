@@ -146,7 +146,7 @@ def transcript(case: Case, answers: dict[str, Answer]) -> str:
     return "\n".join([*lines, f"Data: {case.ground_truth}"])
 
 
-def _parser() -> console.Parser:
+def _parse(arguments: list[str] | None = None) -> Namespace:
     parser = console.Parser(prog="python -m tinysft_jax.evaluation.run", description="Measures what a model can do.")
     parser.add_argument("--checkpoint", metavar="PATH", required=True, help="a model, in any form")
     parser.add_argument("--baseline", metavar="PATH", help="another one, to compare with")
@@ -158,15 +158,16 @@ def _parser() -> console.Parser:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--batch_size", type=int, default=32, help="answers sampled together; more take more memory")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N cases with their answers, too")
-    return parser
+    flags = parser.parse_args(arguments)
+    for name, least in (("cases", 1), ("batch_size", 1), ("seed", 0), ("show", 0)):
+        if getattr(flags, name) < least:
+            raise UserError(f"--{name} is {getattr(flags, name)}; it must be {least} or more")
+    return flags
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command; `arguments` are the command line's unless given."""
-    flags = _parser().parse_args(arguments)
-    for name, least in (("cases", 1), ("batch_size", 1), ("seed", 0), ("show", 0)):
-        if getattr(flags, name) < least:
-            raise UserError(f"--{name} is {getattr(flags, name)}; it must be {least} or more")
+    flags = _parse(arguments)
     files.check_output(flags.output, flags.overwrite, CONTENT)
     metrics.require_libraries()
     settings, cases, answers = evaluate(flags)

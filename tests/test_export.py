@@ -13,12 +13,12 @@ import torch
 
 from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import UserError
-from tinysft_jax.conversion.export import check_output, export_run, parse_export
 from tinysft_jax.conversion.huggingface import read_huggingface
 from tinysft_jax.conversion.torch import read_torch_checkpoint
+from tinysft_jax.export import check_output, export_run, parse_export
 from tinysft_jax.training import loop
 
-CONFIG = Path(__file__).parents[2] / "configs" / "sft.py"
+CONFIG = Path(__file__).parents[1] / "configs" / "sft.py"
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,7 @@ def cases() -> list[Case]:
     for task in TASK_NAMES:
         for each in (each for each in conversations if each.task == task):
             question, answer = (message["content"] for message in each.messages)
-            drawn.append(Case(task, question, answer, each.conditions, target=[*answer.split(), "end"]))
+            drawn.append(Case(task, question, answer, each.request.conditions, target=[*answer.split(), "end"]))
     return drawn
 
 

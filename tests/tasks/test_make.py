@@ -96,19 +96,19 @@ def test_very_short_stories_are_asked_for_as_such():
                 assert asked_briefly != asked
             else:
                 assert asked_briefly == asked
-            assert brief.messages[1:] == usual.messages[1:] and brief.conditions == usual.conditions
+            assert brief.messages[1:] == usual.messages[1:] and brief.request.conditions == usual.request.conditions
 
 
 def test_a_story_is_asked_for_from_any_subset_of_what_the_record_has():
     made = [c for seed in range(400) for c in make_tasks(RECORD, seed)]
-    assert all(c.conditions == {"words": [*RECORD.words]} for c in made if c.task == "words")
-    assert all(c.conditions == {} for c in made if c.task not in STORIES)
+    assert all(c.request.conditions == {"words": [*RECORD.words]} for c in made if c.task == "words")
+    assert all(c.request.conditions == {} for c in made if c.task not in STORIES)
     known = {"features": [*RECORD.features], "words": [*RECORD.words], "summary": RECORD.summary}
     asked = [c for c in made if c.task == "story"]
-    assert all(c.messages[1]["content"] == STORY and c.conditions.items() <= known.items() for c in asked)
+    assert all(c.messages[1]["content"] == STORY and c.request.conditions.items() <= known.items() for c in asked)
     # Each of the three conditions or not, but never none of them, in any order.
-    assert len({frozenset(c.conditions) for c in asked} - {frozenset()}) == 7
-    assert len({tuple(c.conditions) for c in asked if len(c.conditions) == 3}) == 6
+    assert len({frozenset(c.request.conditions) for c in asked} - {frozenset()}) == 7
+    assert len({tuple(c.request.conditions) for c in asked if len(c.request.conditions) == 3}) == 6
     openings = {c.messages[0]["content"].split("\n")[0] for c in asked}
     assert len(openings) == len(STORY_PHRASINGS) and "Write a short story." in openings
 
@@ -282,7 +282,7 @@ def test_wordings_come_as_often_as_they_should(embedded):
 def test_what_a_story_is_written_from_holds_for_it():
     """So it can be learned to keep to the request."""
     for story in embedded_stories(300):
-        for conditions in (c.conditions for c in make_tasks(story.record) if c.task == "story"):
+        for conditions in (c.request.conditions for c in make_tasks(story.record) if c.task == "story"):
             assert conditions
             assert set(conditions.get("features", ())) <= set(story.record.features or ())
             assert conditions.get("random_sentence", "") in " ".join(story.record.story.split())

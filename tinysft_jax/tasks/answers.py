@@ -46,11 +46,10 @@ _SPEECH = re.compile(r"[\"“”]|^['‘]")
 
 
 def find_moral(story: str) -> str | None:
-    """The last sentence of the story that says what there is to learn, word for word.
+    """The last sentence of the story that says what it teaches, word for word.
 
-    A sentence that names the moral goes before one about what somebody learned, and that before one about what somebody
-    realised. None where there is no such sentence, or it is speech, or needs its neighbours to be understood ("He
-    learned his lesson.").
+    One that names the moral is preferred to one about what somebody learned, and that to one about what somebody
+    realised. None where there is none but speech, and sentences that need others ("He learned his lesson.").
     """
     found = [sentence for line in story.split("\n") for sentence in sentences(line)]
     told = [sentence for sentence in reversed(found) if not _SPEECH.search(sentence)]

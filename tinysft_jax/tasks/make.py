@@ -1,8 +1,7 @@
 """Story records → conversations: what the model is asked about a story, and what it should answer.
 
-A task about a story is its answer in `_ANSWERS` (None where the record does not allow it), its rate in `RATES`, and its
-wordings in `requests.py`. No answer may be the same for every story: that would teach a phrase and nothing about
-stories.
+A task about a story is its answer in `_ANSWERS`, its rate in `RATES`, and its wordings in `requests.py`. No answer may
+be the same for every story: that would teach a phrase and nothing about stories.
 """
 
 import hashlib
@@ -40,10 +39,10 @@ QUESTIONS = ("main_character", "what_happened", "happy_ending", "dialogue")
 MAX_QUESTIONS = 2
 # Their answer is the story.
 STORIES = ("words", "story")
-# What may be asked about the story of a conversation that goes on, at the same rates.
+# What follow-up requests ask about the story of a conversation, at the same rates.
 ABOUT_A_STORY = ("summary", "moral", *QUESTIONS, "beginning")
-# How often for its first sentence, which no task asks for: a model that can find a sentence and repeat it has learned
-# most of how to use one that a story is to contain.
+# How often they ask for its first sentence, which no task does: a model that can find a sentence and repeat it has
+# learned most of how to use one that a story is to contain.
 BEGINNING_RATE = 0.5
 # How often "story" names a condition that the record has; it always names one.
 CONDITION_RATES = {"features": 0.9, "words": 0.5, "summary": 0.4, "random_sentence": 0.9}
@@ -53,19 +52,17 @@ TRIMMABLE_TASKS = frozenset(("summary", "what_happened", "main_character"))
 # Half a story with the summary of the whole would teach to make things up.
 MIN_KEPT = 0.5
 
+_ENDINGS = {True: "Yes, this story has a happy ending.", False: "No, this story does not have a happy ending."}
+_DIALOGUE = {True: "Yes, there is dialogue in this story.", False: "No, there is no dialogue in this story."}
+
 
 @dataclass(frozen=True)
 class Conversation:
     """A task made of a record."""
 
-    task: str  # of TASK_NAMES; that of the first request, if others follow
+    task: str  # of TASK_NAMES; follow-up requests don't change it
     messages: list[dict[str, str]]  # a user's and an assistant's in turn, each {"role": ..., "content": ...}
     request: Request  # the first message, before it is worded
-
-    @property
-    def conditions(self) -> dict[str, Any]:
-        """What the first request asks a story to have, as of `Request`; empty for other tasks."""
-        return self.request.conditions
 
     def versions(self) -> Iterator[list[dict[str, str]]]:
         """Yields the messages, then ever shorter versions: with fewer turns, then with less of the prompt's story.
@@ -85,11 +82,7 @@ class Conversation:
     def to_json(self) -> dict[str, Any]:
         """What `prepare` writes of the first request; the answer is None where it is the story."""
         answer = None if self.task in STORIES else self.messages[1]["content"]
-        return {"task": self.task, "conditions": self.conditions, "answer": answer}
-
-
-def _moral(record: StoryRecord) -> str | None:
-    return find_moral(record.story) if "MoralValue" in (record.features or ()) else None
+        return {"task": self.task, "conditions": self.request.conditions, "answer": answer}
 
 
 def _main_character(record: StoryRecord) -> str | None:
@@ -98,28 +91,18 @@ def _main_character(record: StoryRecord) -> str | None:
 
 
 def _happy_ending(record: StoryRecord) -> str | None:
-    if record.features is None:
-        return None
-    if "BadEnding" in record.features:
-        return "No, this story does not have a happy ending."
-    return "Yes, this story has a happy ending."
+    return None if record.features is None else _ENDINGS["BadEnding" not in record.features]
 
 
-def _dialogue(record: StoryRecord) -> str | None:
-    talking = has_dialogue(record.story)
-    if talking is None:
-        return None
-    return "Yes, there is dialogue in this story." if talking else "No, there is no dialogue in this story."
-
-
+# How to answer; None where the record does not allow the task, or the answer is unclear.
 _ANSWERS: dict[str, Callable[[StoryRecord], str | None]] = {
     "summary": lambda record: record.summary,
-    "moral": _moral,
+    "moral": lambda record: find_moral(record.story) if "MoralValue" in (record.features or ()) else None,
     "words": lambda record: record.story if record.words else None,
     "main_character": _main_character,
     "what_happened": lambda record: record.summary,
     "happy_ending": _happy_ending,
-    "dialogue": _dialogue,
+    "dialogue": lambda record: _DIALOGUE.get(has_dialogue(record.story)),
     "story": lambda record: record.story if conditions_of(record) else None,
     "beginning": lambda record: next(sentences(record.story), None),
 }
@@ -134,10 +117,10 @@ def make_tasks(
       record: the story.
       seed: decides, with the record, which tasks are made and how they are worded.
       rates: how often each is made; see `RATES`.
-      follow_ups: whether each conversation goes on with requests about its story.
-      brief: whether the story is to be asked for as "a very short story".
+      follow_ups: whether more requests about the story follow in each conversation.
+      brief: whether the story is asked for as "a very short story".
     """
-    # The same draws in every process and on every machine.
+    # Python's own `hash` of a string differs from process to process.
     digest = hashlib.blake2b(f"{seed}\n{record}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     draws = random.Random(int.from_bytes(digest))
     chosen = {name: draws.random() for name in TASK_NAMES}
@@ -165,11 +148,11 @@ def _choose_tasks(answers: dict[str, str], chosen: dict[str, float], rates: Rate
 def _rate(rates: Rates, name: str, answer: str) -> float:
     """How often a task is asked for; its answer may decide."""
     rate = BEGINNING_RATE if name == "beginning" else rates[name]
-    return rate[_answer_key(answer)] if isinstance(rate, Mapping) else rate
+    return rate[_yes_or_no(answer)] if isinstance(rate, Mapping) else rate
 
 
-def _answer_key(answer: str) -> str:
-    """What stands for an answer in the table of rates: "yes" or "no"."""
+def _yes_or_no(answer: str) -> str:
+    """The key of an answer in a question's rates."""
     return answer.partition(",")[0].lower()
 
 
@@ -182,7 +165,7 @@ def _request(task: str, record: StoryRecord, wording: float, draws: random.Rando
 
 
 def _some_conditions(record: StoryRecord, draws: random.Random) -> dict[str, Any]:
-    """Some of the record's conditions, at least one, in an order that is drawn."""
+    """Some of the record's conditions, at least one, in random order."""
     known = conditions_of(record)
     ranks = {name: draws.random() / rate for name, rate in CONDITION_RATES.items() if name in known}
     first = min(ranks, key=ranks.__getitem__)
@@ -192,13 +175,13 @@ def _some_conditions(record: StoryRecord, draws: random.Random) -> dict[str, Any
 
 
 def _follow_ups(answers: dict[str, str], rates: Rates, draws: random.Random, first: str) -> Iterator[dict[str, str]]:
-    """Turns about the story of a conversation, in an order that is drawn; no answer is repeated."""
-    said = {first}
+    """Messages about the story of a conversation, in random order; no answer is repeated, nor the first one."""
+    given = {first}
     known = [name for name in ABOUT_A_STORY if name in answers]
     for name in sorted(known, key=lambda _: draws.random()):
         chosen, wording = draws.random(), draws.random()
-        if chosen < _rate(rates, name, answers[name]) and answers[name] not in said:
-            said.add(answers[name])
+        if chosen < _rate(rates, name, answers[name]) and answers[name] not in given:
+            given.add(answers[name])
             yield from _turn(follow_up(name, wording), answers[name])
 
 
@@ -206,20 +189,20 @@ def _turn(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def balanced_rates(records: Iterable[StoryRecord], rates: Rates = RATES) -> Rates:
-    """Rates for records like these, some thousands: a more frequent answer is asked for less often.
+def balanced_rates(records: Iterable[StoryRecord]) -> Rates:
+    """Rates for records like these, some thousands: the more frequent of two answers is asked for less often.
 
-    A question as a whole is asked as often as before, as far as there are enough of the rarest answer; not at all where
-    all of the records have the same one.
+    A question as a whole is asked as often as in `RATES`, as far as there are enough records of the rarer answer; not
+    at all where all records have the same one.
     """
-    balanced = {name: rate for name, rate in rates.items() if isinstance(rate, Mapping)}
-    counts = {name: Counter(dict.fromkeys(rate, 0)) for name, rate in balanced.items()}
+    rates = dict(RATES)
+    counts = {name: Counter(dict.fromkeys(rate, 0)) for name, rate in RATES.items() if isinstance(rate, Mapping)}
     for record in records:
         for name, count in counts.items():
             if (answer := _ANSWERS[name](record)) is not None:
-                count[_answer_key(answer)] += 1
+                count[_yes_or_no(answer)] += 1
     for name, count in counts.items():
-        rate = sum(balanced[name].values()) / len(count)
+        rate = sum(RATES[name].values()) / len(count)
         each = min(rate * count.total() / len(count), min(count.values()))  # records to ask, of each answer
-        balanced[name] = {answer: each / n if n else 0.0 for answer, n in count.items()}
-    return {**rates, **balanced}
+        rates[name] = {answer: each / n if n else 0.0 for answer, n in count.items()}
+    return rates

@@ -1,13 +1,11 @@
 """TinyStories-Instruct text → story records.
 
-A record ends at `<|endoftext|>`, on a line of its own or glued to text. A line that starts with one of five headers at
-its first column opens that field, which runs to the next such line or to the record's end. Fields come in any order and
-any of them may be missing. Where a header occurs twice, the first field that isn't empty counts: what is usually
-repeated is the instruction, and the story must not swallow it.
+A record ends at `<|endoftext|>`, on a line of its own or after other text. A line that starts with one of five headers
+begins a field, which ends at the next such line. Fields come in any order and any of them may be missing. Where a
+header occurs twice, the first field that isn't empty counts: what is repeated is the instruction, after the story.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -20,37 +18,25 @@ _HEADER = re.compile(r"^(Features|Words|Summary|Random sentence|Story):", re.MUL
 
 @dataclass(frozen=True)
 class StoryRecord:
-    """One story with the instruction it was written for.
+    """One story with the instruction it was written for."""
 
-    Attributes:
-      features: of Dialogue, BadEnding, Twist, Foreshadowing, MoralValue and Conflict those that the story has. None
-        where the record has no such line: then nothing is known, also not that the ending is happy.
-      words: the words that the story was asked to use; may be empty.
-      summary: the summary, or None.
-      random_sentence: the sentence that the story was asked to contain, or None.
-      story: the story, never empty.
-    """
-
+    # Of Dialogue, BadEnding, Twist, Foreshadowing, MoralValue and Conflict those that the story has. None where the
+    # record has no such line: then none is known to be missing, and the ending may be bad.
     features: tuple[str, ...] | None
-    words: tuple[str, ...]
+    words: tuple[str, ...]  # that the story was asked to use; may be empty
     summary: str | None
-    random_sentence: str | None
-    story: str
+    random_sentence: str | None  # that the story was asked to contain
+    story: str  # never empty
 
 
-def parse_records(lines: Iterable[str], skipped: Counter[str] | None = None) -> Iterator[StoryRecord]:
-    """Yields the records of TinyStories-Instruct text in order; holds one at a time.
+def parse_records(lines: Iterable[str]) -> Iterator[StoryRecord]:
+    """Yields the records of TinyStories-Instruct text that have a story, in order; holds one at a time.
 
-    Args:
-      lines: an open file or any lines, each with or without its line end.
-      skipped: counts the records that were left out, by reason ("no story").
+    `lines` is an open file, or any lines with or without their line ends.
     """
     for text in split_records(lines):
-        record = parse_record(text)
-        if record is not None:
+        if (record := parse_record(text)) is not None:
             yield record
-        elif skipped is not None:
-            skipped["no story"] += 1
 
 
 def split_records(lines: Iterable[str]) -> Iterator[str]:
@@ -75,7 +61,7 @@ def split_records(lines: Iterable[str]) -> Iterator[str]:
 def clean_record(text: str) -> str:
     r"""A record without empty lines around it, its line ends as `\n`; empty if it is blank."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    # A byte-order mark opens a file, and is anywhere in a record where files were put together.
+    # Byte-order marks: at the start of a file, and inside where files were concatenated.
     text = text.replace("\ufeff", "").strip("\n")
     return "" if is_blank(text) else text
 

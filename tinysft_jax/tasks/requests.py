@@ -1,4 +1,4 @@
-"""What a conversation begins with, and how requests are worded."""
+"""The first request of a conversation, structured until it is worded, and the wordings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,7 +57,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# When the story has been talked about already.
+# Wordings of requests about the story that a conversation is about already.
 FOLLOW_UPS: dict[str, tuple[str, ...]] = {
     "summary": ("Please summarize it.", "What is it about, in short?", "Can you say that in one sentence?"),
     "moral": ("What is its moral?", "What does it teach us?", "And what can we learn from it?"),
@@ -92,10 +92,8 @@ FEATURE_NAMES = {
     "Conflict": "a conflict",
 }
 
-_LENGTHS = {
-    False: {"a_story": "a story", "a_short_story": "a short story"},
-    True: dict.fromkeys(("a_story", "a_short_story"), "a very short story"),
-}
+_USUAL = {"a_story": "a story", "a_short_story": "a short story"}
+_BRIEF = dict.fromkeys(_USUAL, "a very short story")
 
 
 @dataclass(frozen=True)
@@ -111,21 +109,18 @@ class Request:
 
     def text(self) -> str:
         """The request in words."""
-        length = _LENGTHS[self.brief]
+        length = _BRIEF if self.brief else _USUAL
         if self.task != "story":
             content = self.story or ", ".join(self.conditions["words"])
             return choose(PHRASINGS[self.task], self.draw).format(content, **length)
-        phrasing = choose(STORY_PHRASINGS, self.draw)
-        contents = dict(self.conditions)
-        if "features" in contents and phrasing is not STORY_PHRASINGS[0]:
-            contents["features"] = [FEATURE_NAMES.get(feature, feature) for feature in contents["features"]]
-        opening, *labels = phrasing
+        opening, *labels = phrasing = choose(STORY_PHRASINGS, self.draw)
         label_of = dict(zip(CONDITIONS, labels, strict=True))
-        lines = [
-            f"{label_of[name]}: {content if isinstance(content, str) else ', '.join(content)}"
-            for name, content in contents.items()
-        ]
-        return "\n".join([opening.format(**length), *lines])
+        lines = [opening.format(**length)]
+        for name, content in self.conditions.items():
+            if name == "features" and phrasing is not STORY_PHRASINGS[0]:
+                content = [FEATURE_NAMES.get(feature, feature) for feature in content]
+            lines.append(f"{label_of[name]}: {content if isinstance(content, str) else ', '.join(content)}")
+        return "\n".join(lines)
 
 
 def choose(phrasings: Sequence[T], draw: float) -> T:
@@ -135,20 +130,20 @@ def choose(phrasings: Sequence[T], draw: float) -> T:
 
 
 def follow_up(task: str, draw: float) -> str:
-    """A request about the story that is being talked about, given a number drawn from [0, 1)."""
+    """A follow-up request, given a number drawn from [0, 1)."""
     return FOLLOW_UPS[task][int(draw * len(FOLLOW_UPS[task]))]
 
 
 def conditions_of(record: StoryRecord) -> dict[str, Any]:
-    """Everything that the record knows of its story, each item on one line; see `Request`."""
+    """All conditions that the record's story meets, each item on one line; see `Request`."""
+
+    def one_line(text: str | None) -> str:
+        return " ".join((text or "").split())
+
     conditions = {
-        "features": [_one_line(feature) for feature in record.features or ()],
-        "words": [_one_line(word) for word in record.words],
-        "summary": _one_line(record.summary or ""),
-        "random_sentence": _one_line(record.random_sentence or ""),
+        "features": [*map(one_line, record.features or ())],
+        "words": [*map(one_line, record.words)],
+        "summary": one_line(record.summary),
+        "random_sentence": one_line(record.random_sentence),
     }
     return {name: value for name, value in conditions.items() if value}
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

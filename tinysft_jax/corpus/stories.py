@@ -1,8 +1,8 @@
-"""The embedded corpus: any number of short stories in the form of TinyStories-Instruct, generated without a download.
+"""The embedded corpus: any number of generated stories in the form of TinyStories-Instruct, without a download.
 
-Each story tells one of the plots of `stories.toml` with its own characters, things and wordings, and is built around a
-noun, a verb and an adjective, as the stories of TinyStories are. So the ground truth about it is known: who it is
-about, how it ends, whether they talk.
+Each story tells one of the plots of `stories.toml` with its own characters and wordings, and is built around a noun, a
+verb and an adjective, as the stories of TinyStories are. So the ground truth about it is known: who it is about, how it
+ends, whether it has dialogue.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ PRONOUNS = {"he": ("him", "his"), "she": ("her", "her"), "it": ("it", "its")}
 
 @dataclass(frozen=True)
 class Character:
-    """Somebody in a story."""
+    """Somebody in a story. `stories.toml` refers to the attributes: `{M.his}`."""
 
     name: str  # "Lily", or "the little duck" where there is no name
     he: str  # the pronoun: "he", "she" or "it"
@@ -44,13 +44,12 @@ class Character:
 
     @property
     def intro(self) -> str:
-        """A first mention, as a line."""
+        """The first mention; [a|b] is a choice."""
         if not self.kind:
             return self.name.replace("the ", "a ", 1)
         return f"a [little |young |]{self.kind} named {self.name}"
 
 
-# What the stories are made of; described where it is written down.
 _PARTS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("stories.toml").read_text(encoding="utf-8"))
 PLOTS: list[dict[str, Any]] = _PARTS["plots"]
 LINES: dict[str, list[str]] = _PARTS["lines"]
@@ -66,12 +65,11 @@ BAD_ENDING, SPEECH, MORAL, HINT, QUARREL, ATTEMPT = 0.45, 0.52, 0.45, 0.35, 0.3,
 PRONOUN, SPOKEN_LINE = 0.35, 0.75
 # ... and of the fields of a record.
 HAS_FEATURES, HAS_WORDS, HAS_SUMMARY, HAS_RANDOM_SENTENCE = 0.92, 0.95, 0.96, 0.9
-# How often a record's sentence is the story's first one, which a small model learns to use before others; else any one.
+# How often a record's sentence is the story's first, which a small model learns to use before others.
 FIRST_SENTENCE = 0.7
 
-# Verses that repeat a sentence: how often they do.
+# Verses are a sentence, so many times, or random words in a fixed number, repeated up to a least length.
 ECHOES = 3
-# Verses that are words and nothing else, in any order: how many different ones, and their least length.
 CHANTS, CHANT_LENGTH = (1, 1, 2, 2, 3, 3, 4, 5), 6
 CHANTED = ("moral", *WORDS["noun"], *WORDS["verb"], *WORDS["adjective"], *(child.name for child in CHILDREN))
 
@@ -80,12 +78,12 @@ CHANTED = ("moral", *WORDS["noun"], *WORDS["verb"], *WORDS["adjective"], *(child
 class EmbeddedStory:
     """A record of the embedded corpus, and the ground truth about its story.
 
-    Training data has the sketches and, as plain text, the verses as well: in a short context it takes a small model far
-    fewer steps to learn that words come back, and what a question is about, than in a story.
+    Training data has the sketches as well, and as plain text the verses: in a short context, a small model needs far
+    fewer steps to learn that words are repeated, and what a question is about.
     """
 
-    record: StoryRecord  # as a parser would read it from the text
-    main_character: str  # as a reader would name it: "Lily", or "the little duck"
+    record: StoryRecord
+    main_character: str  # "Lily", or "the little duck"
     happy_ending: bool  # for the main character
     dialogue: bool  # whether somebody speaks in quotes
     plot: str  # its name
@@ -96,8 +94,8 @@ class EmbeddedStory:
 def embedded_stories(n: int, split: Literal["train", "valid"] = "train", seed: int = 0) -> Iterator[EmbeddedStory]:
     """Yields `n` stories; story i depends on nothing but i, the split and the seed.
 
-    No pair of a main character and a plot is in both splits, whatever the seeds, nor is a plot with the same words to
-    use. So a valid story can't be told from memory.
+    Whatever the seeds, no pair of a main character and a plot is in both splits, nor is a plot with the same words. So
+    a validation story can't be told from memory.
     """
     for index in range(n):
         yield _story(random.Random(f"{seed}/{split}/{index}"), held_out=split == "valid")
@@ -120,14 +118,13 @@ def record_text(record: StoryRecord) -> str:
 
 
 def verb_forms(verb: str) -> dict[str, str]:
-    """The past of a regular verb, and the form in "ing"."""
-    # hop, hopped; bake, baked; hurry, hurried, hurrying
+    """Past tense and present participle of a regular verb: hopped, hopping; baked, baking; hurried, hurrying."""
     stem = verb + verb[-1] if re.fullmatch("[^aeiou]*[aeiou][^aeiouwxy]", verb) else verb.removesuffix("e")
     return {"verbed": re.sub("([^aeiou])y$", r"\1i", stem) + "ed", "verbing": stem + "ing"}
 
 
 def _story(rng: random.Random, held_out: bool) -> EmbeddedStory:
-    """Draws a story on one side of the split."""
+    """Draws a story of the validation split (`held_out`) or the other one."""
     while True:
         plot = _pick(rng, PLOTS)
         main = _main_character(rng)
@@ -159,7 +156,7 @@ def _draw_words(rng: random.Random) -> dict[str, str]:
 
 
 def is_held_out(*combination: str) -> bool:
-    """Puts one combination in eight on the valid side, by a hash that is the same in every process."""
+    """Holds out one combination in eight, by a hash that is the same in every process."""
     return hashlib.sha256("|".join(combination).encode()).digest()[0] % 8 == 0
 
 
@@ -170,7 +167,7 @@ class _Told(NamedTuple):
 
 
 class _Narrator:
-    """Tells one story: knows who and what is in it, and whether they talk."""
+    """Tells one story: knows who and what is in it, and whether there is dialogue."""
 
     def __init__(self, rng: random.Random, plot: dict, main: Character, ending: dict, words: dict[str, str]):
         self.rng, self.plot, self.main, self.ending = rng, plot, main, ending
@@ -225,7 +222,7 @@ class _Narrator:
         return self._told(story, summary, features | dict.fromkeys(self.ending.get("features", ()), True))
 
     def sketch(self) -> _Told:
-        """Nothing but the beginning, the words to use and the end, with nobody else at the beginning."""
+        """Only the beginning, without other characters, the words to use and the end."""
         moral = _chance(self.rng, MORAL)
         openings = [line for line in LINES["openings"] if "{F" not in line and "{E" not in line]
         last = LINES["morals" if moral else "the_end"]
@@ -242,7 +239,7 @@ class _Narrator:
         return mentions["M"] > 1 + max(mentions["F"], mentions["E"])
 
     def _told(self, story: str, summary: str, features: dict[str, bool]) -> _Told:
-        """With the features that can be seen, too."""
+        """Adds the features that the story and its ending show."""
         present = features | {"Dialogue": '"' in story, "BadEnding": not self.ending["happy"]}
         return _Told(story, summary, tuple(feature for feature in FEATURES if present.get(feature)))
 
@@ -250,7 +247,7 @@ class _Narrator:
         return LINES[f"{'happy' if self.ending['happy'] else 'sad'}_{lines}"]
 
     def _choose(self, step: Sequence[str], n: int = 1) -> list[str]:
-        """Draws n different lines of a step, and keeps their order."""
+        """Draws n different lines of a step, in their order."""
         chosen: list[str] = []
         while len(chosen) < n:
             speak = self.they_talk and _chance(self.rng, SPOKEN_LINE)
@@ -261,7 +258,7 @@ class _Narrator:
     def _paragraph(self, *steps: Sequence[str]) -> str:
         lines = [line for step in steps for line in step]
         for i in range(1, len(lines)):
-            # "He" is clear after a line about the main character and nobody else.
+            # "He" is clear after a line about the main character alone.
             is_clear = "{M" in lines[i - 1] and not re.search("{F|{E|[Tt]hey", lines[i - 1]) and self.main.he != "it"
             if is_clear and re.match("{M} (?!and)", lines[i]) and _chance(self.rng, PRONOUN):
                 lines[i] = lines[i].replace("{M}", "{M.he}", 1)

@@ -1,4 +1,4 @@
-"""From a prepared split and a packing plan to batches, through grain."""
+"""A prepared split and a packing plan → batches, with grain."""
 
 import os
 import signal
@@ -18,29 +18,21 @@ from tinysft_jax.data.packing import PackingPlan, plan_epoch
 from tinysft_jax.data.store import PreparedData, Split
 from tinysft_jax.data.workers import STOP_SIGNALS, stop_signals_blocked
 
-# `[B, T]` arrays: tokens int32; segment_ids int32, from 1 in each row, 0: padding; positions int32, from 0 in each
-# conversation; targets int32, the next token; weights float32, 0 where the target is not supervised.
+# tokens int32; segment_ids int32, from 1 in each row, 0: padding; positions int32, from 0 in each conversation;
+# targets int32, the next token; weights float32, 0 where the target is not supervised.
 Batch = dict[str, Int32[np.ndarray, "B T"] | Float32[np.ndarray, "B T"]]
 
-# Batches that a worker keeps ready.
-READ_AHEAD = 4
+READ_AHEAD = 4  # batches of each worker
 
-# Workers pass batches in shared memory. Python's resource tracker removes what a killed one leaves; its warning about
-# that is of no use to the user.
+# Workers pass batches in shared memory. When one is killed, Python's resource tracker frees it, and would warn.
 _QUIET_TRACKER = "ignore:resource_tracker"
 
 
 class BatchSource:
     """Random access to the batches of an epoch (a grain data source): batch i is a pure function of the plan.
 
-    The last batch of an epoch is padded with empty rows, so each conversation occurs once an epoch.
-
-    Args:
-      split: the conversations.
-      plan: the epoch's rows.
-      batch_size: rows of the global batch.
-      seq_len: tokens of a row.
-      part: (index, count): which of how many equal parts of each batch to build; one for each process.
+    The last batch of an epoch is padded with empty rows, so each conversation occurs once an epoch. `batch_size` is that
+    of the global batch, and `part`, (index, count), which of how many equal parts to build: each process has one.
 
     Raises:
       UserError: for a batch with a token id outside the vocabulary.
@@ -72,7 +64,7 @@ class BatchSource:
         return range(self.batch_size * int(index), self.batch_size * (int(index) + 1))[self.part]
 
     def _fill(self, arrays: dict[str, np.ndarray], row: int) -> None:
-        """Lays a row's conversations side by side; the target of token i is token i + 1 of the same conversation."""
+        """Fills a row with its conversations; the target of token i is token i + 1 of the same conversation."""
         start = 0
         for segment, conversation in enumerate(self.plan.row(row).tolist(), 1):
             ids, supervised = self.split.conversation(conversation)
@@ -86,12 +78,7 @@ class BatchSource:
 
 
 def epoch_batches(source: BatchSource, start: int = 0, num_workers: int = 0) -> Iterator[Batch]:
-    """Reads an epoch's batches ahead.
-
-    Args:
-      source: the epoch.
-      start: the first batch to read; a resumed run passes how many it has read.
-      num_workers: processes that build batches; 0: a thread of this one. The batches are the same.
+    """Yields the batches of an epoch from batch `start` on. They don't depend on `num_workers`; 0 is a thread.
 
     Raises:
       RunError: if a worker dies, or the data can't be read.
@@ -108,7 +95,7 @@ def epoch_batches(source: BatchSource, start: int = 0, num_workers: int = 0) -> 
     iterator = iter(dataset)
     try:
         while True:
-            with stop_signals_blocked():  # the first call starts the workers, which inherit this
+            with stop_signals_blocked():  # the first call starts the workers, which inherit the mask
                 batch = next(iterator, None)
             if batch is None:
                 return
@@ -122,8 +109,8 @@ def epoch_batches(source: BatchSource, start: int = 0, num_workers: int = 0) -> 
 
 
 def _prepare_worker(worker_index: int, worker_count: int) -> None:
-    """A worker ends when it is told to, or with its parent."""
-    os.setpgrp()  # signals to the whole group (Ctrl-C) are for the parent
+    """Lets a worker end when grain ends it, or with its parent."""
+    os.setpgrp()  # Ctrl-C is for the parent
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
 

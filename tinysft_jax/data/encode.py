@@ -1,6 +1,6 @@
-"""A block of items → token ids, supervision and task ids, with the ledger of what became of each item.
+"""A block of items → token ids, supervision and task ids, and the ledger of what became of each item.
 
-A block is encoded without a look at any other, so blocks may be encoded in any process.
+A block is a pure function of its items, so any process may encode it.
 """
 
 import json
@@ -21,7 +21,7 @@ from tinysft_jax.tasks.records import parse_record
 from tinysft_jax.tokenizer import ChatTokenizer, TooBlank
 
 TOO_LONG = "longer than max_tokens"
-# Of GPT-2's tokens, in bytes. Text of more characters than max_tokens such tokens is too long without being encoded.
+# In bytes, of GPT-2's vocabulary. Text of more characters than max_tokens such tokens need not be encoded.
 LONGEST_TOKEN = 128
 BAD_ITEMS = ("stop", "skip")
 TASKS_OF_FORMAT = {"tinystories-instruct": TASK_NAMES, "chat-jsonl": ("chat",), "text": ("text",)}
@@ -35,7 +35,7 @@ class Block(NamedTuple):
 
 
 class BadItem(UserError):
-    """A line, record or document that can't be used; `kind` says why, in the same words for all of the kind."""
+    """A line, record or document that can't be used; `kind` is the reason that the ledger counts it under."""
 
     def __init__(self, kind: str, detail: str | None = None):
         super().__init__(detail or kind)
@@ -43,11 +43,11 @@ class BadItem(UserError):
 
 
 class _Unused(BadItem):
-    """An item of the right form that gives no conversation: no reason to stop."""
+    """A well-formed item that gives no conversation: no reason to stop."""
 
 
 class _Example(NamedTuple):
-    """A conversation or a piece of text; without ids it is too long."""
+    """A conversation or a piece of text. Without ids it is too long."""
 
     task: str
     ids: Int32[np.ndarray, " n"] | None = None
@@ -59,14 +59,14 @@ class _Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes blocks of items; small enough to travel to a worker with each of them."""
+    """Encodes blocks of items; sent to each worker."""
 
     format: str  # of the items, one of sources.FORMATS
     tokenizer: ChatTokenizer  # without a chat template for the format "text", with one for the others
-    max_tokens: int  # no conversation is longer
-    seed: int  # of what is drawn when tasks are made of a story
-    rates: Rates = field(default_factory=lambda: RATES)  # how often each task is made of a story that allows it
-    bad_items: str = "stop"  # at the first item that can't be used, or "skip" and count them
+    max_tokens: int  # of a conversation
+    seed: int  # for the tasks made of a story
+    rates: Rates = field(default_factory=lambda: RATES)  # of these tasks
+    bad_items: str = "stop"  # at the first malformed item, or "skip" and count them
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -74,11 +74,7 @@ class Encoder:
         return TASKS_OF_FORMAT[self.format]
 
     def encode(self, items: Sequence[Item]) -> Block:
-        """Encodes a block.
-
-        Raises:
-          UserError: if an item is not what its format says and bad items are not skipped; names the place.
-        """
+        """Encodes a block. Raises: UserError, naming the place of an item that is malformed and not to be skipped."""
         ledger = Ledger()
         kept: dict[str, list[_Example]] = {split: [] for split in SPLITS}
         for item in items:
@@ -89,10 +85,10 @@ class Encoder:
                 ledger.skip(item.split, error.kind)
                 continue
             except UserError as error:
-                said = f"{item.where}: {reason(error)}"
+                message = f"{item.where}: {reason(error)}"
                 if self.bad_items == "stop":
-                    raise UserError(said) from None
-                ledger.skip(item.split, _kind(error), said)
+                    raise UserError(message) from None
+                ledger.skip(item.split, _kind(error), message)
                 continue
             for example in examples:
                 for name in example.unread:
@@ -118,8 +114,7 @@ class Encoder:
             raise _Unused("no story")
         if len(record.story) * MIN_KEPT > self.max_tokens * LONGEST_TOKEN:
             raise _Unused("a story too long for any task")
-        # Validation asks one thing at a time: its figures are of one task each.
-        follow_ups = item.split == "train"
+        follow_ups = item.split == "train"  # validation losses are of one task each
         for conversation in make_tasks(record, self.seed, self.rates, follow_ups, item.brief):
             example = self._first_that_fits(conversation.task, conversation.versions())
             yield example._replace(request=conversation.to_json())
@@ -138,9 +133,9 @@ class Encoder:
         yield self._first_that_fits("chat", [messages])._replace(unread=chat.unread_fields(line))
 
     def _text_examples(self, item: Item) -> Iterator[_Example]:
-        """A document, in consecutive pieces where it is longer than max_tokens.
+        """A document, in pieces of at most max_tokens.
 
-        A piece begins with the token that ends the one before: there it is predicted, here predicted from.
+        A piece begins with the last token of the one before, so that every token but the first is predicted once.
         """
         ids = self.tokenizer.encode_document(item.text)
         for start in range(0, max(ids.size - 1, 1), self.max_tokens - 1):

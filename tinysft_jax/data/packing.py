@@ -1,7 +1,7 @@
-"""Packing as a plan: which conversations share a row is settled before the first row of an epoch is read.
+"""Packing as a plan: which conversations share a row is known before the first row of an epoch is read.
 
-A conversation is never cut. Rows are a pure function of (lengths, row length, seed, epoch), so the position of a run in
-its data is one number: the rows it has read.
+A conversation is never cut. A row is a pure function of (lengths, seq_len, seed, epoch, index), so the position of a run
+in its data is one number: the rows consumed.
 """
 
 import hashlib
@@ -19,15 +19,10 @@ Pattern = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """The rows of one epoch.
+    """The rows of one epoch."""
 
-    Attributes:
-      order: conversation indices, row after row.
-      row_starts: where each row begins in `order`; one more entry than rows.
-    """
-
-    order: UInt32[np.ndarray, " conversations"]
-    row_starts: Int[np.ndarray, " rows_and_1"]
+    order: UInt32[np.ndarray, " conversations"]  # conversation indices, row after row
+    row_starts: Int[np.ndarray, " rows_and_1"]  # where each row begins in `order`, then where the last one ends
 
     def __len__(self) -> int:
         return len(self.row_starts) - 1
@@ -37,19 +32,14 @@ class PackingPlan:
         return self.order[self.row_starts[index] : self.row_starts[index + 1]]
 
     def first(self, n_rows: int) -> "PackingPlan":
-        """A plan of the first rows alone."""
+        """The first rows alone."""
         return PackingPlan(self.order[: self.row_starts[n_rows]], self.row_starts[: n_rows + 1])
 
 
 class Packing:
-    """Which lengths share a row, settled once for all epochs; an epoch draws the conversations.
-
-    Args:
-      lengths: tokens of each conversation.
-      seq_len: tokens of a row.
+    """Which lengths share a row of `seq_len` tokens, the same in all epochs; an epoch draws the conversations.
 
     Attributes:
-      seq_len: tokens of a row.
       n_rows: rows of every epoch.
       fill: share of the rows' tokens that are not padding.
       fingerprint: a hash of the patterns. If it is the same, so are the rows of an epoch.
@@ -71,7 +61,7 @@ class Packing:
         self.fingerprint = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
         self._row_counts = np.array([n for _, n in rows], np.int64)
         self._pattern_sizes = np.array([len(pattern) for pattern, _ in rows], np.int64)
-        # The patterns one after the other, in a dtype that NumPy sorts by counting (up to 16 bits).
+        # The patterns concatenated, in a dtype for which NumPy has a radix sort (up to 16 bits).
         self._dtype = np.min_scalar_type(seq_len)
         self._pattern_lengths = np.array([length for pattern, _ in rows for length in pattern], self._dtype)
         self._pattern_starts = np.cumsum(self._pattern_sizes) - self._pattern_sizes
@@ -81,8 +71,8 @@ class Packing:
     def epoch(self, seed: int = 0, epoch: int = 0) -> PackingPlan:
         """Assigns every conversation to exactly one row.
 
-        The patterns are laid out in a random order. Each place in a row is for a certain length, and gets the next of
-        the shuffled conversations of that length.
+        The patterns come in random order. Each place in a pattern gets the next of the shuffled conversations of its
+        length.
         """
         random = np.random.default_rng([seed, epoch])
         patterns = random.permutation(np.repeat(np.arange(len(self._row_counts), dtype=np.uint32), self._row_counts))
@@ -104,35 +94,35 @@ def plan_epoch(lengths: Int[np.ndarray, " n"], seq_len: int, seed: int = 0, epoc
     return Packing(lengths, seq_len).epoch(seed, epoch)
 
 
-# Rows above the least conceivable number, as a share, with which the search ends.
+# The search ends at so many rows, as a share, above the lower bound.
 TOLERANCE = 0.002
 
 
 def fill_rows(demand: dict[int, int], capacity: int) -> Counter[Pattern]:
-    """Chooses which lengths share a row: best fit with a look-ahead over the whole row, three times.
+    """Chooses which lengths share a row: best fit with a look-ahead over the whole row, in up to three orders.
 
-    A row begins with one length and is filled as well as possible with others, the earlier ones of an order where there
-    is a choice. To begin with the longest and go on with long ones is best if rows hold many conversations. If they
-    hold two to four, often the most common lengths or the shortest must come first, or nothing is left that fits them.
+    A row begins with one length and is filled as well as possible, with the earlier lengths of an order where there is
+    a choice. The longest first is best if rows hold many conversations. If they hold two to four, often the most common
+    lengths or the shortest must come first, or nothing is left that fits them.
 
     Args:
       demand: length (from 1 to `capacity`) -> number of conversations.
       capacity: tokens of a row.
 
     Returns:
-      The number of rows of each pattern, of the order that needs the fewest.
+      The number of rows of each pattern, for the order that needs the fewest.
     """
-    full = -(-sum(length * count for length, count in demand.items()) // capacity)
+    lower_bound = -(-sum(length * count for length, count in demand.items()) // capacity)
     found = []
     for by_count, first in ((False, 0), (True, 0), (False, -1)):
         found.append(_fill_in_order(demand, capacity, by_count, first))
-        if found[-1].total() <= full * (1 + TOLERANCE):
+        if found[-1].total() <= lower_bound * (1 + TOLERANCE):
             break
     return min(found, key=Counter.total)
 
 
 def _fill_in_order(demand: dict[int, int], capacity: int, by_count: bool, first: int) -> Counter[Pattern]:
-    """Fills rows by one order, from the longest or the most common length; `first`: where in it a row begins."""
+    """Fills rows in one order, from the longest or the most common length; a row begins with its `first`."""
     left = dict(sorted(demand.items(), reverse=True))
     rows: Counter[Pattern] = Counter()
     while left:
@@ -149,9 +139,9 @@ def _fill_in_order(demand: dict[int, int], capacity: int, by_count: bool, first:
 
 
 def _fullest_row(left: dict[int, int], order: list[int], first: int, capacity: int) -> Pattern:
-    """`first`, and of the lengths in `order` those that fill the row best with it, from as early a part as possible."""
+    """`first`, and the lengths that fill the row best with it, the earlier ones in `order` where there is a choice."""
     room = capacity - first
-    # Bit s of sums[i]: some of the first i lengths of the order sum up to s. The search ends where they fill the room.
+    # Bit s of sums[i]: some of the first i lengths add up to s. The search ends when some fill the room.
     sums, within_room = [1], (1 << room + 1) - 1
     for length in order:
         reached, copies = sums[-1], min(left[length] - (length == first), room // length)

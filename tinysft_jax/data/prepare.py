@@ -1,8 +1,8 @@
 """Text → a prepared data set: `python -m tinysft_jax.data.prepare --input PATH --output DIR`.
 
-One process reads the input as a stream of items and cuts it into blocks, workers encode the blocks, and the results are
-written in the order of the input. So the output is the same, byte by byte, for any number of workers, and memory does
-not grow with the input.
+One process reads the input as a stream of items, in blocks. Workers encode the blocks, and the results are written in
+the order of the input: the output is the same, byte by byte, with any number of workers. Memory does not grow with the
+input.
 """
 
 import contextlib
@@ -24,10 +24,8 @@ from tinysft_jax.data.workers import map_in_order, usable_cpus
 from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer
 
 CONTENT = ("data.json", "ledger.json", "manifest.json", *SPLITS)
-
 # A block ends at either.
-ITEMS_PER_BLOCK = 256
-CHARACTERS_PER_BLOCK = 1 << 20
+ITEMS_PER_BLOCK, CHARACTERS_PER_BLOCK = 256, 1 << 20
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -91,9 +89,9 @@ def prepare(
 ) -> tuple[Ledger, dict[str, dict[str, int]]]:
     """Writes a prepared data set; returns the ledger, and the totals of each split.
 
-    Raises:
-      UserError: if an item is malformed, or no conversation is left; nothing is written then.
-      RunError: if a worker dies or the disk is full; nothing is written then either.
+    If it fails, nothing is left of the output. Raises:
+      UserError: if an item is malformed, or no conversation is left.
+      RunError: if a worker dies or the disk is full.
     """
     ledger, start = Ledger(), time.monotonic()
     try:

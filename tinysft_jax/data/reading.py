@@ -1,4 +1,4 @@
-"""Files as streams of records or JSON values; none is held in memory that is longer than MAX_BYTES."""
+"""Streams of the records or JSON values of a file. None longer than MAX_BYTES is held in memory."""
 
 import codecs
 import json
@@ -9,11 +9,12 @@ from pathlib import Path
 
 from tinysft_jax.console import UserError
 
-# Longer than any book, chat or story: what exceeds it lacks its separators.
+# Longer than any book, chat or story: what exceeds it lacks separators.
 MAX_BYTES = 8 << 20
 TOO_LONG = f"longer than {MAX_BYTES >> 20} MiB"
 
-# Place, number and bytes of a JSON value; see `read_json`.
+# The place of a JSON value for messages (its line, and in an array its number as well), the number of its line or
+# element, from 1, and its bytes (None: too long).
 Value = tuple[str, int, bytes | None]
 
 _CHUNK = 1 << 20
@@ -26,7 +27,7 @@ _MARKS = re.compile(b"(?:\xef\xbb\xbf)*")
 def read_records(
     file: BufferedIOBase, separator: bytes, max_bytes: int = MAX_BYTES
 ) -> Iterator[tuple[int, bytes | None]]:
-    """Yields everything between separators, blank or not: the line where it begins, and its bytes (None: too long)."""
+    """Yields what is between separators, even if blank: the line where it begins, and its bytes (None: too long)."""
     lines_of_separator = separator.count(b"\n")
     line, pending, too_long, dropped_lines = 1, b"", False, 0
     while chunk := file.read(_CHUNK):
@@ -45,12 +46,7 @@ def read_records(
 
 
 def is_json(file: BufferedIOBase, named_so: bool) -> bool:
-    """Whether a file begins with a JSON object or array, and not just with a bracket, as text may.
-
-    Args:
-      file: to be read from its start.
-      named_so: whether its name says that it is JSON; then a bracket is enough, and errors are found on reading.
-    """
+    """Whether a file begins with a JSON object or array. With the name of one (`named_so`), a bracket is enough."""
     start = _beginning(file)
     if named_so and start.startswith(("[", "{")):
         return True
@@ -70,11 +66,8 @@ def is_json(file: BufferedIOBase, named_so: bool) -> bool:
 def read_json(file: BufferedIOBase, path: Path) -> Iterator[Value]:
     """Yields the lines that aren't blank or, if the file begins with an array, the array's elements.
 
-    Each is a tuple: its place for the user (its line, and in an array its number as well); the number of its line, or
-    of the element, from 1; its bytes (None: too long).
-
     Raises:
-      UserError: if an object spans lines outside an array, or an array is malformed; `path` names the file.
+      UserError: if an object outside an array spans lines, or an array is malformed; `path` names the file.
     """
     start = _beginning(file)
     if start.startswith("["):
@@ -92,7 +85,7 @@ def read_json(file: BufferedIOBase, path: Path) -> Iterator[Value]:
 
 
 def _beginning(file: BufferedIOBase) -> str:
-    """The start of the file's text without leading white space, as much of it as a line may have."""
+    """The start of the file's text without leading white space, up to MAX_BYTES."""
     text = file.read(MAX_BYTES).decode("utf-8", "replace")
     file.seek(0)
     return text[_after_space(text, 0) :]
@@ -103,7 +96,7 @@ def _after_space(text: str, start: int) -> int:
 
 
 def _object_length(text: str) -> int:
-    """Of the JSON object at the start of a text; 0 if there is none, or words follow on its line."""
+    """The length of the JSON object at the start of a text; 0 if there is none, or words follow on its line."""
     try:
         _, end = _DECODER.raw_decode(text)
     except (ValueError, RecursionError):
@@ -112,7 +105,7 @@ def _object_length(text: str) -> int:
 
 
 def _read_elements(file: BufferedIOBase, path: Path) -> Iterator[Value]:
-    """Yields the elements of an array; of several arrays, one after the other, if files were concatenated."""
+    """Yields the elements of an array, or of several if files were concatenated."""
     text, number = _Text(file), 0
     while opening := text.take():
         if opening != "[":
@@ -156,7 +149,7 @@ class _Text:
         return character
 
     def take_value(self) -> str:
-        """Returns the JSON value at the cursor and moves past it. Raises UserError if it is malformed or too long."""
+        """Returns the JSON value at the cursor and moves past it. Raises: UserError, if it is malformed or too long."""
         while True:
             start = self._place
             try:
@@ -176,7 +169,7 @@ class _Text:
         self._place = place
 
     def _read_more(self) -> bool:
-        """Reads as much again as is left of the text; false at the file's end."""
+        """Reads at least as much as is left of the text; false at the end of the file."""
         left = self._text[self._place :]
         chunk = self._file.read(max(_CHUNK, len(left)))
         self._text, self._place = left + self._decoder.decode(chunk, final=not chunk), 0

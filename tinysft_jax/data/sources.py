@@ -1,4 +1,4 @@
-"""What `prepare` reads, as one stream of items: files, a data set on the Hub, or the embedded stories."""
+"""What `prepare` reads, as a stream of items: files, a data set on the Hub, or the embedded stories."""
 
 import hashlib
 import itertools
@@ -19,15 +19,12 @@ from tinysft_jax.tasks.records import SEPARATOR, StoryRecord, clean_record, pars
 FORMATS = ("tinystories-instruct", "chat-jsonl", "text")
 # The embedded corpus has one story for validation to this many for training.
 EMBEDDED_TRAIN_PER_VALID = 20
-# Data sets on the Hub: their files' name, and the commit that is taken unless --revision asks for another.
+# Data sets on the Hub: the names of their files, and the default --revision.
 HUB_DATA_SETS = {
-    "roneneldan/TinyStoriesInstruct": (
-        "TinyStories-Instruct-{split}.txt",
-        "ee050ed1f8720795be342921335e821856a2b42e",
-    ),
-    "roneneldan/TinyStories": ("TinyStoriesV2-GPT4-{split}.txt", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"),
+    "roneneldan/TinyStoriesInstruct": ("TinyStories-Instruct-{}.txt", "ee050ed1f8720795be342921335e821856a2b42e"),
+    "roneneldan/TinyStories": ("TinyStoriesV2-GPT4-{}.txt", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"),
 }
-# Records whose yes/no questions decide how often such a question is asked.
+# The first records, whose answers decide how often a yes/no question is asked.
 RECORDS_TO_COUNT = 4096
 
 _TRAIN_NAME = re.compile(r"(|.*[-_.])train(\.\w+)")
@@ -40,10 +37,10 @@ class Item(NamedTuple):
     """One record, line or document, not yet parsed."""
 
     split: str  # "train" or "valid"
-    where: str  # its place in the input, for the user
+    where: str  # its place in the input, for messages
     text: str  # empty if it has a flaw
     flaw: str | None = None  # why there is no text
-    brief: bool = False  # whether its story is one to be asked for as "a very short story"
+    brief: bool = False  # whether its story is to be asked for as "a very short story"
 
 
 @dataclass
@@ -51,7 +48,7 @@ class Source:
     """A stream of items of one format."""
 
     format: str  # one of FORMATS
-    description: dict[str, Any]  # where the items come from, for `data.json`
+    description: dict[str, Any]  # of the origin, for `data.json`
     size: int  # of the whole input, in bytes or stories
     position: int = field(default=0, init=False)  # how much of `size` has been read
 
@@ -59,15 +56,15 @@ class Source:
         raise NotImplementedError
 
     def rates(self) -> Rates:
-        """How often each task is made of its stories."""
+        """How often each task is made of a story."""
         return RATES
 
 
 @dataclass
 class EmbeddedSource(Source):
-    """The embedded corpus: whole records, or with the format "text" the stories alone.
+    """The embedded corpus: records, or with the format "text" stories alone.
 
-    In training, each story is followed by its sketch, and in text by its verses as well; validation has stories only.
+    In the training split, each story is followed by its sketch, and in text by its verses as well.
     """
 
     counts: dict[str, int]
@@ -90,10 +87,7 @@ class EmbeddedSource(Source):
 
 @dataclass
 class FileSource(Source):
-    """Text files. A file without a split of its own is divided by a hash of each item's text.
-
-    So an item's split depends on nothing else in the file, and two equal items can't end up in different splits.
-    """
+    """Text files. A file without a split of its own is divided by a hash of each item's text; see `split_of`."""
 
     files: list[tuple[Path, str | None]]
     valid_fraction: float
@@ -113,7 +107,7 @@ class FileSource(Source):
             self.position = before = before + path.stat().st_size
 
     def rates(self) -> Rates:
-        """Those that balance the answers of the first records. Raises UserError if these can't be read."""
+        """Those that balance the answers of the first records. Raises: UserError, if these can't be read."""
         if self.format != "tinystories-instruct":
             return RATES
         items = itertools.islice(replace(self), RECORDS_TO_COUNT)
@@ -128,18 +122,17 @@ class FileSource(Source):
         noun, number = "document" if self.format == "text" else "record", 0
         for line, content in read_records(file, SEPARATOR.encode()):
             text, flaw, start = _decode(content)
-            text = clean_record(text)
             where = f"{path}:{line}"
             if start is not None:
                 line, byte = line + content.count(b"\n", 0, start), start - content.rfind(b"\n", 0, start)
                 where = f"{path}:{line}, byte {byte}"
-            if flaw or text:
+            if flaw or (text := clean_record(text)):
                 number += 1
                 yield where if flaw else f"{path}, {noun} {number}", text, flaw
 
 
 def _decode(content: bytes | None) -> tuple[str, str | None, int | None]:
-    """The text; its flaw, or None; the index of the byte where the flaw is, or None."""
+    """The text, its flaw, and the index of the byte where the flaw is."""
     if content is None:
         return "", TOO_LONG, None
     try:
@@ -149,17 +142,13 @@ def _decode(content: bytes | None) -> tuple[str, str | None, int | None]:
 
 
 def split_of(text: str, valid_fraction: float) -> str:
-    """The split of an item of an undivided file: a pure function of its text."""
+    """The split of an item: a pure function of its text, so two equal items are never in different splits."""
     digest = hashlib.blake2b(text.strip().encode("utf-8"), digest_size=8).digest()
     return "valid" if int.from_bytes(digest) < valid_fraction * 2**64 else "train"
 
 
 def open_embedded(n_stories: int, format: str, seed: int) -> EmbeddedSource:
-    """The embedded corpus: `n_stories` for training and a twentieth of that, at least one, for validation.
-
-    Raises:
-      UserError: if `n_stories` is not positive, or stories don't come in `format`.
-    """
+    """The embedded corpus: `n_stories` for training, and a twentieth of that, at least one, for validation."""
     if n_stories < 1:
         raise UserError(f"--embedded takes a positive number of stories, not {n_stories}")
     format = "tinystories-instruct" if format == "auto" else format
@@ -170,7 +159,7 @@ def open_embedded(n_stories: int, format: str, seed: int) -> EmbeddedSource:
 
 
 def open_input(path: Path, format: str, valid_fraction: float, limit: int | None) -> FileSource:
-    """A file, or the train and valid pair of a directory. Raises UserError if there is none, or it is empty."""
+    """A file, or the train and valid pair of a directory; see `open_files`."""
     if not path.exists():
         raise UserError(f"there is no {path}; --input takes a file or a directory with a train and valid pair")
     return open_files(_pair_in(path) if path.is_dir() else [(path, None)], format, valid_fraction, limit)
@@ -179,14 +168,10 @@ def open_input(path: Path, format: str, valid_fraction: float, limit: int | None
 def open_files(
     files: list[tuple[Path, str | None]], format: str, valid_fraction: float, limit: int | None, **description: Any
 ) -> FileSource:
-    """Text files.
+    """Text files, each with its split, or None to divide it; of each, at most `limit` items are read.
 
-    Args:
-      files: each with its split, or None to divide it.
-      format: one of FORMATS, or "auto" to guess it from the beginning and the name of each file.
-      valid_fraction: share of the items of divided files that are for validation.
-      limit: read at most so many items of each file.
-      description: to be added to the source's.
+    The format "auto" is guessed from the name and the beginning of each file. Raises: UserError, if a file is empty or
+    the files have several formats.
     """
     sizes = {path.name: path.stat().st_size for path, _ in files}
     for path, _ in files:
@@ -233,17 +218,14 @@ def _guess_format(path: Path) -> str:
 def open_hub(
     repository: str, revision: str | None, format: str, valid_fraction: float, limit: int | None
 ) -> FileSource:
-    """One of HUB_DATA_SETS, which `huggingface_hub` downloads and caches; see `open_files`.
-
-    `revision` is a commit, branch or tag; None: the pinned commit. Raises UserError if the download fails.
-    """
+    """One of HUB_DATA_SETS, at a commit, branch or tag; see `open_files`. Raises: UserError, if the download fails."""
     if repository not in HUB_DATA_SETS:
         raise UserError(
             f"--hub knows {' and '.join(HUB_DATA_SETS)}, not {repository}; download its files and give them to --input"
         )
     name, pinned = HUB_DATA_SETS[repository]
     revision = revision or pinned
-    names = [name.format(split=split) for split in SPLITS]
+    names = [name.format(split) for split in SPLITS]
     url = f"https://huggingface.co/datasets/{repository}/tree/{revision}"
     by_hand = f"download {' and '.join(names)} from {url} into a directory and give it to --input"
     try:

@@ -1,4 +1,4 @@
-"""A prepared data set: `data.json`, memory-mapped arrays and requests, as they are written and read."""
+"""A prepared data set: `data.json`, memory-mapped arrays and requests, written and read."""
 
 import functools
 import itertools
@@ -18,12 +18,10 @@ from tinysft_jax.console import UserError, reason, shown
 from tinysft_jax.files import COUNT, NUMBER, SIZE, TEXT, TEXT_OR_NULL, Schema, check
 from tinysft_jax.tokenizer import ChatTokenizer
 
-# Version 1 had no requests, dtype and tokenizer_hash.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 2  # version 1 had no requests, dtype and tokenizer_hash
 SPLITS = ("train", "valid")
 TOKENS_PER_SHARD = 50_000_000
-# A task's id is a byte.
-MOST_TASKS = 256
+MOST_TASKS = 256  # a task's id is a byte
 # A shard's arrays. The offsets are where each conversation starts in tokens and supervised, then where the last ends.
 DTYPES = {"tokens": np.uint16, "supervised": np.bool_, "offsets": np.int64, "tasks": np.uint8}
 
@@ -56,8 +54,8 @@ def read_description(directory: Path) -> dict[str, Any]:
     """Reads `data.json`.
 
     Raises:
-      UserError: if `directory` is not a prepared data set, or a newer program's; if a key that readers use is missing
-        or of another type; or if the tokenizer that it names has another hash than the one that wrote the ids.
+      UserError: if `directory` is not a prepared data set or has a newer format, if a key is missing or of another
+        type, or if the tokenizer has another hash than the one that encoded the data.
     """
     where = directory / "data.json"
     description = files.read_json(where, "a prepared data set", FORMAT_VERSION)
@@ -74,7 +72,7 @@ def read_description(directory: Path) -> dict[str, Any]:
 
 
 def file_name(content: str, number: int) -> str:
-    """The name of the file that holds an array, or the "requests", of a split's shard."""
+    """The file of a shard that holds an array, or the "requests"."""
     return f"{content}-{number:05d}.{'npy' if content in DTYPES else 'jsonl'}"
 
 
@@ -86,7 +84,7 @@ class PreparedData:
     """What `prepare` wrote; `description` is its `data.json`.
 
     Raises:
-      UserError: as of `read_description`, or if the size of a file has changed.
+      UserError: as `read_description`, or if the size of a file has changed.
     """
 
     def __init__(self, directory: str | Path):
@@ -100,11 +98,7 @@ class PreparedData:
         return self.description["tasks"]
 
     def verify(self, hashes: bool = True) -> None:
-        """Compares sizes with the manifest and, if asked for, SHA-256 hashes; then checks every token as well.
-
-        Raises:
-          UserError: naming a file that has changed, or a split that contradicts itself.
-        """
+        """Raises: UserError, if the size of a file has changed, or with `hashes`, its SHA-256 or a token is wrong."""
         if damage := files.find_damage(self.directory, hashes, self._file_names()):
             raise UserError(f"{self.directory} is damaged: {damage}; copy or prepare the data again")
         for name in SPLITS if hashes else ():
@@ -119,7 +113,6 @@ class PreparedData:
         return split
 
     def _file_names(self) -> Iterator[str]:
-        """What will be read."""
         yield "data.json"
         contents = (*DTYPES, "requests") if _has_requests(self.description) else DTYPES
         for name in SPLITS:
@@ -131,7 +124,7 @@ class Split:
     """The conversations of one split, addressed by index; `totals` is the split's entry in `data.json`.
 
     Raises:
-      UserError: if a shard is missing or its size is not what the description, `data.json`, says.
+      UserError: if a shard is missing, or its size is not as `data.json` (the description) says.
     """
 
     def __init__(self, directory: Path, description: dict[str, Any]):
@@ -139,14 +132,14 @@ class Split:
         self._description = description
         self._vocab_size = ChatTokenizer.from_description(description).vocab_size
         self._shards = [_map_shard(directory, number) for number in range(self.totals["shards"])]
-        # The index of each shard's first conversation, and the number of all.
+        # The index of each shard's first conversation, then the number of conversations.
         self._first = np.cumsum([0, *(len(shard["tasks"]) for shard in self._shards)])
-        self._line_starts: dict[int, np.ndarray] = {}  # of the requests of a shard, found when the first is read
+        self._line_starts: dict[int, np.ndarray] = {}  # of the requests of a shard, when the first has been read
         self._check_total("conversations", len(self))
         self._check_total("tokens", sum(len(shard["tokens"]) for shard in self._shards))
 
     def __reduce__(self):
-        # Another process maps the files itself instead of being sent their content.
+        # Another process maps the files itself.
         return Split, (self.directory, self._description)
 
     def __len__(self) -> int:
@@ -154,11 +147,11 @@ class Split:
 
     @functools.cached_property
     def lengths(self) -> Int32[np.ndarray, " n"]:
-        """Each conversation's tokens, at least one. Raises: UserError, if there are others."""
+        """The number of tokens of each conversation. Raises: UserError, if one has none or more than the longest."""
         parts = [np.zeros(0, np.int32)]
         for shard in self._shards:
             lengths = np.diff(shard["offsets"])
-            # Checked as int64: in an int32, some would look sound.
+            # Checked as int64: in an int32, a wrong length may look right.
             if lengths.min(initial=1) < 1 or lengths.max(initial=0) > self.totals["longest"]:
                 raise _unusable(
                     f"{self.directory}: offsets give a conversation {lengths.min()} or {lengths.max()} tokens, "
@@ -182,14 +175,11 @@ class Split:
         return self._shards[number]["tokens"][start:end], self._shards[number]["supervised"][start:end]
 
     def request(self, index: int) -> dict[str, Any] | None:
-        """What a conversation's first request asks; None if the data set has no requests.
+        """The first request of a conversation; None if the data set has no requests.
 
-        Returns:
-          `{"task": ..., "conditions": {...}, "answer": ...}`, with the conditions of `tasks.requests.Request`. The
-          answer is None where it is the story: the first supervised tokens hold it.
-
-        Raises:
-          UserError: if the shard's requests can't be read.
+        It is `{"task": ..., "conditions": {...}, "answer": ...}`, with the conditions of `tasks.requests.Request`. The
+        answer is None where it is the story: the first supervised tokens hold it. Raises: UserError, if it can't be
+        read.
         """
         if not _has_requests(self._description):
             return None
@@ -218,7 +208,7 @@ class Split:
         """Checks every token id, and how many tokens are supervised. Raises: UserError."""
         for shard in self._shards:
             self.check_ids(shard["tokens"])
-        # As bytes: what is neither 0 nor 1 would count as 1, and then weigh more.
+        # As bytes: one that is neither 0 nor 1 counts as 1 in a sum of booleans, but weighs more in a loss.
         supervised = sum(int(shard["supervised"].view(np.uint8).sum(dtype=np.int64)) for shard in self._shards)
         self._check_total("supervised_tokens", supervised)
 
@@ -234,7 +224,7 @@ class Split:
 
 
 def _map_shard(directory: Path, number: int) -> dict[str, np.ndarray]:
-    """Maps a shard's arrays; checks their types and that their sizes match."""
+    """Maps a shard's arrays, and checks their types and that their sizes match."""
     shard = {name: _map_array(directory / file_name(name, number), dtype) for name, dtype in DTYPES.items()}
     offsets, n_tokens = shard["offsets"], len(shard["tokens"])
     fits = len(offsets) == len(shard["tasks"]) + 1 and n_tokens == len(shard["supervised"])
@@ -247,7 +237,7 @@ def _map_array(path: Path, dtype: type) -> np.ndarray:
     try:
         with np.errstate(over="raise"):
             array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it opens no archive
-    # A header is a Python literal with a shape to multiply: a malformed one fails in as many ways.
+    # The header is a Python literal; each of these is raised for some malformed one.
     except (OSError, ValueError, TypeError, ArithmeticError, MemoryError, SyntaxError, tokenize.TokenError) as error:
         raise _unusable(f"can't read {path}: {reason(error)}") from None
     if array.dtype != dtype or array.ndim != 1:
@@ -257,7 +247,7 @@ def _map_array(path: Path, dtype: type) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Conversations of one split, one after the other."""
+    """Conversations of one split, concatenated."""
 
     tokens: UInt16[np.ndarray, " tokens"]
     supervised: Bool[np.ndarray, " tokens"]
@@ -267,17 +257,16 @@ class Encoded:
 
 
 class ShardWriter:
-    """Writes conversations as they come, into a new shard whenever one is full; nothing is collected in memory.
+    """Writes conversations to shards as they come; a split without any has no shards.
 
-    A split without conversations has no shards. `totals` is what `data.json` says about the split.
+    `totals` is the split's entry in `data.json`.
     """
 
     def __init__(self, directory: Path, tokens_per_shard: int = TOKENS_PER_SHARD):
         self.totals = dict.fromkeys(_TOTALS, 0)
         self._directory, self._tokens_per_shard = directory, tokens_per_shard
-        # Of the shard that is being written.
-        self._files: dict[str, BinaryIO] = {}
-        self._sizes: Counter[str] = Counter()
+        self._files: dict[str, BinaryIO] = {}  # of the shard that is being written, by content
+        self._sizes: Counter[str] = Counter()  # of its arrays
         directory.mkdir()
 
     def add(self, encoded: Encoded) -> None:
@@ -320,6 +309,6 @@ class ShardWriter:
         self._sizes[name] += array.size
 
     def _write_header(self, name: str) -> None:
-        """NumPy pads it so that the size can grow: the header that is written last is as long as the first."""
+        """Writes the array's current size. NumPy pads headers, so the last one is as long as the first."""
         description = {"descr": np.dtype(DTYPES[name]).str, "fortran_order": False, "shape": (self._sizes[name],)}
         np.lib.format.write_array_header_1_0(self._files[name], description)

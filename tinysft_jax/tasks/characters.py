@@ -1,7 +1,7 @@
 """The main character of a story: the one that is named most often, where that is clear.
 
-A character is a name ("Lily") or a being ("the little duck"). Plain counting decides. The code below adds which words
-are names, which nouns are beings, and which being has which name: after "a duck called Pip", "the duck" is Pip.
+A character is a name ("Lily") or a being ("the little duck"). Mentions are counted. Most of the code finds out which
+words are names, which nouns are beings, and which being has which name: after "a duck called Pip", "the duck" is Pip.
 """
 
 import re
@@ -54,7 +54,7 @@ _FUNCTION_WORDS = word_set(
 # What ends the search for a noun's article; everything else between the two counts as an adjective.
 _NOT_ADJECTIVES = _FEELS | _PREPOSITIONS | _FUNCTION_WORDS
 _NOT_NOUNS = _NOT_ADJECTIVES | word_set("one other both rest voice family sign note letter book people children")
-_NAMING = frozenset(("named", "called"))
+_NAMING = word_set("named called")
 
 _WORD = re.compile(r"(?:(?:(?:Mr|Mrs|Ms|Dr)\.?|Miss|Aunt|Uncle|Mother|Father) (?=[A-Z]))?[^\W\d_]+(?:-[^\W\d_]+)*")
 _OPENING = re.compile(r"[.!?:…\n–—]|[\"“”'‘(\[]$| - $")
@@ -207,27 +207,24 @@ def _being_mentions(words: list[_Word], names: set[str]) -> Iterator[tuple[str, 
 
 def _named_beings(words: list[_Word], beings: list[_Being]) -> Iterator[tuple[_Being, str]]:
     """Yields each being that the story gives a name, with the name."""
-
-    def text(index: int) -> str:
-        return words[index].text if 0 <= index < len(words) else ""
-
+    texts = [*(word.text for word in words), "", "", ""]  # what is before the first word and after the last is empty
     for being in beings:
         before, after = being.start - 1, being.end + 1
         ends_there = after >= len(words) or words[after].gap.startswith((",", ".", "!", "?"))
-        if text(after) in ("who", "that") and text(after + 1) in ("is", "was"):
+        if texts[after] in ("who", "that") and texts[after + 1] in ("is", "was"):
             after += 2
-        if text(after) in _NAMING:  # a duck (who was) called Pip
-            yield being, text(after + 1)
-        elif text(after) == "whose" and text(after + 1) == "name":  # a duck whose name was Pip
-            yield being, text(after + 3)
-        elif text(before) in ("is", "was"):  # Pip was a duck
-            yield being, text(before - 1)
+        if texts[after] in _NAMING:  # a duck (who was) called Pip
+            yield being, texts[after + 1]
+        elif texts[after] == "whose" and texts[after + 1] == "name":  # a duck whose name was Pip
+            yield being, texts[after + 3]
+        elif texts[before] in ("is", "was"):  # Pip was a duck
+            yield being, texts[before - 1]
         elif words[being.start].gap == ", " and ends_there:  # Pip, a duck,
-            yield being, text(before)
+            yield being, texts[before]
         elif not being.introduces and before >= 0 and words[before].opens and words[being.start].gap == " ":
-            yield being, text(before)  # Pip the duck
-    for index, word in enumerate(words):
-        if word.text in ("His", "Her", "Its") and text(index + 1) == "name" and text(index + 2) in ("is", "was"):
+            yield being, texts[before]  # Pip the duck
+    for index, text in enumerate(texts):
+        if text in ("His", "Her", "Its") and texts[index + 1] == "name" and texts[index + 2] in ("is", "was"):
             described = [being for being in beings if being.end < index]
             if described:  # There was a duck. Her name was Pip.
-                yield described[-1], text(index + 3)
+                yield described[-1], texts[index + 3]

@@ -31,8 +31,8 @@ _QUIET_TRACKER = "ignore:resource_tracker"
 class BatchSource:
     """Random access to the batches of an epoch (a grain data source): batch i is a pure function of the plan.
 
-    The last batch of an epoch is padded with empty rows, so each conversation occurs once an epoch. `batch_size` is that
-    of the global batch, and `part`, (index, count), which of how many equal parts to build: each process has one.
+    The last batch of an epoch is padded with empty rows, so each conversation occurs once an epoch. `batch_size` is the
+    rows of the global batch. `part`, (index, count), says which of how many equal parts to build: each process has one.
 
     Raises:
       UserError: for a batch with a token id outside the vocabulary.
@@ -109,7 +109,7 @@ def epoch_batches(source: BatchSource, start: int = 0, num_workers: int = 0) -> 
 
 
 def _prepare_worker(worker_index: int, worker_count: int) -> None:
-    """Lets a worker end when grain ends it, or with its parent."""
+    """Lets a worker end when it is told to, or with its parent."""
     os.setpgrp()  # Ctrl-C is for the parent
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()

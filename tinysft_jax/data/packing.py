@@ -1,7 +1,7 @@
 """Packing as a plan: which conversations share a row is known before the first row of an epoch is read.
 
-A conversation is never cut. A row is a pure function of (lengths, seq_len, seed, epoch, index), so the position of a run
-in its data is one number: the rows consumed.
+A conversation is never cut. A row is a pure function of lengths, row length, seed, epoch and index, so the position of
+a run in its data is one number: the rows consumed.
 """
 
 import hashlib

@@ -1,18 +1,18 @@
 """`map_in_order`: maps a function over a stream with worker processes and a bounded number of tasks in flight."""
 
 import contextlib
-import itertools
 import multiprocessing
 import os
 import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from tinysft_jax.console import RunError
@@ -20,7 +20,7 @@ from tinysft_jax.console import RunError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# In progress, done before their turn, or read ahead.
+# In progress, or read ahead.
 TASKS_PER_WORKER = 2
 
 # A terminal or a batch system sends these to all processes of a command. Workers leave them to their parent.
@@ -35,14 +35,9 @@ def usable_cpus() -> int:
 def map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     """Yields `function(task)` for every task, in order; with one worker in this process.
 
-    Tasks are read only as far ahead as keeps the workers busy. An error of `function` is raised here in its place. The
-    workers end when the iterator ends or is closed, and when this process ends, even by SIGKILL. (A process pool of
-    the standard library reads all tasks at once, and can hang when a worker is killed in the middle of a message.)
-
-    Args:
-      function: picklable, with picklable arguments, results and errors.
-      tasks: may be endless.
-      workers: number of processes.
+    Tasks may be endless: they are read only as far ahead as keeps the workers busy. An error of `function` is raised
+    here in its place. The workers end when the iterator ends or is closed, and when this process ends, even by SIGKILL.
+    (A process pool of the standard library reads all tasks at once, and can hang when a worker is killed.)
 
     Raises:
       RunError: if a worker can't be started or dies.
@@ -51,17 +46,29 @@ def map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], work
         yield from map(function, tasks)
         return
     pool: dict[Connection, BaseProcess] = {}
+    threads = ThreadPoolExecutor(workers, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, STOP_SIGNALS))
     try:
         # Signals are handled in the main thread only: in another thread, no start is interrupted halfway.
         with ThreadPoolExecutor(1) as starter:
             starter.submit(_start, pool, function, workers).result()
-        yield from _results(list(pool), tasks)
+        idle: SimpleQueue[Connection] = SimpleQueue()
+        for connection in pool:
+            idle.put(connection)
+        pending: deque[Future[Result]] = deque()
+        for task in tasks:
+            pending.append(threads.submit(_ask, idle, task))
+            if len(pending) == TASKS_PER_WORKER * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         with stop_signals_blocked():
-            for connection, process in pool.items():
-                connection.close()
+            for process in pool.values():
                 process.kill()
                 process.join()
+            threads.shutdown(cancel_futures=True)  # no thread waits for a process that has ended
+            for connection in pool:
+                connection.close()
 
 
 def _start(pool: dict[Connection, BaseProcess], function: Callable[[Task], Result], workers: int) -> None:
@@ -96,49 +103,24 @@ def _work(connection: Connection, function: Callable[[Task], Result]) -> None:
             _send(connection, outcome)
 
 
+def _ask(idle: SimpleQueue[Connection], task: Any) -> Any:
+    """In a thread: has an idle worker do the task."""
+    connection = idle.get()
+    try:
+        _send(connection, task)
+        result, error = connection.recv()
+    except (EOFError, OSError):  # a worker that dies, even in the middle of a message, breaks its pipe
+        raise RunError("a worker process died, perhaps out of memory; try fewer --workers") from None
+    finally:
+        idle.put(connection)
+    if error is not None:
+        raise error
+    return result
+
+
 def _send(connection: Connection, message: object) -> None:
     # `connection.send` keeps a view of a buffer, and Python 3.12.1 can crash on one in the traceback of a broken pipe.
     connection.send_bytes(bytes(ForkingPickler.dumps(message)))
-
-
-def _results(connections: list[Connection], tasks: Iterable[Task]) -> Iterator[Any]:
-    """Yields the results of the workers at the other ends, in the order of the tasks.
-
-    A worker has one task at a time, so neither side waits to send while the other one does.
-    """
-    numbered, most = enumerate(tasks), TASKS_PER_WORKER * len(connections)
-    waiting: deque[tuple[int, Task]] = deque()
-    idle, busy = list(connections), {}  # busy: connection -> task number
-    outcomes: dict[int, tuple[Any, Exception | None]] = {}  # by task number; some come before it is their turn
-    for turn in itertools.count():
-        while turn not in outcomes:
-            with _death_noticed():
-                while idle and waiting:
-                    number, task = waiting.popleft()
-                    _send(idle[-1], task)
-                    busy[idle.pop()] = number
-            waiting.extend(itertools.islice(numbered, most - len(waiting) - len(busy) - len(outcomes)))
-            if idle and waiting:
-                continue
-            if not busy:
-                return
-            with _death_noticed():
-                for connection in wait(list(busy)):
-                    outcomes[busy.pop(connection)] = connection.recv()
-                    idle.append(connection)
-        result, error = outcomes.pop(turn)
-        if error is not None:
-            raise error
-        yield result
-
-
-@contextlib.contextmanager
-def _death_noticed() -> Iterator[None]:
-    """A worker that dies, even in the middle of a message, breaks its pipe."""
-    try:
-        yield
-    except (EOFError, OSError):
-        raise RunError("a worker process died, perhaps out of memory; try fewer --workers") from None
 
 
 @contextlib.contextmanager

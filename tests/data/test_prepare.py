@@ -271,7 +271,8 @@ def test_shards_are_cut_when_they_are_full(tmp_path: Path):
     writer = ShardWriter(tmp_path / "train", tokens_per_shard=10)
     for text in ("abcd", "efgh", "", "ijkl", "mnop", "q"):
         items = [Item("train", "here", text)] if text else []
-        writer.add(encoder.encode(items).splits["train"])
+        splits, _ = encoder.encode(items)
+        writer.add(splits["train"])
     writer.close()
     assert writer.totals == {"conversations": 5, "tokens": 22, "supervised_tokens": 17, "longest": 5, "shards": 3}
     offsets = [np.load(tmp_path / "train" / f"offsets-{shard:05d}.npy").tolist() for shard in range(3)]

@@ -332,8 +332,8 @@ def test_requests_of_several_shards_travel_to_other_processes(tmp_path):
     writer, encoder = ShardWriter(tmp_path / "train", 1), Encoder("text", ChatTokenizer(None, 256), 100, 0)
     requests = [{"task": "words", "conditions": {"words": [f"é{i}\n"]}, "answer": None} for i in range(6)]
     for i in range(0, 6, 2):
-        text = encoder.encode([Item("train", "here", "ab")] * 2).splits["train"]
-        writer.add(dataclasses.replace(text, requests=requests[i : i + 2]))
+        splits, _ = encoder.encode([Item("train", "here", "ab")] * 2)
+        writer.add(dataclasses.replace(splits["train"], requests=requests[i : i + 2]))
     writer.close()
     assert writer.totals["shards"] == 3
     description = {"format": "tinystories-instruct", "format_version": 2, "splits": {"train": writer.totals}}

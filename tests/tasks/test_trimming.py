@@ -95,8 +95,9 @@ def blocks(max_tokens: int, seeds: range):
     tok = ChatTokenizer("control", 256)
     rates = {**RATES, "summary": 1.0}
     for seed in seeds:
-        block = Encoder("tinystories-instruct", tok, max_tokens, seed, rates).encode([Item("valid", "here", RECORD)])
-        encoded, texts, start = block.splits["valid"], [], 0
+        encoder = Encoder("tinystories-instruct", tok, max_tokens, seed, rates)
+        splits, ledger = encoder.encode([Item("valid", "here", RECORD)])
+        encoded, texts, start = splits["valid"], [], 0
         for length, task in zip(encoded.lengths, encoded.tasks, strict=True):
             assert length <= max_tokens
             part = slice(start, start := start + length)
@@ -107,7 +108,7 @@ def blocks(max_tokens: int, seeds: range):
                     tok.decode(encoded.tokens[part]),
                 )
             )
-        yield texts, block.ledger
+        yield texts, ledger
 
 
 def test_no_answer_is_ever_cut_and_everything_is_counted():
@@ -153,5 +154,5 @@ def test_rates_reach_the_encoder():
     """Which tasks are made is up to the encoder's rates."""
     none = {name: {"yes": 0.0, "no": 0.0} if isinstance(rate, dict) else 0.0 for name, rate in RATES.items()}
     encoder = Encoder("tinystories-instruct", ChatTokenizer("control", 256), 600, 0, {**none, "summary": 1.0})
-    block = encoder.encode([Item("train", "here", RECORD)])
-    assert [key[:2] for key in block.ledger.lengths.elements()] == [("train", "summary")]
+    _, ledger = encoder.encode([Item("train", "here", RECORD)])
+    assert [key[:2] for key in ledger.lengths.elements()] == [("train", "summary")]

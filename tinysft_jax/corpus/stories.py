@@ -20,7 +20,7 @@ from tinysft_jax.tasks.records import StoryRecord
 T = TypeVar("T")
 
 FEATURES = ("Dialogue", "BadEnding", "Twist", "Foreshadowing", "MoralValue", "Conflict")
-PRONOUNS = {"he": ("him", "his"), "she": ("her", "her"), "it": ("it", "its")}
+PRONOUNS = {"he": ("he", "him", "his"), "she": ("she", "her", "her"), "it": ("it", "it", "its")}
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,13 @@ class Character:
     """Somebody in a story. `stories.toml` refers to the attributes: `{M.his}`."""
 
     name: str  # "Lily", or "the little duck" where there is no name
-    he: str  # the pronoun: "he", "she" or "it"
-    kind: str = ""  # "girl", "mouse"; empty where the name says it
+    kind: str  # "girl", "mouse"; empty where the name says it
+    he: str  # "he", "she" or "it"
+    him: str
+    his: str
 
     def __str__(self) -> str:
         return self.name
-
-    @property
-    def him(self) -> str:
-        return PRONOUNS[self.he][0]
-
-    @property
-    def his(self) -> str:
-        return PRONOUNS[self.he][1]
 
     @property
     def intro(self) -> str:
@@ -54,7 +48,10 @@ _PARTS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("stories.toml").
 PLOTS: list[dict[str, Any]] = _PARTS["plots"]
 LINES: dict[str, list[str]] = _PARTS["lines"]
 WORDS: dict[str, list[str]] = _PARTS["words"]
-_GROUPS = {group: [Character(*each) for each in found] for group, found in _PARTS["characters"].items()}
+_GROUPS = {
+    group: [Character(name, "".join(kind), *PRONOUNS[pronoun]) for name, pronoun, *kind in characters]
+    for group, characters in _PARTS["characters"].items()
+}
 CHILDREN, FAMILY, WISE_BEINGS = _GROUPS["children"], _GROUPS["family"], _GROUPS["wise_beings"]
 NAMED_BEINGS, UNNAMED_BEINGS = _GROUPS["named_beings"], _GROUPS["unnamed_beings"]
 BEINGS = NAMED_BEINGS + UNNAMED_BEINGS

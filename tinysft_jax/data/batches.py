@@ -33,9 +33,7 @@ class BatchSource:
 
     The last batch of an epoch is padded with empty rows, so each conversation occurs once an epoch. `batch_size` is the
     rows of the global batch. `part`, (index, count), says which of how many equal parts to build: each process has one.
-
-    Raises:
-      UserError: for a batch with a token id outside the vocabulary.
+    Raises: UserError, for a batch with a token id outside the vocabulary.
     """
 
     def __init__(self, split: Split, plan: PackingPlan, batch_size: int, seq_len: int, part: tuple[int, int] = (0, 1)):
@@ -78,10 +76,9 @@ class BatchSource:
 
 
 def epoch_batches(source: BatchSource, start: int = 0, num_workers: int = 0) -> Iterator[Batch]:
-    """Yields the batches of an epoch from batch `start` on. They don't depend on `num_workers`; 0 is a thread.
+    """Yields the batches of an epoch from batch `start` on; they don't depend on `num_workers` (0: a thread).
 
-    Raises:
-      RunError: if a worker dies, or the data can't be read.
+    Raises: RunError, if a worker dies, or the data can't be read.
     """
     dataset = grain.MapDataset.source(source)[start:]
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD))
@@ -125,8 +122,7 @@ def batches(
 ) -> Iterator[Batch]:
     """The batches of one epoch of a prepared data set: dicts of `[batch_size, seq_len]` arrays; see `Batch`.
 
-    Raises:
-      UserError: if the data can't be read, or a conversation is longer than `seq_len`.
+    Raises: UserError, if the data can't be read, or a conversation is longer than `seq_len`.
     """
     data = PreparedData(data_dir).split(split)
     return epoch_batches(BatchSource(data, plan_epoch(data.lengths, seq_len, seed, epoch), batch_size, seq_len))

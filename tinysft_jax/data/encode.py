@@ -27,13 +27,6 @@ BAD_ITEMS = ("stop", "skip")
 TASKS_OF_FORMAT = {"tinystories-instruct": TASK_NAMES, "chat-jsonl": ("chat",), "text": ("text",)}
 
 
-class Block(NamedTuple):
-    """What a block of items becomes."""
-
-    splits: dict[str, Encoded]
-    ledger: Ledger
-
-
 class BadItem(UserError):
     """A line, record or document that can't be used; `kind` is the reason that the ledger counts it under."""
 
@@ -73,8 +66,8 @@ class Encoder:
         """Their order gives the task ids."""
         return TASKS_OF_FORMAT[self.format]
 
-    def encode(self, items: Sequence[Item]) -> Block:
-        """Encodes a block. Raises: UserError, naming the place of an item that is malformed and not to be skipped."""
+    def encode(self, items: Sequence[Item]) -> tuple[dict[str, Encoded], Ledger]:
+        """Encodes a block. Raises: UserError, naming the place of a malformed item, unless these are to be skipped."""
         ledger = Ledger()
         kept: dict[str, list[_Example]] = {split: [] for split in SPLITS}
         for item in items:
@@ -99,7 +92,7 @@ class Encoder:
                 supervised = int(np.count_nonzero(example.supervised))
                 ledger.keep(item.split, example.task, example.ids.size, supervised, example.trimmed)
                 kept[item.split].append(example)
-        return Block({split: self._join(kept[split]) for split in SPLITS}, ledger)
+        return {split: self._join(kept[split]) for split in SPLITS}, ledger
 
     def _examples(self, item: Item) -> Iterator[_Example]:
         if item.flaw is not None:

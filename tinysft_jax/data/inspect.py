@@ -23,9 +23,7 @@ from tinysft_jax.data.store import SPLITS, PreparedData, Split
 from tinysft_jax.tokenizer import ChatTokenizer
 
 SUPERVISED, MARKER, PROMPT, TITLE = "bold green", "bold magenta", "dim", "bold cyan"
-# Around supervised text, where there is no colour.
-OPEN, CLOSE = "«", "»"
-
+OPEN, CLOSE = "«", "»"  # around supervised text, where there is no colour
 # Control characters in the data must not reach the terminal: they are shown as their pictures (␛).
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 _PICTURES |= dict.fromkeys(range(128, 160), 0xFFFD)
@@ -97,11 +95,7 @@ def _check_index(noun: str, index: int, count: int) -> None:
 
 
 def read_row(split: Split, packing: Packing, row: int, seed: int = 0, epoch: int = 0) -> list[Segment]:
-    """The segments of a row of an epoch, taken from the batch that training reads.
-
-    Raises:
-      UserError: if the epoch has no such row.
-    """
+    """The segments of a row, from the batch that training reads. Raises: UserError, if the epoch has no such row."""
     _check_index("row", row, packing.n_rows)
     plan = packing.epoch(seed, epoch)
     batch = {key: array[0] for key, array in BatchSource(split, plan, 1, packing.seq_len)[row].items()}

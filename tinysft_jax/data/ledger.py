@@ -1,11 +1,11 @@
-"""The ledger of `prepare`: what became of everything that was read, so that nothing is left out silently."""
+"""The ledger of `prepare`: what became of every record, so that nothing is left out silently."""
 
 import itertools
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from tinysft_jax.console import shown
 
@@ -17,14 +17,13 @@ LONGEST_FIELD, OTHER_FIELDS = 100, "(others)"
 
 @dataclass
 class Ledger:
-    """Counts by split and task; the ledgers of parts, added in order, make up that of the whole."""
+    """Counts by split and task. The ledgers of the blocks, added in order, are that of the whole."""
 
     read: Counter[str] = field(default_factory=Counter)  # split -> records, lines or documents
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)  # (split, reason) -> unusable records
     bad: list[str] = field(default_factory=list)  # the first of them that are malformed, with their place
-    # (split, task) -> kept conversations whose prompt was shortened; supervised tokens
-    trimmed: Counter[tuple[str, str]] = field(default_factory=Counter)
-    supervised: Counter[tuple[str, str]] = field(default_factory=Counter)
+    trimmed: Counter[tuple[str, str]] = field(default_factory=Counter)  # (split, task) -> kept, with a shorter prompt
+    supervised: Counter[tuple[str, str]] = field(default_factory=Counter)  # (split, task) -> supervised tokens
     lengths: Counter[tuple[str, str, int]] = field(default_factory=Counter)  # (split, task, tokens) -> kept
     left_out: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # (split, task, reason) -> not kept
     unread: Counter[tuple[str, str]] = field(default_factory=Counter)  # (split, field) -> times it was not read
@@ -41,7 +40,7 @@ class Ledger:
         self.trimmed[split, task] += trimmed
 
     def skip(self, split: str, reason: str, bad: str | None = None) -> None:
-        """Counts a record that gives no conversation; `bad` is what to say of it if it is malformed."""
+        """Counts a record that gives no conversation; `bad` is the message if it is malformed."""
         self.skipped[split, reason] += 1
         if bad is not None and len(self.bad) < NAMED_BAD_LINES:
             self.bad.append(bad)
@@ -95,11 +94,10 @@ class Ledger:
 
     def tables(self, splits: tuple[str, ...], tasks: tuple[str, ...]) -> list[Table]:
         """The ledger for the terminal: conversations, and their tokens."""
-        conversations, tokens = Table("split", "task"), Table("split", "task")
-        for column in ("made", "kept", "trimmed", "left out"):
-            conversations.add_column(column, justify="right")
-        for column in ("tokens", "supervised", "mean", "median", "max"):
-            tokens.add_column(column, justify="right")
+        conversations, tokens = (
+            Table("split", "task", *(Column(name, justify="right") for name in names))
+            for names in (("made", "kept", "trimmed", "left out"), ("tokens", "supervised", "mean", "median", "max"))
+        )
         for split, task in itertools.product(splits, tasks):
             entry = self._entry(split, task)
             if entry["made"]:

@@ -44,8 +44,7 @@ class Packing:
       fill: share of the rows' tokens that are not padding.
       fingerprint: a hash of the patterns. If it is the same, so are the rows of an epoch.
 
-    Raises:
-      UserError: if a conversation is longer than a row.
+    Raises: UserError, if a conversation is longer than a row.
     """
 
     def __init__(self, lengths: Int[np.ndarray, " n"], seq_len: int):

@@ -89,9 +89,8 @@ def prepare(
 ) -> tuple[Ledger, dict[str, dict[str, int]]]:
     """Writes a prepared data set; returns the ledger, and the totals of each split.
 
-    If it fails, nothing is left of the output. Raises:
-      UserError: if an item is malformed, or no conversation is left.
-      RunError: if a worker dies or the disk is full.
+    Raises: UserError, if an item is malformed or no conversation is left; RunError, if a worker dies or the disk is
+    full. Then nothing is written.
     """
     ledger, start = Ledger(), time.monotonic()
     try:
@@ -99,10 +98,10 @@ def prepare(
             writers = {split: ShardWriter(directory / split) for split in SPLITS}
             blocks = map_in_order(encoder.encode, _blocks_of(source), workers)
             with contextlib.closing(blocks), Progress("preparing", source.size, percent=True) as bar:
-                for block in blocks:
-                    ledger.add(block.ledger)
+                for encoded, part in blocks:
+                    ledger.add(part)
                     for split, writer in writers.items():
-                        writer.add(block.splits[split])
+                        writer.add(encoded[split])
                     tokens = sum(writer.totals["tokens"] for writer in writers.values())
                     rate = tokens / max(time.monotonic() - start, 1e-3)
                     bar.update(source.position, f"{tokens:,} tokens, {rate:,.0f} tokens/s")

@@ -66,8 +66,7 @@ def is_json(file: BufferedIOBase, named_so: bool) -> bool:
 def read_json(file: BufferedIOBase, path: Path) -> Iterator[Value]:
     """Yields the lines that aren't blank or, if the file begins with an array, the array's elements.
 
-    Raises:
-      UserError: if an object outside an array spans lines, or an array is malformed; `path` names the file.
+    Raises: UserError, naming `path`, if an object outside an array spans lines, or an array is malformed.
     """
     start = _beginning(file)
     if start.startswith("["):

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from tinysft_jax.corpus.stories import embedded_stories, record_text
 from tinysft_jax.data.reading import TOO_LONG, is_json, read_json, read_records
 from tinysft_jax.data.store import SPLITS
 from tinysft_jax.tasks.make import RATES, Rates, balanced_rates
-from tinysft_jax.tasks.records import SEPARATOR, StoryRecord, clean_record, parse_record
+from tinysft_jax.tasks.records import SEPARATOR, clean_record, parse_record
 
 FORMATS = ("tinystories-instruct", "chat-jsonl", "text")
 # The embedded corpus has one story for validation to this many for training.
@@ -71,18 +72,16 @@ class EmbeddedSource(Source):
     seed: int
 
     def __iter__(self) -> Iterator[Item]:
+        text_of = operator.attrgetter("story") if self.format == "text" else record_text
         for split, count in self.counts.items():
             for number, story in enumerate(embedded_stories(count, split, self.seed), 1):
                 self.position += 1
                 where = f"embedded {split} story {number}"
-                yield Item(split, where, self._text_of(story.record))
+                yield Item(split, where, text_of(story.record))
                 if split == "train":
-                    yield Item(split, f"{where}, sketch", self._text_of(story.sketch), brief=True)
+                    yield Item(split, f"{where}, sketch", text_of(story.sketch), brief=True)
                     for verse in story.verses if self.format == "text" else ():
                         yield Item(split, f"{where}, verse", verse)
-
-    def _text_of(self, record: StoryRecord) -> str:
-        return record.story if self.format == "text" else record_text(record)
 
 
 @dataclass

@@ -83,8 +83,7 @@ def _has_requests(description: dict[str, Any]) -> bool:
 class PreparedData:
     """What `prepare` wrote; `description` is its `data.json`.
 
-    Raises:
-      UserError: as `read_description`, or if the size of a file has changed.
+    Raises: UserError, as `read_description`, or if the size of a file has changed.
     """
 
     def __init__(self, directory: str | Path):
@@ -123,8 +122,7 @@ class PreparedData:
 class Split:
     """The conversations of one split, addressed by index; `totals` is the split's entry in `data.json`.
 
-    Raises:
-      UserError: if a shard is missing, or its size is not as `data.json` (the description) says.
+    Raises: UserError, if a shard is missing, or its size is not as `data.json` (the description) says.
     """
 
     def __init__(self, directory: Path, description: dict[str, Any]):

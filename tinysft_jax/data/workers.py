@@ -39,8 +39,7 @@ def map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], work
     here in its place. The workers end when the iterator ends or is closed, and when this process ends, even by SIGKILL.
     (A process pool of the standard library reads all tasks at once, and can hang when a worker is killed.)
 
-    Raises:
-      RunError: if a worker can't be started or dies.
+    Raises: RunError, if a worker can't be started or dies.
     """
     if workers == 1:
         yield from map(function, tasks)

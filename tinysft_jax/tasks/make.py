@@ -157,11 +157,10 @@ def _yes_or_no(answer: str) -> str:
 
 
 def _request(task: str, record: StoryRecord, wording: float, draws: random.Random, brief: bool) -> Request:
-    if task == "story":
-        return Request(task, wording, conditions=_some_conditions(record, draws), brief=brief)
-    if task == "words":
-        return Request(task, wording, conditions={"words": list(record.words)}, brief=brief)
-    return Request(task, wording, record.story)
+    if task not in STORIES:
+        return Request(task, wording, record.story)
+    conditions = {"words": [*record.words]} if task == "words" else _some_conditions(record, draws)
+    return Request(task, wording, conditions=conditions, brief=brief)
 
 
 def _some_conditions(record: StoryRecord, draws: random.Random) -> dict[str, Any]:

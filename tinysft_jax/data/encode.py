@@ -74,12 +74,9 @@ class Encoder:
             ledger.read[item.split] += 1
             try:
                 examples = list(self._examples(item))
-            except _Unused as error:
-                ledger.skip(item.split, error.kind)
-                continue
             except UserError as error:
-                message = f"{item.where}: {reason(error)}"
-                if self.bad_items == "stop":
+                message = None if isinstance(error, _Unused) else f"{item.where}: {reason(error)}"
+                if message and self.bad_items == "stop":
                     raise UserError(message) from None
                 ledger.skip(item.split, _kind(error), message)
                 continue

@@ -4,9 +4,7 @@ Shows where conversations end, the roles, and what is supervised: in colour, or 
 same `--seq_len` and `--seed` trains on exactly this row.
 """
 
-import io
 import itertools
-import sys
 from argparse import Namespace
 from typing import NamedTuple
 
@@ -46,8 +44,6 @@ def main(arguments: list[str] | None = None) -> None:
     split = data.split(flags.split)
     if not len(split):
         raise UserError(f"the {flags.split} split of {flags.data} is empty")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # characters that the terminal's encoding lacks
     screen = Console()
     if flags.conversation is not None:
         _check_index("conversation", flags.conversation, len(split))
@@ -70,9 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parse(arguments: list[str] | None = None) -> Namespace:
-    parser = console.Parser(
-        prog="python -m tinysft_jax.data.inspect", description="A packed row, as training reads it."
-    )
+    parser = console.Parser(prog="python -m tinysft_jax.data.inspect", description="A packed row of a training run.")
     parser.add_argument("--data", type=console.path, metavar="DIR", required=True, help="a prepared data set")
     parser.add_argument("--split", choices=SPLITS, default="train", help="which part of it")
     what = parser.add_mutually_exclusive_group()

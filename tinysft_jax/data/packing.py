@@ -39,11 +39,6 @@ class PackingPlan:
 class Packing:
     """Which lengths share a row of `seq_len` tokens, the same in all epochs; an epoch draws the conversations.
 
-    Attributes:
-      n_rows: rows of every epoch.
-      fill: share of the rows' tokens that are not padding.
-      fingerprint: a hash of the patterns. If it is the same, so are the rows of an epoch.
-
     Raises: UserError, if a conversation is longer than a row.
     """
 
@@ -57,6 +52,7 @@ class Packing:
             )
         demand = {length: count for length, count in enumerate(counts.tolist()) if count}
         rows = sorted(fill_rows(demand, seq_len).items())
+        # If it is the same, so are the rows of an epoch.
         self.fingerprint = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
         self._row_counts = np.array([n for _, n in rows], np.int64)
         self._pattern_sizes = np.array([len(pattern) for pattern, _ in rows], np.int64)
@@ -64,7 +60,8 @@ class Packing:
         self._dtype = np.min_scalar_type(seq_len)
         self._pattern_lengths = np.array([length for pattern, _ in rows for length in pattern], self._dtype)
         self._pattern_starts = np.cumsum(self._pattern_sizes) - self._pattern_sizes
-        self.n_rows = int(self._row_counts.sum())
+        self.n_rows = int(self._row_counts.sum())  # of every epoch
+        # The share of the rows' tokens that are not padding.
         self.fill = float(counts @ np.arange(len(counts))) / max(1, self.n_rows * seq_len)
 
     def epoch(self, seed: int = 0, epoch: int = 0) -> PackingPlan:
@@ -104,12 +101,8 @@ def fill_rows(demand: dict[int, int], capacity: int) -> Counter[Pattern]:
     a choice. The longest first is best if rows hold many conversations. If they hold two to four, often the most common
     lengths or the shortest must come first, or nothing is left that fits them.
 
-    Args:
-      demand: length (from 1 to `capacity`) -> number of conversations.
-      capacity: tokens of a row.
-
-    Returns:
-      The number of rows of each pattern, for the order that needs the fewest.
+    `demand`: the number of conversations of each length, from 1 to `capacity`, the tokens of a row. Returns the number
+    of rows of each pattern, for the order that needs the fewest.
     """
     lower_bound = -(-sum(length * count for length, count in demand.items()) // capacity)
     found = []

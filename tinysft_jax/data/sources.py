@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from io import BufferedIOBase
 from pathlib import Path
@@ -45,16 +45,13 @@ class Item(NamedTuple):
 
 
 @dataclass
-class Source:
+class Source(Iterable[Item]):
     """A stream of items of one format."""
 
     format: str  # one of FORMATS
     description: dict[str, Any]  # of the origin, for `data.json`
     size: int  # of the whole input, in bytes or stories
     position: int = field(default=0, init=False)  # how much of `size` has been read
-
-    def __iter__(self) -> Iterator[Item]:
-        raise NotImplementedError
 
     def rates(self) -> Rates:
         """How often each task is made of a story."""

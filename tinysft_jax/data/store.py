@@ -176,8 +176,7 @@ class Split:
         """The first request of a conversation; None if the data set has no requests.
 
         It is `{"task": ..., "conditions": {...}, "answer": ...}`, with the conditions of `tasks.requests.Request`. The
-        answer is None where it is the story: the first supervised tokens hold it. Raises: UserError, if it can't be
-        read.
+        answer is None where it is the story: that is in the tokens. Raises: UserError, if the request can't be read.
         """
         if not _has_requests(self._description):
             return None

@@ -113,12 +113,8 @@ def make_tasks(
 ) -> list[Conversation]:
     """Makes the conversations of one record, in the order of `TASK_NAMES`; a pure function of the arguments.
 
-    Args:
-      record: the story.
-      seed: decides, with the record, which tasks are made and how they are worded.
-      rates: how often each is made; see `RATES`.
-      follow_ups: whether more requests about the story follow in each conversation.
-      brief: whether the story is asked for as "a very short story".
+    The record and the seed decide which tasks are made, at the given rates, and how they are worded. With `follow_ups`,
+    more requests about the story follow in each conversation. A `brief` story is asked for as "a very short story".
     """
     # Python's own `hash` of a string differs from process to process.
     digest = hashlib.blake2b(f"{seed}\n{record}".encode("utf-8", "surrogatepass"), digest_size=8).digest()

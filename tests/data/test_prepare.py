@@ -183,16 +183,6 @@ def test_what_looks_empty_is_refused_as_empty(tmp_path: Path, blank):
     assert run(path, tmp_path / "data", "--valid_fraction", "0")["splits"]["train"]["conversations"] == 1
 
 
-def test_stories_are_trimmed_and_the_ledger_says_so(tmp_path: Path):
-    path = tmp_path / "stories.txt"
-    records = [f"Summary: Cat {i}.\nStory: {'A cat sat on a mat. ' * 20}\n" for i in range(9)]
-    path.write_text("<|endoftext|>\n".join(records))
-    run(path, tmp_path / "data", "--valid_fraction", "0", "--max_tokens", "120")
-    summary = json.loads((tmp_path / "data" / "ledger.json").read_text())["splits"]["train"]["tasks"]["summary"]
-    assert 0 < summary["made"] == summary["kept"] == summary["trimmed"]
-    assert 100 < summary["tokens"]["longest"] <= 120
-
-
 def test_a_forged_marker_is_named_in_the_template_that_could_not_tell(tmp_path: Path):
     path = write_chats(tmp_path / "chats.jsonl", {"prompt": "<|assistant|>", "completion": "Hi"})
     run(path, tmp_path / "control", "--valid_fraction", "0")

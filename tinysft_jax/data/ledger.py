@@ -94,10 +94,12 @@ class Ledger:
 
     def tables(self, splits: tuple[str, ...], tasks: tuple[str, ...]) -> list[Table]:
         """The ledger for the terminal: conversations, and their tokens."""
-        conversations, tokens = (
-            Table("split", "task", *(Column(name, justify="right") for name in names))
-            for names in (("made", "kept", "trimmed", "left out"), ("tokens", "supervised", "mean", "median", "max"))
-        )
+
+        def table(*names: str) -> Table:
+            return Table("split", "task", *(Column(name, justify="right") for name in names))
+
+        conversations = table("made", "kept", "trimmed", "left out")
+        tokens = table("tokens", "supervised", "mean", "median", "max")
         for split, task in itertools.product(splits, tasks):
             entry = self._entry(split, task)
             if entry["made"]:

@@ -52,7 +52,7 @@ class Packing:
             )
         demand = {length: count for length, count in enumerate(counts.tolist()) if count}
         rows = sorted(fill_rows(demand, seq_len).items())
-        # If it is the same, so are the rows of an epoch.
+        # Of the patterns. If it is the same, so are the rows of an epoch.
         self.fingerprint = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
         self._row_counts = np.array([n for _, n in rows], np.int64)
         self._pattern_sizes = np.array([len(pattern) for pattern, _ in rows], np.int64)

@@ -1,8 +1,4 @@
-"""Conversations: their grammar, and the chat templates that lay them out for a tokenizer.
-
-A conversation becomes a list of pieces. Each is encoded on its own and is supervised or not, so the supervision mask is
-built beside the ids, never searched for in them.
-"""
+"""Conversations: which messages are valid, and the chat templates that turn them into pieces for the tokenizer."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +23,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class Piece(NamedTuple):
-    """A part of a conversation that is encoded on its own."""
+    """A part of a conversation that is encoded on its own; so the supervision mask is built along with the ids."""
 
     text: str  # to encode, or the spelling of a control token
     control: bool  # whether it is a control token
@@ -35,18 +31,18 @@ class Piece(NamedTuple):
 
 
 def chat_pieces(messages: Messages, template: Template) -> list[Piece]:
-    """Lays out a conversation for training: `<|system|>S<|user|>U<|assistant|>A<|endoftext|>`, `<|user|>` and so on.
+    """The pieces of a conversation for training: `<|system|>S<|user|>U<|assistant|>A<|endoftext|><|user|>...`.
 
-    Supervised are the answers, each with its end-of-text, unless their weight is 0. In the template "control" all
-    markers are control tokens. In "text" only end-of-text is one; everything between two answers is one text, and a
-    message that contains a marker is refused.
+    Answers and the end-of-text after each are supervised, unless their weight is 0. In the template "control" all
+    markers are control tokens. In "text" only end-of-text is one: all between two answers is one text, and a message
+    that contains a marker is refused.
     """
     check_messages(messages, needs_answer=True)
     return _lay_out(messages, template)
 
 
 def prompt_pieces(messages: Messages, template: Template) -> list[Piece]:
-    """Lays out a conversation up to where the assistant starts: a prefix of `chat_pieces` of it with its answer."""
+    """The pieces of a conversation up to where the assistant starts, a prefix of `chat_pieces` with the answer."""
     check_messages(messages)
     if messages[-1]["role"] != "user":
         raise UserError(f"a prompt ends with a user message, this one with the role '{messages[-1]['role']}'")
@@ -65,9 +61,8 @@ def _lay_out(messages: Messages, template: Template, answer_next: bool = False) 
     for message in messages:
         prompt.append(Piece(ROLE_MARKERS[message["role"]], control=True, supervised=False))
         if message["role"] == "assistant":
-            learned = _is_learned(message)
-            pieces += [*_joined(prompt, template), Piece(message["content"], False, learned)]
-            pieces.append(Piece(END_OF_TEXT, True, learned))
+            answer, learned = message["content"], _is_learned(message)
+            pieces += [*_joined(prompt, template), Piece(answer, False, learned), Piece(END_OF_TEXT, True, learned)]
             prompt = []
         else:
             prompt.append(Piece(message["content"], control=False, supervised=False))
@@ -94,7 +89,7 @@ def _refuse_forgery(messages: Messages) -> None:
 
 
 def check_messages(messages: object, needs_answer: bool = False) -> None:
-    """Checks the grammar: an optional system message, then user and assistant in turn, none of them empty.
+    """Checks for an optional system message, then user and assistant in turn, none of them empty.
 
     A message may have a weight: 0 or 1 for the assistant's, 0 for others; null is none. With `needs_answer`, there must
     be an answer whose weight is not 0.
@@ -169,7 +164,7 @@ def parse_chat(line: object, needs_answer: bool = True) -> list[dict[str, Any]]:
 
 
 def without_unread(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message's known fields that are not null."""
+    """A message's known fields, unless they are null."""
     return {field: message[field] for field in MESSAGE_FIELDS if message.get(field) is not None}
 
 

@@ -6,7 +6,6 @@ without its padding rows.
 
 import contextlib
 import inspect
-import json
 import logging
 import sys
 import warnings
@@ -20,6 +19,8 @@ from orbax.checkpoint import v1 as ocp
 
 from tinysft_jax import distributed, files, parameters
 from tinysft_jax.console import RunError, UserError, reason
+from tinysft_jax.conversion.huggingface import read_huggingface
+from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.model import GPT, GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params
 
@@ -45,14 +46,10 @@ def open_model(path: str | Path, n_heads: int | None = None) -> tuple[ModelDescr
     path = Path(path).expanduser()
     kind = model_kind(path)
     if n_heads is not None and kind != "torch":
-        raise UserError(f"--n_heads is for .pt files that don't tell; {path} does")
+        raise UserError(f"--n_heads is for .pt files that don't say; {path} does")
     if kind == "torch":
-        from tinysft_jax.conversion.torch import read_torch_checkpoint  # needs an extra
-
         return read_torch_checkpoint(path, n_heads)
     if kind == "huggingface":
-        from tinysft_jax.conversion.huggingface import read_huggingface  # needs an extra
-
         return read_huggingface(path)
     path = path / "model" if kind == "work" else path
     description = load_description(path)
@@ -67,28 +64,22 @@ def model_kind(path: Path) -> str:
         )
     if not path.is_dir():
         return "torch"
-    if (path / "model.json").exists() or not (path / "config.json").exists():
+    if (path / "model.json").exists():
         return "model"
-    # Work directories and Hugging Face folders both have a config.json.
-    if any(path.glob("*.safetensors")):
+    if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):  # pickled weights are refused when they are read
         return "huggingface"
-    with contextlib.suppress(OSError, ValueError, RecursionError, TypeError):
-        if "model_type" in json.loads(files.read_text(path / "config.json")):
+    if not (path / "config.json").exists():
+        return "model"  # without its model.json, as the error says
+    with contextlib.suppress(UserError):
+        if "model_type" in files.read_json(path / "config.json", "a model", format_version=None):
             return "huggingface"
     if not (path / "model").exists():
         raise UserError(f"{path} has no model yet: its run has not reached its first evaluation")
     return "work"
 
 
-def save_model(path: Path, params: Params, description: ModelDescription, overwrite: bool = False) -> None:
-    """Writes a model directory, whole or not at all."""
-    files.check_pattern_free(Path(path))
-    with files.new_directory(Path(path), overwrite) as directory:
-        write_model(directory, params, description)
-
-
 def write_model(directory: Path, params: Params, description: ModelDescription) -> None:
-    """Fills an empty directory. With several processes, all call it."""
+    """Writes a model directory into an empty one. With several processes, all call it."""
     try:
         ocp.save(directory.resolve() / "params", parameters.trim_vocabulary(params, description.config))
     except (ValueError, OSError) as error:

@@ -1,7 +1,6 @@
 """Hugging Face folders (StableLM) of a model, written and read: safetensors and JSON, no pickle."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from tinysft_jax import files
 from tinysft_jax.console import RunError, UserError, reason, shown
 from tinysft_jax.conversion import huggingface_tokenizer
 from tinysft_jax.conversion.huggingface_tokenizer import PAD
-from tinysft_jax.conversion.names import OWN_KEY, STABLELM, bare_name, mlp_ratio
+from tinysft_jax.conversion.names import OWN_KEY, STABLELM, bare_name, mlp_ratio, own_entries
 from tinysft_jax.model import LARGEST_SIZE, GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params, pad_vocabulary, parse_trained_length, trim_vocabulary
 from tinysft_jax.tokenizer import ChatTokenizer
@@ -47,14 +46,7 @@ _FIXED = {
 
 
 def write_huggingface(directory: Path, params: Params, description: ModelDescription) -> None:
-    """Fills an existing empty directory with a StableLM model and, if it is known, its tokenizer.
-
-    The embedding in `params` may be padded.
-
-    Raises:
-      UserError: if safetensors is not installed.
-      RunError: if the disk is full, say.
-    """
+    """Writes a model, its embedding padded or not, and its tokenizer, if it is known, into an empty directory."""
     safetensors = _safetensors()
     tensors = STABLELM.export_tensors(params, description.config)
     if description.tokenizer is not None:
@@ -118,28 +110,19 @@ def _to_config(config: GPTConfig) -> dict[str, Any]:
 
 
 def read_huggingface(path: Path) -> tuple[ModelDescription, Params]:
-    """Reads a Hugging Face folder as a model of this package.
+    """Reads a Hugging Face folder, as `checkpoints.open_model` does.
 
-    Returns:
-      What the model is, and its parameters: nested dicts of float32 NumPy arrays, the embedding padded. The tokenizer
-      is known if `tokenizer.json` is one of this package's.
-
-    Raises:
-      UserError: if the folder can't be read, or is of another architecture; it says why.
+    The tokenizer is known if `tokenizer.json` is one of this package's.
     """
+    content, recognised = _read_json(path / "config.json"), None
+    if (path / "tokenizer.json").is_file():
+        recognised = huggingface_tokenizer.recognise(_read_json(path / "tokenizer.json"))
     try:
-        content = _read_json(path / "config.json")
         config = _from_config(content)
-        recognised = None
-        if (path / "tokenizer.json").is_file():
-            recognised = huggingface_tokenizer.recognise(_read_json(path / "tokenizer.json"))
         if recognised and recognised[0].vocab_size > config.vocab_size:
             raise UserError(f"its tokenizer has {recognised[0].vocab_size} ids, its model {config.vocab_size}")
-        tensors = _read_tensors(path)
-        STABLELM.check_names(tensors, config.n_layers)
-        params = STABLELM.import_tensors(tensors, config)
-        stated = content.get(OWN_KEY)
-        stated = stated if isinstance(stated, dict) else {}
+        params = STABLELM.import_tensors(_read_tensors(path), config)
+        stated = own_entries(content)
         length = parse_trained_length(stated, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -222,15 +205,7 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(files.read_text(path))
-    except OSError as error:
-        raise UserError(f"can't read {path.name}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path.name} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path.name} is not a JSON object")
-    return content
+    return files.read_json(path, "a Hugging Face folder", format_version=None)
 
 
 def _safetensors() -> Any:

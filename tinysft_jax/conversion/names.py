@@ -71,11 +71,12 @@ class Layout:
         return {name: np.array(view, order="C") for name, view in self.views(params, config.n_layers).items()}
 
     def import_tensors(self, tensors: Mapping[str, np.ndarray], config: GPTConfig) -> Params:
-        """The parameters, float32 and the embedding padded, from a file's tensors, which `check_names` has passed.
+        """The parameters, float32 and the embedding padded, from a file's tensors.
 
         Raises:
-          UserError: if a shape is not the model's, a value is not finite, or the head is not the embedding.
+          UserError: if the names or shapes are not the model's, a value is not finite, or the head is not tied.
         """
+        self.check_names(tensors, config.n_layers)
         wanted = trim_vocabulary(model_parameter_shapes(config), config)
         params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
         views = self.views(params, config.n_layers)
@@ -139,6 +140,12 @@ _TENSORS = (
 )
 TORCH = Layout({path: name for path, name, _ in _TENSORS}, head="head.weight", rotates_halves=False)
 STABLELM = Layout({path: name for path, _, name in _TENSORS}, head="lm_head.weight", rotates_halves=True)
+
+
+def own_entries(content: Mapping[Any, Any]) -> dict[str, Any]:
+    """What is under `OWN_KEY` in a file's content."""
+    entries = content.get(OWN_KEY)
+    return entries if isinstance(entries, dict) else {}
 
 
 def bare_name(key: str) -> str:

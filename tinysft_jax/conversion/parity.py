@@ -1,7 +1,7 @@
-"""Does a converted model compute what the other side's file says? A second, independent forward pass tells.
+"""Compares the logits of a converted model with those of an independent forward pass.
 
-For PyTorch checkpoints it is written here, in NumPy and float64. It reads the PyTorch names itself and shares no code
-with the model, so an error in either shows as a difference. For Hugging Face folders it is that of transformers.
+For PyTorch checkpoints it is written here, in NumPy and float64, and shares no code with the model. For Hugging Face
+folders it is that of transformers.
 """
 
 from pathlib import Path
@@ -43,10 +43,7 @@ class Parity(NamedTuple):
 def measure_parity(model: GPT, path: Path) -> Parity:
     """Compares a float32 model with the `.pt` or Hugging Face folder that it was read from or written as.
 
-    Two rows of up to 128 random tokens are compared.
-
-    Raises:
-      UserError: if a package that the comparison needs is not installed.
+    The input is two rows of up to 128 random tokens.
     """
     config = model.config
     shape = (2, min(128, config.max_seq_len))

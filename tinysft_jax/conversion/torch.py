@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tinysft_jax.console import RunError, UserError, reason, shown
-from tinysft_jax.conversion.names import OWN_KEY, TORCH, bare_name, mlp_ratio
+from tinysft_jax.conversion.names import OWN_KEY, TORCH, bare_name, mlp_ratio, own_entries
 from tinysft_jax.model import LARGEST_SIZE, GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params, parse_trained_length
 from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer
@@ -24,7 +24,7 @@ _CONFIG_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "max_seq_len")
 LONGEST_CONTEXT = 16384
 
 
-def open_torch_file(path: str | Path) -> tuple[Tensors, dict[Any, Any]]:
+def open_torch_file(path: Path) -> tuple[Tensors, dict[Any, Any]]:
     """Opens a checkpoint, or a bare state dict of the model.
 
     Returns:
@@ -33,9 +33,8 @@ def open_torch_file(path: str | Path) -> tuple[Tensors, dict[Any, Any]]:
       content: state, `config`, `step`, `loss`, `model_type`, ...
 
     Raises:
-      UserError: if torch is not installed, or the file holds no state of this model.
+      UserError: if torch is not installed, or the file can't be read or holds no state of this model.
     """
-    path = Path(path)
     content = _load(path)
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None
     known = TORCH.paths(n_layers=1)
@@ -118,20 +117,13 @@ def _is_compressed(path: Path) -> bool:
     return any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries)
 
 
-def read_torch_checkpoint(path: str | Path, n_heads: int | None = None) -> tuple[ModelDescription, Params]:
-    """Reads a PyTorch checkpoint; `n_heads` is for a file that doesn't say the number of attention heads.
-
-    Returns:
-      What the model is, and its parameters: nested dicts of float32 NumPy arrays, the embedding padded.
-
-    Raises:
-      UserError: if the file is no sound checkpoint of this model, or contradicts itself or `n_heads`.
-    """
+def read_torch_checkpoint(path: Path, n_heads: int | None = None) -> tuple[ModelDescription, Params]:
+    """Reads a PyTorch checkpoint, as `checkpoints.open_model` does; it must not contradict itself or `n_heads`."""
     tensors, content = open_torch_file(path)
     try:
         TORCH.check_names(_parameters(tensors), _n_layers(tensors))
         config, assumed = _infer_config(tensors, content, n_heads)
-        description = _describe(Path(path), content, config, assumed)
+        description = _describe(path, content, config, assumed)
         # Views of the mapped file, if it is in float32.
         arrays = {name: tensor.detach().float().numpy() for name, tensor in _parameters(tensors).items()}
         return description, TORCH.import_tensors(arrays, config)
@@ -143,8 +135,7 @@ def _describe(path: Path, content: dict[Any, Any], config: GPTConfig, assumed: d
     source = {"kind": "pytorch", "file": path.name}
     source |= {key: content[key] for key in ("step", "loss", "model_type") if _is_plain(content.get(key))}
     source |= {"assumed": assumed} if assumed else {}
-    stated = content.get(OWN_KEY)
-    stated = stated if isinstance(stated, dict) else {}
+    stated = own_entries(content)
     language = _default_language(config, is_chat=content.get("model_type") == "sft")
     if "tokenizer" in stated:
         language = ChatTokenizer.from_description(stated).description()
@@ -229,10 +220,9 @@ def _rotary_claims(freqs_cis: Any | None, dim: int) -> dict[str, int | float | N
 
 
 def rope_theta(freqs_cis: Any) -> float | None:
-    """The base of exp(i position theta^(-2k / head_dim)), or None if it can't be determined.
+    """The base of exp(i position theta^(-2k / head_dim)), None if it can't be determined.
 
-    Raises:
-      UserError: if `freqs_cis` is something else (of scaled positions, say).
+    Raises: UserError, if `freqs_cis` is something else (of scaled positions, say).
     """
     length, half = freqs_cis.shape
     if not freqs_cis.is_complex() or length < 2 or half < 2:  # a cast to bfloat16 leaves only the cosines
@@ -250,46 +240,35 @@ def rope_theta(freqs_cis: Any) -> float | None:
 
 
 def write_torch_checkpoint(path: Path, params: Params, description: ModelDescription) -> None:
-    """Writes a `.pt` that the PyTorch project loads with `weights_only=True` and a strict `load_state_dict`.
+    """Writes a model, its embedding padded or not, as a `.pt` file.
 
-    The embedding in `params` may be padded.
-
-    Raises:
-      UserError: if torch is not installed, or the context is too long for a file that holds a mask.
-      RunError: if the disk is full, say.
+    The PyTorch project loads it with `weights_only=True` and a strict `load_state_dict`.
     """
     if description.config.max_seq_len > LONGEST_CONTEXT:
         raise UserError(
             f"a PyTorch checkpoint holds a mask of max_seq_len x max_seq_len numbers, too many for max_seq_len "
             f"{description.config.max_seq_len:,}, above {LONGEST_CONTEXT:,}; convert it --to huggingface"
         )
-    torch = _torch()
-    content = _content(params, description)
+    torch, is_chat = _torch(), description.chat_template is not None
+    language, stated = {"chat_template": description.chat_template, "tokenizer": description.tokenizer}, {}
+    if description.tokenizer is not None and language != _default_language(description.config, is_chat):
+        stated |= language
+    if description.trained_length < description.config.max_seq_len:
+        stated["trained_length"] = description.trained_length
+    content = {
+        "model_state_dict": _state_dict(params, description.config),
+        "optimizer_state_dict": {},
+        "step": description.source.get("step", 0),
+        "loss": description.source.get("loss", math.nan),
+        "config": {key: getattr(description.config, key) for key in _CONFIG_KEYS},
+        **({"model_type": "sft"} if is_chat else {}),
+        **({OWN_KEY: stated} if stated else {}),
+    }
     try:
         with path.open("wb") as file:  # given a path, torch.save would put its name into the file
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # the errors of torch's archive writer are RuntimeErrors
         raise RunError(f"can't write {path}: {reason(error)}") from None
-
-
-def _content(params: Params, description: ModelDescription) -> dict[str, Any]:
-    """What a checkpoint holds; what the PyTorch project has no key for is under `OWN_KEY`."""
-    config, is_chat = description.config, description.chat_template is not None
-    language = {"chat_template": description.chat_template, "tokenizer": description.tokenizer}
-    stated = {}
-    if description.tokenizer is not None and language != _default_language(config, is_chat):
-        stated |= language
-    if description.trained_length < config.max_seq_len:
-        stated["trained_length"] = description.trained_length
-    return {
-        "model_state_dict": _state_dict(params, config),
-        "optimizer_state_dict": {},
-        "step": description.source.get("step", 0),
-        "loss": description.source.get("loss", math.nan),
-        "config": {key: getattr(config, key) for key in _CONFIG_KEYS},
-        **({"model_type": "sft"} if is_chat else {}),
-        **({OWN_KEY: stated} if stated else {}),
-    }
 
 
 def _state_dict(params: Params, config: GPTConfig) -> Tensors:

@@ -53,7 +53,7 @@ def _lay_out(messages: Messages, template: Template, answer_next: bool = False) 
     if template is None:
         raise UserError("there is no chat template: this model completes plain text")
     if template == "text":
-        _refuse_forgery(messages)
+        _check_no_markers(messages)
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
     pieces: list[Piece] = []
@@ -61,8 +61,9 @@ def _lay_out(messages: Messages, template: Template, answer_next: bool = False) 
     for message in messages:
         prompt.append(Piece(ROLE_MARKERS[message["role"]], control=True, supervised=False))
         if message["role"] == "assistant":
-            answer, learned = message["content"], _is_learned(message)
-            pieces += [*_joined(prompt, template), Piece(answer, False, learned), Piece(END_OF_TEXT, True, learned)]
+            supervised = _is_supervised(message)
+            answer = [Piece(message["content"], False, supervised), Piece(END_OF_TEXT, True, supervised)]
+            pieces += _joined(prompt, template) + answer
             prompt = []
         else:
             prompt.append(Piece(message["content"], control=False, supervised=False))
@@ -72,13 +73,13 @@ def _lay_out(messages: Messages, template: Template, answer_next: bool = False) 
 
 
 def _joined(prompt: list[Piece], template: Template) -> list[Piece]:
-    """In "text", one text: the checkpoints of that template were trained on prompts encoded as a whole."""
+    """In "text", one piece: the checkpoints of that template were trained on prompts encoded as a whole."""
     if template == "control" or not prompt:
         return prompt
     return [Piece("".join(piece.text for piece in prompt), control=False, supervised=False)]
 
 
-def _refuse_forgery(messages: Messages) -> None:
+def _check_no_markers(messages: Messages) -> None:
     for index, message in enumerate(messages):
         for marker in (*ROLE_MARKERS.values(), END_OF_TEXT):
             if marker in message["content"]:
@@ -115,11 +116,11 @@ def check_messages(messages: object, needs_answer: bool = False) -> None:
                 f"in a message of the role '{role}'"
             )
         expected = ("assistant",) if role == "user" else ("user",)
-    if needs_answer and not any(map(_is_learned, messages)):
+    if needs_answer and not any(map(_is_supervised, messages)):
         raise UserError("there is nothing to learn: messages need at least one of the assistant whose weight is not 0")
 
 
-def _is_learned(message: Mapping[str, Any]) -> bool:
+def _is_supervised(message: Mapping[str, Any]) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 

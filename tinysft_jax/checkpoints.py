@@ -1,7 +1,7 @@
-"""Reading and writing models: the model directory, and `open_model`, which reads whatever holds a model.
+"""The model directory, and `open_model`, which reads a model in any form.
 
-A model directory has `model.json`, what the model is, and `params/`, written by orbax. There the embedding is stored
-without its padding rows.
+A model directory has `model.json`, the description, and `params/`, which orbax writes, without the padding rows of the
+embedding.
 """
 
 import contextlib
@@ -31,8 +31,7 @@ ORBAX_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 def load_model(path: str | Path, **options) -> GPT:
     """Reads a model from any path that `open_model` takes; `options` are GPT's: dtype, attention, remat."""
     description, params = open_model(path)
-    options = {"trained_length": description.trained_length} | options
-    return parameters.make_model(description.config, params, **options)
+    return parameters.make_model(description.config, params, trained_length=description.trained_length, **options)
 
 
 def open_model(path: str | Path, n_heads: int | None = None) -> tuple[ModelDescription, Params]:
@@ -57,7 +56,7 @@ def open_model(path: str | Path, n_heads: int | None = None) -> tuple[ModelDescr
 
 
 def model_kind(path: Path) -> str:
-    """What holds a model at `path`: "torch", "model", "huggingface" or "work" (directory)."""
+    """The form of the model at `path`: "torch", "model", "huggingface" or "work" (directory)."""
     if not path.exists():
         raise UserError(
             f"{path} does not exist; give a work directory, a model directory, a .pt file or a Hugging Face folder"

@@ -209,12 +209,12 @@ def check_shared(directory: Path) -> None:
         deadline = time.monotonic() + (0 if is_first() else VISIBLE_WITHIN)
         while not (found := probe.exists()) and time.monotonic() < deadline:
             time.sleep(0.5)
-        blind = ~multihost_utils.process_allgather(np.array(found)).reshape(-1)
-    if blind[0]:
+        missing = ~multihost_utils.process_allgather(np.array(found)).reshape(-1)
+    if missing[0]:
         raise UserError(f"can't write {directory}; choose another --workdir")
-    if blind.any():
+    if missing.any():
         raise UserError(
-            f"{directory} is not the same directory for {_listed(blind)} as for process 0; "
+            f"{directory} is not the same directory for {_listed(missing)} as for process 0; "
             "choose a --workdir on a file system that all processes share"
         )
 

@@ -20,21 +20,13 @@ Params = dict[str, Any]  # nested dicts of arrays, see `model_parameter_shapes`
 
 @dataclasses.dataclass(frozen=True)
 class ModelDescription:
-    """The content of `model.json`.
-
-    Attributes:
-      config: the model's shape.
-      chat_template: "control", "text", or None for a model that completes plain text.
-      tokenizer: `{"kind": "gpt2", "bpe_ranks": N}`, or None if unknown.
-      source: where the parameters came from, for people.
-      trained_length: tokens of the longest sequence in training if known, else the context.
-    """
+    """The content of `model.json`."""
 
     config: GPTConfig
-    chat_template: str | None
-    tokenizer: dict[str, Any] | None
-    source: dict[str, Any]
-    trained_length: int | None = None
+    chat_template: str | None  # "control", "text", or None for a model that completes plain text
+    tokenizer: dict[str, Any] | None  # `{"kind": "gpt2", "bpe_ranks": N}`, or None if unknown
+    source: dict[str, Any]  # where the parameters came from, for people
+    trained_length: int | None = None  # tokens of the longest training sequence; if unknown, set to the context
 
     def __post_init__(self):
         if self.trained_length is None:

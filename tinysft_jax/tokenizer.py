@@ -76,9 +76,6 @@ class ChatTokenizer:
 
         Messages are `{"role": "system" | "user" | "assistant", "content": text}`: an optional system message (else the
         default one is added), then user and assistant in turn. An answer with `"weight": 0` is not supervised.
-
-        Raises:
-          UserError: if `messages` is not such a conversation with an answer, or the tokenizer has no chat template.
         """
         return self._encode_pieces(chat.chat_pieces(messages, self.template))
 

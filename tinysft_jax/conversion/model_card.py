@@ -1,4 +1,4 @@
-"""The README of a Hugging Face folder: what the model is, how to use it, and what is known of its training."""
+"""The README of a Hugging Face folder: what the model is, how to use it, how it was trained."""
 
 import json
 import math
@@ -81,22 +81,21 @@ def write_card(
     pages = ["model_card.md"] + ([f"model_card_{template or 'plain'}.md"] if description.tokenizer else [])
     parts = [string.Template((_ASSETS / page).read_text(encoding="utf-8")).substitute(facts) for page in pages]
     if run:
-        parts += _training(run)
-        if run.plot.is_file():
-            shutil.copyfile(run.plot, directory / "loss.png")
-            parts += ["![loss](loss.png)"]
+        parts += [*_training(run), *_figure(directory, "loss", run.plot)]
     if report:
-        parts += [_evaluation(report)]
-        if (report / "report.png").is_file():
-            shutil.copyfile(report / "report.png", directory / "evaluation.png")
-            parts += ["![evaluation](evaluation.png)"]
+        parts += [_evaluation(report), *_figure(directory, "evaluation", report / "report.png")]
     files.write_text(directory / "README.md", "\n\n".join(part.strip() for part in parts) + "\n")
 
 
+def _figure(directory: Path, name: str, plot: Path) -> list[str]:
+    if not plot.is_file():
+        return []
+    shutil.copyfile(plot, directory / f"{name}.png")
+    return [f"![{name}]({name}.png)"]
+
+
 def _training(run: RunRecord) -> list[str]:
-    parts = []
-    if run.data:
-        parts += ["## Data", _json_block({key: run.data[key] for key in _DATA_KEYS})]
+    parts = ["## Data", _json_block({key: run.data[key] for key in _DATA_KEYS})] if run.data else []
     settings = {key: value for key, value in run.settings.items() if key not in _OMITTED}
     # Of paths, only the names: the rest is private.
     if "init_from" in settings:
@@ -114,7 +113,7 @@ def _json_block(content: dict[str, Any]) -> str:
 
 
 def _evaluation(report: Path) -> str:
-    """The report in Markdown, its headings a level lower."""
+    """The report in Markdown, with each heading one level deeper."""
     try:
         text = (report / "report.md").read_text(encoding="utf-8")
     except OSError as error:

@@ -1,6 +1,7 @@
 """The PyTorch project's checkpoints, read without running any code in them, and written."""
 
 import dataclasses
+import functools
 import math
 import re
 import warnings
@@ -10,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from tinysft_jax.console import RunError, UserError, reason, shown
+from tinysft_jax.console import RunError, UserError, import_extra, reason, shown
 from tinysft_jax.conversion.names import OWN_KEY, TORCH, bare_name, mlp_ratio, own_entries
 from tinysft_jax.model import LARGEST_SIZE, GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params, parse_trained_length
 from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer
 
 Tensors = dict[str, Any]  # name → torch.Tensor; torch is an extra, imported when it is needed
+_torch = functools.partial(import_extra, "torch", "torch", "a PyTorch checkpoint")
 _BUFFER = re.compile(r"blocks\.\d+\.attn\.(freqs_cis|mask)")
 # What the file's `config` holds; the PyTorch project has no place for the other fields of a GPTConfig.
 _CONFIG_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "max_seq_len")
@@ -29,11 +31,8 @@ def open_torch_file(path: Path) -> tuple[Tensors, dict[Any, Any]]:
 
     Returns:
       The state's tensors, memory-mapped, by name without the names of wrappers: the parameters, and the buffers that
-      each block may have, `freqs_cis` (RoPE, complex64 `[max_seq_len, head_dim / 2]`) and `mask`. And the whole
+      each block may have, `freqs_cis` (RoPE, complex64 `[max_seq_len, head_dim / 2]`) and `mask`. And the file's
       content: state, `config`, `step`, `loss`, `model_type`, ...
-
-    Raises:
-      UserError: if torch is not installed, or the file can't be read or holds no state of this model.
     """
     content = _load(path)
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None
@@ -79,20 +78,12 @@ def _tensor_fault(name: str, tensor: Any, file_size: int) -> str | None:
     return None
 
 
-def _torch() -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise UserError("PyTorch checkpoints need torch: pip install -e '.[torch]'") from None
-    return torch
-
-
 def _load(path: Path) -> Any:
     torch = _torch()
     try:
         with path.open("rb") as file:
             is_archive = file.read(2) == b"PK"  # files from before torch 1.6 are not, and can't be mapped
-        if is_archive and _is_compressed(path):
+        if is_archive and _is_compressed(path):  # torch.load would map the compressed bytes
             raise UserError(f"{path} is compressed, which PyTorch's files are not; save it again with torch.save")
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
@@ -111,7 +102,6 @@ def _load(path: Path) -> Any:
 
 
 def _is_compressed(path: Path) -> bool:
-    """torch.load would map compressed entries as if they were not, and small ones can expand to any size."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     return any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries)
@@ -136,10 +126,10 @@ def _describe(path: Path, content: dict[Any, Any], config: GPTConfig, assumed: d
     source |= {key: content[key] for key in ("step", "loss", "model_type") if _is_plain(content.get(key))}
     source |= {"assumed": assumed} if assumed else {}
     stated = own_entries(content)
-    language = _default_language(config, is_chat=content.get("model_type") == "sft")
+    fields = _default_tokenizer(config, is_chat=content.get("model_type") == "sft")
     if "tokenizer" in stated:
-        language = ChatTokenizer.from_description(stated).description()
-    return ModelDescription(config, **language, source=source, trained_length=parse_trained_length(stated, config))
+        fields = ChatTokenizer.from_description(stated).description()
+    return ModelDescription(config, **fields, source=source, trained_length=parse_trained_length(stated, config))
 
 
 def _is_plain(value: object) -> bool:
@@ -149,8 +139,8 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, int | float) and abs(value) < 2**63  # false for NaN
 
 
-def _default_language(config: GPTConfig, is_chat: bool) -> dict[str, Any]:
-    """Template and tokenizer of the PyTorch project's own files, which name neither.
+def _default_tokenizer(config: GPTConfig, is_chat: bool) -> dict[str, Any]:
+    """Chat template and tokenizer of the PyTorch project's own files, which name neither.
 
     A vocabulary as large as GPT-2's is taken for GPT-2's; a smaller one is unknown.
     """
@@ -250,9 +240,9 @@ def write_torch_checkpoint(path: Path, params: Params, description: ModelDescrip
             f"{description.config.max_seq_len:,}, above {LONGEST_CONTEXT:,}; convert it --to huggingface"
         )
     torch, is_chat = _torch(), description.chat_template is not None
-    language, stated = {"chat_template": description.chat_template, "tokenizer": description.tokenizer}, {}
-    if description.tokenizer is not None and language != _default_language(description.config, is_chat):
-        stated |= language
+    fields, stated = {"chat_template": description.chat_template, "tokenizer": description.tokenizer}, {}
+    if description.tokenizer is not None and fields != _default_tokenizer(description.config, is_chat):
+        stated |= fields
     if description.trained_length < description.config.max_seq_len:
         stated["trained_length"] = description.trained_length
     content = {

@@ -84,8 +84,7 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[], None], needs_stdout: bool = False) -> NoReturn:
     """Runs a command and exits: 0 done, 2 UserError, 3 RunError, 129 SIGHUP, 130 Ctrl-C, 143 SIGTERM.
 
-    A command that `needs_stdout` ends when the reader of its output has gone (`| head`). Others continue: their
-    results are in files.
+    A command that `needs_stdout` ends when the reader of its output has gone; others continue, as they write files.
     """
     _open_standard_streams(needs_stdout)
     for number in (signal.SIGTERM, signal.SIGHUP):

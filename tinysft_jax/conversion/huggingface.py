@@ -118,8 +118,7 @@ def read_huggingface(path: Path) -> tuple[ModelDescription, Params]:
         config = _from_config(content)
         if recognised and recognised[0].vocab_size > config.vocab_size:
             raise UserError(f"its tokenizer has {recognised[0].vocab_size} ids, its model {config.vocab_size}")
-        params = STABLELM.import_tensors(_read_tensors(path), config)
-        stated = own_entries(content)
+        params, stated = STABLELM.import_tensors(_read_tensors(path), config), own_entries(content)
         length = parse_trained_length(stated, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -38,7 +38,6 @@ class RunRecord(NamedTuple):
 
 
 def read_run(workdir: Path) -> RunRecord:
-    """Reads what a work directory says about its run."""
     settings = files.read_json(workdir / "config.json", "a work directory", format_version=1).get("config")
     if not isinstance(settings, dict):
         raise UserError(f"{workdir / 'config.json'}: 'config' is not what a run writes; copy it again")

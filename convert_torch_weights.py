@@ -1,10 +1,8 @@
 """Converts models between PyTorch checkpoints, model directories and Hugging Face folders."""
 
-import math
 from argparse import Namespace
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
 from tinysft_jax import console, distributed, export
@@ -13,7 +11,7 @@ from tinysft_jax.console import RunError, UserError
 from tinysft_jax.conversion.model_card import read_run
 from tinysft_jax.conversion.parity import measure_parity
 from tinysft_jax.model import GPT
-from tinysft_jax.parameters import ModelDescription, make_model, model_parameter_shapes, trim_vocabulary
+from tinysft_jax.parameters import ModelDescription, count_parameters, make_model
 
 
 def main() -> None:
@@ -63,14 +61,13 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
 
 def print_model(description: ModelDescription) -> None:
     config, assumed = description.config, description.source.get("assumed", {})
-    sizes = jax.tree.leaves(trim_vocabulary(model_parameter_shapes(config), config))
     print(
         f"shape       vocabulary {config.vocab_size}, dim {config.dim}, {config.n_layers} layers, "
         f"{config.n_heads} heads, hidden {config.hidden_dim}, context {config.max_seq_len}, theta {config.rope_theta:g}"
     )
     if assumed:
         print(f"assumed     {', '.join(f'{key} {value:g}' for key, value in assumed.items())}: the file doesn't say")
-    print(f"parameters  {sum(math.prod(leaf.shape) for leaf in sizes):,}")
+    print(f"parameters  {count_parameters(config):,}")
     print(f"template    {description.chat_template or 'none: the model completes plain text'}")
 
 

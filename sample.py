@@ -151,4 +151,4 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
 
 
 if __name__ == "__main__":
-    console.run(main, prints_its_product=True)
+    console.run(main, needs_stdout=True)

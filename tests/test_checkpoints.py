@@ -1,15 +1,29 @@
+"""The model directory, and that everything that takes a model takes it in every form."""
+
 import json
+import runpy
 import shutil
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
+from tiny_model import make_model_directory, save_model
 
-from tinysft_jax.checkpoints import load_description, load_model, load_params, save_model
+import tinysft_jax as tsft
+from tinysft_jax import files
+from tinysft_jax.checkpoints import load_description, load_model, load_params, open_model
 from tinysft_jax.console import UserError
+from tinysft_jax.conversion.huggingface import write_huggingface
+from tinysft_jax.conversion.torch import write_torch_checkpoint
+from tinysft_jax.data.store import PreparedData
+from tinysft_jax.evaluation import run as evaluation
 from tinysft_jax.model import GPT, GPTConfig
 from tinysft_jax.parameters import ModelDescription
+from tinysft_jax.training.state import starting_model
 
 CONFIG = GPTConfig(vocab_size=260, dim=16, n_layers=2, n_heads=2, max_seq_len=32)
 DESCRIPTION = ModelDescription(CONFIG, "control", {"kind": "gpt2", "bpe_ranks": 256}, {"kind": "random"})
@@ -86,3 +100,82 @@ def test_missing_parts_are_named(saved, tmp_path):
     (saved / "model.json").unlink()
     with pytest.raises(UserError, match=r"no model.json"):
         load_model(saved)
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory) -> Path:
+    """One model in every form, and `pickled`, a folder without safetensors."""
+    path = tmp_path_factory.mktemp("forms")
+    description, params = open_model(make_model_directory(path / "model", "control", ends=True))
+    shutil.copytree(path / "model", path / "work" / "models" / "5")
+    files.link(path / "work" / "model", path / "work" / "models" / "5")
+    files.write_json(path / "work" / "config.json", {"format_version": 1, "config": {}})
+    write_torch_checkpoint(path / "model.pt", params, description)
+    (path / "huggingface").mkdir()
+    write_huggingface(path / "huggingface", params, description)
+    for name in ("sharded", "pickled"):
+        shutil.copytree(path / "huggingface", path / name)
+        (path / name / "model.safetensors").unlink()
+    tensors = load_file(path / "huggingface" / "model.safetensors")
+    shards = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for shard in set(shards.values()):
+        save_file({name: tensors[name] for name in tensors if shards[name] == shard}, path / "sharded" / shard)
+    files.write_json(path / "sharded" / "model.safetensors.index.json", {"weight_map": shards})
+    (path / "pickled" / "pytorch_model.bin").touch()
+    return path
+
+
+def run_script(name: str, *flags: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *flags])
+        runpy.run_path(str(Path(__file__).parents[1] / name))["main"]()
+
+
+# Each uses a model, given its path, prepared data and an output, and leaves its parameters or its answers.
+def use_load_model(path, data, output):
+    return nnx.to_pure_dict(nnx.state(tsft.load_model(path)))
+
+
+def use_init_from(path, data, output):
+    return starting_model(str(path), {}, PreparedData(data))[1]
+
+
+def use_convert(path, data, output):
+    run_script("convert_torch_weights.py", f"--input={path}", f"--output={output}")
+    return open_model(output)[1]
+
+
+def use_sample(path, data, output):
+    output.with_suffix(".jsonl").write_text('{"prompt": "Hi"}')
+    flags = (f"--input={output.with_suffix('.jsonl')}", f"--output={output}", "--temperature=0", "--max_new_tokens=9")
+    run_script("sample.py", f"--checkpoint={path}", *flags)
+    return json.loads(output.read_text())["messages"]
+
+
+def use_evaluation(path, data, output):
+    evaluation.main([f"--checkpoint={path}", f"--data={data}", f"--output={output}", "--cases=2"])
+    return (output / "answers.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict:
+    """By use, the result with the model directory."""
+    return {}
+
+
+USES = [use_load_model, use_init_from, use_convert, use_sample, use_evaluation]
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("form", ["work", "model.pt", "huggingface", "sharded"])
+def test_what_takes_a_model_takes_it_in_every_form(forms, chat_data, tmp_path, expected, use, form):
+    if use not in expected:
+        expected[use] = use(forms / "model", chat_data, tmp_path / "expected")
+    jax.tree.map(np.testing.assert_array_equal, use(forms / form, chat_data, tmp_path / "out"), expected[use])
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_folder_with_only_pickled_weights_is_refused_as_that(forms, chat_data, tmp_path, use):
+    with pytest.raises(UserError, match=r"pickled: it has no model.safetensors; pickled weights are not read"):
+        use(forms / "pickled", chat_data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

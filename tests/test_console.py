@@ -90,7 +90,7 @@ def test_a_closed_stream_does_not_write_into_files(tmp_path):
 
 
 def test_a_command_that_is_for_its_output_ends_with_its_reader():
-    prints = "def main():\n    while True:\n        print('line')\nconsole.run(main, prints_its_product=True)"
+    prints = "def main():\n    while True:\n        print('line')\nconsole.run(main, needs_stdout=True)"
     result = shell(prints, "| head -1")
     assert (result.returncode, result.stdout, result.stderr) == (0, "line\n", "")
     shows = prints.replace("print(", "from rich.console import Console; Console().print(")

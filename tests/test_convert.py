@@ -113,13 +113,6 @@ def test_head_count_comes_from_the_flag_where_nothing_tells_it(convert, tmp_path
     assert load_description(tmp_path / "model").config.n_heads == 4
 
 
-def test_failed_check_leaves_nothing(convert, tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "TOLERANCE", 0.0)
-    source = save(TorchTwin().checkpoint(), tmp_path / "a.pt")
-    assert_one_line(convert(input=source, output=tmp_path / "model", check=True), 3, "nothing was written")
-    assert list(tmp_path.iterdir()) == [source]
-
-
 @pytest.mark.parametrize(
     "content, expected",
     [
@@ -131,12 +124,6 @@ def test_bad_checkpoint_leaves_nothing(convert, tmp_path, content, expected):
     source = save(content, tmp_path / "a.pt")
     assert_one_line(convert(input=source, output=tmp_path / "b" / "model"), 2, str(source), expected)
     assert list(tmp_path.iterdir()) == [source]
-
-
-def test_bad_flags_are_one_line(convert, tmp_path):
-    assert_one_line(convert(input="a.pt"), 2, "--output")
-    assert_one_line(convert(input="a.pt", output=tmp_path / "m", n_heads="x"), 2, "--n_heads")
-    assert_one_line(convert(input=tmp_path, output=tmp_path / "m"), 2, "directory")
 
 
 @pytest.mark.parametrize("name", ["pretrained_small", "sft_small"])
@@ -236,16 +223,21 @@ def test_model_directory_is_copied(convert, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, other_params)
 
 
-def test_export_that_fails_its_check_leaves_nothing(convert, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("to", "output", "compared"), [("model", "b", "a.pt"), ("huggingface", "b", "b"), ("torch", "b.pt", "b.pt")]
+)
+def test_output_that_fails_its_check_is_not_written(convert, tmp_path, monkeypatch, to, output, compared):
     monkeypatch.setattr(parity, "TOLERANCE", 0.0)
     source = save(TorchTwin().checkpoint(), tmp_path / "a.pt")
-    for to, output in (("huggingface", "b"), ("torch", "b.pt")):
-        result = convert(input=source, output=tmp_path / output, to=to, check=True)
-        assert_one_line(result, 3, f"does not compute what {tmp_path / output} does")
-        assert list(tmp_path.iterdir()) == [source]
+    result = convert(input=source, output=tmp_path / output, to=to, check=True)
+    assert_one_line(result, 3, f"does not compute what {tmp_path / compared} does; nothing was written")
+    assert list(tmp_path.iterdir()) == [source]
 
 
-def test_flags_of_exports_are_checked(convert, tmp_path):
+def test_flags_are_checked(convert, tmp_path):
+    assert_one_line(convert(input="a.pt"), 2, "--output")
+    assert_one_line(convert(input="a.pt", output=tmp_path / "m", n_heads="x"), 2, "--n_heads")
+    assert_one_line(convert(input=tmp_path, output=tmp_path / "m"), 2, "directory")
     source = save(TorchTwin().checkpoint(), tmp_path / "a.pt")
     assert_one_line(convert(input=source, output=tmp_path / "b", to="torch"), 2, "ends in .pt")
     assert_one_line(convert(input=source, output=tmp_path / "b", to="onnx"), 2, "--to")

@@ -94,7 +94,7 @@ def test_a_link_is_moved_in_one_step(tmp_path):
         (None, "is not a thing: it has no x.json"),
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("[1]", "no format_version"),
+        ("[1]", "is not a JSON object"),
         ('{"format_version": true}', "no format_version"),
         ('{"format_version": 0}', "no format_version"),
         ('{"format_version": 8}', "knows up to 7; upgrade"),

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from tiny_model import make_config, make_tokenizer
+from tiny_model import make_config, make_tokenizer, save_model
 from torch_twin import TorchTwin, save
 
 import tinysft_jax
 from tinysft_jax import chat, console, files
-from tinysft_jax.checkpoints import load_description, load_model, save_model
+from tinysft_jax.checkpoints import load_description, load_model
 from tinysft_jax.console import UserError
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.data import prepare

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tinysft_jax import chat
 from tinysft_jax.console import UserError
-from tinysft_jax.tokenizer import MERGES_FILE, ChatTokenizer, StreamDecoder, load_tokenizer, read_ranks
+from tinysft_jax.tokenizer import MERGES_FILE, ChatTokenizer, load_tokenizer, read_ranks
 
 MARKERS = ["<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -186,23 +186,6 @@ def test_decode_shows_markers_and_refuses_other_ids():
 def test_decode_replaces_half_a_character():
     tok = ChatTokenizer()
     assert tok.decode(tok.encode_text("🐱")[:1]) == "\ufffd"
-
-
-@given(text=TRICKY)
-def test_a_stream_shows_complete_characters_as_they_arrive(text):
-    tok = ChatTokenizer("control", 256)  # every byte a token of its own
-    stream, shown = StreamDecoder(tok), ""
-    for i in tok.encode_text(text):
-        shown += stream.push([i])
-        assert text.startswith(shown)
-    assert shown + stream.flush() == text
-
-
-def test_a_stream_that_ends_within_a_character_says_so():
-    tok = ChatTokenizer()
-    stream = StreamDecoder(tok)
-    assert stream.push(tok.encode_text("🐱")[:1]) == ""
-    assert stream.flush() == "\ufffd"
 
 
 def test_marker_pieces_spell_the_markers():

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from tinysft_jax.checkpoints import save_model
+from tinysft_jax import files
+from tinysft_jax.checkpoints import write_model
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.parameters import ModelDescription
+from tinysft_jax.parameters import ModelDescription, Params
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.tokenizer import ChatTokenizer
 
@@ -46,6 +47,11 @@ def make_config(context: int = 256) -> GPTConfig:
 
 def make_decoder(ends: bool = True) -> Decoder:
     return Decoder(make_config(), make_params(make_config(), ends), np.dtype("float32"))
+
+
+def save_model(path: Path, params: Params, description: ModelDescription, overwrite: bool = False) -> None:
+    with files.new_directory(path, overwrite) as directory:
+        write_model(directory, params, description)
 
 
 def make_model_directory(path: Path, template: str | None, context: int = 256, ends: bool = False) -> Path:

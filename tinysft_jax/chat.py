@@ -1,8 +1,4 @@
-"""Conversations: their grammar, and the chat templates that lay them out for a tokenizer.
-
-A conversation becomes a list of pieces. Each is encoded on its own and is supervised or not, so the supervision mask is
-built beside the ids, never searched for in them.
-"""
+"""Conversations: which messages are valid, and the chat templates that turn them into pieces for the tokenizer."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +23,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class Piece(NamedTuple):
-    """A part of a conversation that is encoded on its own."""
+    """A part of a conversation that is encoded on its own; so the supervision mask is built along with the ids."""
 
     text: str  # to encode, or the spelling of a control token
     control: bool  # whether it is a control token
@@ -35,18 +31,18 @@ class Piece(NamedTuple):
 
 
 def chat_pieces(messages: Messages, template: Template) -> list[Piece]:
-    """Lays out a conversation for training: `<|system|>S<|user|>U<|assistant|>A<|endoftext|>`, `<|user|>` and so on.
+    """The pieces of a conversation for training: `<|system|>S<|user|>U<|assistant|>A<|endoftext|><|user|>...`.
 
-    Supervised are the answers, each with its end-of-text, unless their weight is 0. In the template "control" all
-    markers are control tokens. In "text" only end-of-text is one; everything between two answers is one text, and a
-    message that contains a marker is refused.
+    Answers and the end-of-text after each are supervised, unless their weight is 0. In the template "control" all
+    markers are control tokens. In "text" only end-of-text is one: all between two answers is one text, and a message
+    that contains a marker is refused.
     """
     check_messages(messages, needs_answer=True)
     return _lay_out(messages, template)
 
 
 def prompt_pieces(messages: Messages, template: Template) -> list[Piece]:
-    """Lays out a conversation up to where the assistant starts: a prefix of `chat_pieces` of it with its answer."""
+    """The pieces of a conversation up to where the assistant starts, a prefix of `chat_pieces` with the answer."""
     check_messages(messages)
     if messages[-1]["role"] != "user":
         raise UserError(f"a prompt ends with a user message, this one with the role '{messages[-1]['role']}'")
@@ -57,7 +53,7 @@ def _lay_out(messages: Messages, template: Template, answer_next: bool = False) 
     if template is None:
         raise UserError("there is no chat template: this model completes plain text")
     if template == "text":
-        _refuse_forgery(messages)
+        _check_no_markers(messages)
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
     pieces: list[Piece] = []
@@ -65,9 +61,9 @@ def _lay_out(messages: Messages, template: Template, answer_next: bool = False) 
     for message in messages:
         prompt.append(Piece(ROLE_MARKERS[message["role"]], control=True, supervised=False))
         if message["role"] == "assistant":
-            learned = _is_learned(message)
-            pieces += [*_joined(prompt, template), Piece(message["content"], False, learned)]
-            pieces.append(Piece(END_OF_TEXT, True, learned))
+            supervised = _is_supervised(message)
+            answer = [Piece(message["content"], False, supervised), Piece(END_OF_TEXT, True, supervised)]
+            pieces += _joined(prompt, template) + answer
             prompt = []
         else:
             prompt.append(Piece(message["content"], control=False, supervised=False))
@@ -77,13 +73,13 @@ def _lay_out(messages: Messages, template: Template, answer_next: bool = False) 
 
 
 def _joined(prompt: list[Piece], template: Template) -> list[Piece]:
-    """In "text", one text: the checkpoints of that template were trained on prompts encoded as a whole."""
+    """In "text", one piece: the checkpoints of that template were trained on prompts encoded as a whole."""
     if template == "control" or not prompt:
         return prompt
     return [Piece("".join(piece.text for piece in prompt), control=False, supervised=False)]
 
 
-def _refuse_forgery(messages: Messages) -> None:
+def _check_no_markers(messages: Messages) -> None:
     for index, message in enumerate(messages):
         for marker in (*ROLE_MARKERS.values(), END_OF_TEXT):
             if marker in message["content"]:
@@ -94,7 +90,7 @@ def _refuse_forgery(messages: Messages) -> None:
 
 
 def check_messages(messages: object, needs_answer: bool = False) -> None:
-    """Checks the grammar: an optional system message, then user and assistant in turn, none of them empty.
+    """Checks for an optional system message, then user and assistant in turn, none of them empty.
 
     A message may have a weight: 0 or 1 for the assistant's, 0 for others; null is none. With `needs_answer`, there must
     be an answer whose weight is not 0.
@@ -120,11 +116,11 @@ def check_messages(messages: object, needs_answer: bool = False) -> None:
                 f"in a message of the role '{role}'"
             )
         expected = ("assistant",) if role == "user" else ("user",)
-    if needs_answer and not any(map(_is_learned, messages)):
+    if needs_answer and not any(map(_is_supervised, messages)):
         raise UserError("there is nothing to learn: messages need at least one of the assistant whose weight is not 0")
 
 
-def _is_learned(message: Mapping[str, Any]) -> bool:
+def _is_supervised(message: Mapping[str, Any]) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
@@ -169,7 +165,7 @@ def parse_chat(line: object, needs_answer: bool = True) -> list[dict[str, Any]]:
 
 
 def without_unread(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message's known fields that are not null."""
+    """A message's known fields, unless they are null."""
     return {field: message[field] for field in MESSAGE_FIELDS if message.get(field) is not None}
 
 

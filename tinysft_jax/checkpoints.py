@@ -1,12 +1,11 @@
-"""Reading and writing models: the model directory, and `open_model`, which reads whatever holds a model.
+"""The model directory, and `open_model`, which reads a model in any form.
 
-A model directory has `model.json`, what the model is, and `params/`, written by orbax. There the embedding is stored
-without its padding rows.
+A model directory has `model.json`, the description, and `params/`, which orbax writes, without the padding rows of the
+embedding.
 """
 
 import contextlib
 import inspect
-import json
 import logging
 import sys
 import warnings
@@ -20,6 +19,8 @@ from orbax.checkpoint import v1 as ocp
 
 from tinysft_jax import distributed, files, parameters
 from tinysft_jax.console import RunError, UserError, reason
+from tinysft_jax.conversion.huggingface import read_huggingface
+from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.model import GPT, GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params
 
@@ -30,8 +31,7 @@ ORBAX_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 def load_model(path: str | Path, **options) -> GPT:
     """Reads a model from any path that `open_model` takes; `options` are GPT's: dtype, attention, remat."""
     description, params = open_model(path)
-    options = {"trained_length": description.trained_length} | options
-    return parameters.make_model(description.config, params, **options)
+    return parameters.make_model(description.config, params, trained_length=description.trained_length, **options)
 
 
 def open_model(path: str | Path, n_heads: int | None = None) -> tuple[ModelDescription, Params]:
@@ -45,14 +45,10 @@ def open_model(path: str | Path, n_heads: int | None = None) -> tuple[ModelDescr
     path = Path(path).expanduser()
     kind = model_kind(path)
     if n_heads is not None and kind != "torch":
-        raise UserError(f"--n_heads is for .pt files that don't tell; {path} does")
+        raise UserError(f"--n_heads is for .pt files that don't say; {path} does")
     if kind == "torch":
-        from tinysft_jax.conversion.torch import read_torch_checkpoint  # needs an extra
-
         return read_torch_checkpoint(path, n_heads)
     if kind == "huggingface":
-        from tinysft_jax.conversion.huggingface import read_huggingface  # needs an extra
-
         return read_huggingface(path)
     path = path / "model" if kind == "work" else path
     description = load_description(path)
@@ -60,35 +56,29 @@ def open_model(path: str | Path, n_heads: int | None = None) -> tuple[ModelDescr
 
 
 def model_kind(path: Path) -> str:
-    """What holds a model at `path`: "torch", "model", "huggingface" or "work" (directory)."""
+    """The form of the model at `path`: "torch", "model", "huggingface" or "work" (directory)."""
     if not path.exists():
         raise UserError(
             f"{path} does not exist; give a work directory, a model directory, a .pt file or a Hugging Face folder"
         )
     if not path.is_dir():
         return "torch"
-    if (path / "model.json").exists() or not (path / "config.json").exists():
+    if (path / "model.json").exists():
         return "model"
-    # Work directories and Hugging Face folders both have a config.json.
-    if any(path.glob("*.safetensors")):
+    if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):  # pickled weights are refused when they are read
         return "huggingface"
-    with contextlib.suppress(OSError, ValueError, RecursionError, TypeError):
-        if "model_type" in json.loads(files.read_text(path / "config.json")):
+    if not (path / "config.json").exists():
+        return "model"  # without its model.json, as the error says
+    with contextlib.suppress(UserError):
+        if "model_type" in files.read_json(path / "config.json", "a model", format_version=None):
             return "huggingface"
     if not (path / "model").exists():
         raise UserError(f"{path} has no model yet: its run has not reached its first evaluation")
     return "work"
 
 
-def save_model(path: Path, params: Params, description: ModelDescription, overwrite: bool = False) -> None:
-    """Writes a model directory, whole or not at all."""
-    files.check_pattern_free(Path(path))
-    with files.new_directory(Path(path), overwrite) as directory:
-        write_model(directory, params, description)
-
-
 def write_model(directory: Path, params: Params, description: ModelDescription) -> None:
-    """Fills an empty directory. With several processes, all call it."""
+    """Writes a model directory into an empty one. With several processes, all call it."""
     try:
         ocp.save(directory.resolve() / "params", parameters.trim_vocabulary(params, description.config))
     except (ValueError, OSError) as error:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -58,6 +58,14 @@ def path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def import_extra(module: str, extra: str, what: str) -> Any:
+    """Imports a module of an extra; returns its top-level package. Raises: UserError, saying `what` needs it."""
+    try:
+        return __import__(module)
+    except ImportError:
+        raise UserError(f"{what} needs {module.partition('.')[0]}: pip install -e '.[{extra}]'") from None
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
@@ -73,13 +81,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def run(main: Callable[[], None], prints_its_product: bool = False) -> NoReturn:
+def run(main: Callable[[], None], needs_stdout: bool = False) -> NoReturn:
     """Runs a command and exits: 0 done, 2 UserError, 3 RunError, 129 SIGHUP, 130 Ctrl-C, 143 SIGTERM.
 
-    A command that `prints_its_product` ends when the reader of its output has gone (`| head`). Others continue, because
-    their results are in files.
+    A command that `needs_stdout` ends when the reader of its output has gone; others continue, as they write files.
     """
-    _open_standard_streams(prints_its_product)
+    _open_standard_streams(needs_stdout)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _interrupt)
@@ -112,11 +119,11 @@ def _exit(message: str, code: int) -> NoReturn:
 
 
 class _StandardFile(io.FileIO):
-    """Standard output or error. What can't be written is dropped, unless the command `needs_reader`."""
+    """Standard output or error. What can't be written is dropped, unless it is `needed`."""
 
-    def __init__(self, descriptor: int, needs_reader: bool):
+    def __init__(self, descriptor: int, needed: bool):
         super().__init__(descriptor, "w", closefd=False)
-        self._needs_reader = needs_reader
+        self._needed = needed
 
     def write(self, data) -> int | None:
         try:
@@ -125,14 +132,14 @@ class _StandardFile(io.FileIO):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno())  # C libraries write to the descriptor, too
             os.close(null)
-            if not self._needs_reader:
+            if not self._needed:
                 return len(data)
             if isinstance(error, BrokenPipeError):
                 raise SystemExit(0) from None
             raise RunError(f"can't write to standard output: {error.strerror}") from None
 
 
-def _open_standard_streams(needs_reader: bool) -> None:
+def _open_standard_streams(needs_stdout: bool) -> None:
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -141,7 +148,7 @@ def _open_standard_streams(needs_reader: bool) -> None:
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__"):  # tests have their own
-            file = _StandardFile(descriptor, needs_reader and name == "stdout")
+            file = _StandardFile(descriptor, needs_stdout and name == "stdout")
             text = io.TextIOWrapper(
                 io.BufferedWriter(file),
                 encoding=stream.encoding if stream else "utf-8",

@@ -42,17 +42,11 @@ class _Launcher(NamedTuple):
     local_size: str = ""  # number of processes on this node
 
 
-# JAX detects launchers, too, but not all of these: under SLURM it gives a process that has a node for itself one of its
-# GPUs, Open MPI 5 and MPICH it does not know, and for Kubernetes it asks the cluster's API. See the tests.
+# JAX's own detection is not enough: under SLURM, it gives the only process of a node just one of its GPUs, it does not
+# know Open MPI 5 and MPICH, and for Kubernetes it asks the cluster's API. See the tests.
 _LAUNCHERS = (
     _Launcher("SLURM", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-    _Launcher(
-        "Open MPI",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
+    _Launcher("Open MPI", *(f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE"))),
     _Launcher("MPI", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     # A pod of an indexed job is told its index, but not the number of pods: the manifest sets JAX_NUM_PROCESSES.
     _Launcher("Kubernetes", "JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX"),
@@ -215,12 +209,12 @@ def check_shared(directory: Path) -> None:
         deadline = time.monotonic() + (0 if is_first() else VISIBLE_WITHIN)
         while not (found := probe.exists()) and time.monotonic() < deadline:
             time.sleep(0.5)
-        blind = ~multihost_utils.process_allgather(np.array(found)).reshape(-1)
-    if blind[0]:
+        missing = ~multihost_utils.process_allgather(np.array(found)).reshape(-1)
+    if missing[0]:
         raise UserError(f"can't write {directory}; choose another --workdir")
-    if blind.any():
+    if missing.any():
         raise UserError(
-            f"{directory} is not the same directory for {_listed(blind)} as for process 0; "
+            f"{directory} is not the same directory for {_listed(missing)} as for process 0; "
             "choose a --workdir on a file system that all processes share"
         )
 

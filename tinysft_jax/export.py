@@ -14,7 +14,7 @@ from tinysft_jax.conversion.torch import write_torch_checkpoint
 from tinysft_jax.parameters import ModelDescription, Params
 
 KINDS = ("model", "torch", "huggingface")  # "torch" is a file, the others are directories
-_CONTENT = {"model": files.MODEL_CONTENT, "huggingface": (*huggingface.CONTENT, *CARD_CONTENT)}
+_CONTENT = {"model": files.MODEL_CONTENT, "torch": (), "huggingface": (*huggingface.CONTENT, *CARD_CONTENT)}
 
 # What a run can export: kind → name in the work directory, the package that it needs, and the extra.
 _RUN_EXPORTS = {"huggingface": ("huggingface", "safetensors", "hf"), "torch": ("model.pt", "torch", "torch")}
@@ -23,15 +23,8 @@ _RECORD = "exports.json"
 
 
 def check_output(kind: str, path: Path, overwrite: bool) -> None:
-    """Checks an output before any work is done.
-
-    Raises:
-      UserError: if it must not be replaced, or does not suit its kind.
-    """
-    if kind == "torch":
-        files.check_output_file(path, overwrite)
-    else:
-        files.check_output(path, overwrite, _CONTENT[kind])
+    """Raises: UserError, before any work is done, if an output must not be replaced, or does not suit its kind."""
+    files.check_output(path, overwrite, _CONTENT[kind])
     if kind == "model":
         files.check_pattern_free(path)
     if (kind == "torch") != (path.suffix == ".pt"):
@@ -54,14 +47,9 @@ def write(
     run: RunRecord | None = None,
     report: Path | None = None,
 ) -> None:
-    """Writes a model to the path that `new_output` yields.
+    """Writes a model, its embedding padded or not, to the path that `new_output` yields.
 
-    The embedding in `params` may be padded. Title, the run that trained the model and its evaluation report are for
-    the model card.
-
-    Raises:
-      UserError: if a package is missing, or the report can't be read.
-      RunError: if the disk is full, say.
+    Title, the run that trained the model and its evaluation report are for the model card.
     """
     if kind == "model":
         write_model(path, params, description)
@@ -79,11 +67,7 @@ def write(
 
 
 def parse_export(names: str) -> tuple[str, ...]:
-    """The kinds in the setting `export`, which are separated by commas.
-
-    Raises:
-      UserError: if a name is unknown, or a package that it needs is not installed.
-    """
+    """The kinds that the setting `export` lists, separated by commas. Raises: UserError, if one can't be written."""
     kinds = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     for kind in kinds:
         if kind not in _RUN_EXPORTS:
@@ -95,12 +79,9 @@ def parse_export(names: str) -> tuple[str, ...]:
 
 
 def export_run(workdir: Path, names: str) -> list[str]:
-    """Exports the best model of a run into its work directory, in the forms that the setting `export` lists.
+    """Exports the best model of a run into its work directory; returns a line for each kind that `names` lists.
 
     An earlier export is replaced only if nobody has changed it.
-
-    Returns:
-      For each form, a line that says what was done.
     """
     kinds = parse_export(names)
     if not kinds:

@@ -18,38 +18,27 @@ from tinysft_jax.locks import remove_abandoned, try_lock
 
 MAX_TEXT_BYTES = 64 << 20
 MAX_DEPTH = 200  # of JSON: deeper, functions that recurse into it fail
-
 MODEL_CONTENT = ("model.json", "params")
 
 
 def check_output(path: Path, overwrite: bool, content: Sequence[str]) -> None:
-    """Raises: UserError, if the directory `path` exists, unless `overwrite` is set and all in it will be replaced.
+    """Raises: UserError, if `path` exists, unless `overwrite` is set and all that is there will be replaced.
 
-    `content` are the names in the new directory, first the file that identifies its kind.
+    `content` are the names in the new directory, first the file that identifies its kind; of a file, nothing.
     """
-    if not _may_replace(path, overwrite):
+    if not (path.exists() or path.is_symlink()):
         return
-    if path.is_symlink() or not (path / content[0]).is_file():
-        raise UserError(f"{path} is not a directory with a {content[0]}; --overwrite replaces nothing else")
-    if others := sorted(entry.name for entry in path.iterdir() if entry.name not in content):
+    if not overwrite:
+        raise UserError(f"{path} exists; choose another --output or add --overwrite")
+    if path.is_symlink() or not path.joinpath(*content[:1]).is_file():
+        kind = f"directory with a {content[0]}" if content else "file"
+        raise UserError(f"{path} is not a {kind}; --overwrite replaces nothing else")
+    others = sorted(entry.name for entry in path.iterdir() if entry.name not in content) if content else []
+    if others:
         raise UserError(
             f"{path} holds {shown(others[0])}, which this command does not write, and --overwrite would delete it; "
             "move it away or choose another --output"
         )
-
-
-def check_output_file(path: Path, overwrite: bool) -> None:
-    """Raises: UserError, if `path` exists, and `overwrite` is not set or it is no file."""
-    if _may_replace(path, overwrite) and (path.is_symlink() or not path.is_file()):
-        raise UserError(f"{path} is not a file; --overwrite replaces nothing else")
-
-
-def _may_replace(path: Path, overwrite: bool) -> bool:
-    """False if there is nothing to replace."""
-    exists = path.exists() or path.is_symlink()
-    if exists and not overwrite:
-        raise UserError(f"{path} exists; choose another --output or add --overwrite")
-    return exists
 
 
 def check_pattern_free(path: Path) -> None:
@@ -82,13 +71,13 @@ def atomic(path: Path) -> Iterator[Path]:
 def new_directory(path: Path, overwrite: bool = False, content: Sequence[str] = MODEL_CONTENT) -> Iterator[Path]:
     """Yields an empty directory that becomes `path` at the end of the block, and is removed if the block fails.
 
-    See `check_output`. What killed processes left of `path` is removed first; directories of running ones are locked.
+    See `check_output`. What killed processes left behind is removed first; running ones have locked their directories.
     """
     check_output(path, overwrite, content)
     partial = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # `replace` may have been killed between its two renames: keep the old directory until there is a new one.
+        # A process may have been killed between the two renames: keep the old directory until there is a new one.
         kinds = "partial|old" if path.exists() else "partial"
         remove_abandoned(path.parent, rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.({kinds})")
         partial.mkdir()
@@ -98,7 +87,10 @@ def new_directory(path: Path, overwrite: bool = False, content: Sequence[str] = 
     try:
         yield partial
         check_output(path, overwrite, content)  # again: another process may have written it meanwhile
-        replace(partial, path)
+        old = path.rename(_beside(path, "old")) if path.exists() else None
+        partial.rename(path)
+        if old:
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if lock is not None:
@@ -108,7 +100,7 @@ def new_directory(path: Path, overwrite: bool = False, content: Sequence[str] = 
 @contextlib.contextmanager
 def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yields where to write a file that becomes `path` at the end of the block, and is removed if the block fails."""
-    check_output_file(path, overwrite)
+    check_output(path, overwrite, content=())
     with atomic(path) as partial:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +108,7 @@ def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
         except OSError as error:
             raise UserError(f"can't write {path}: {error.strerror}") from None
         yield partial
-        check_output_file(path, overwrite)  # again: another process may have written it meanwhile
+        check_output(path, overwrite, content=())  # again: another process may have written it meanwhile
 
 
 @contextlib.contextmanager
@@ -130,16 +122,6 @@ def maybe_new_directory(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # not empty
             for each in missing:
                 each.rmdir()
-
-
-def replace(new: Path, path: Path) -> None:
-    """Renames the directory `new` to `path`, and removes what was there. For a moment there is nothing: see `link`."""
-    if path.exists():
-        old = path.rename(_beside(path, "old"))
-        new.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        new.rename(path)
 
 
 def link(path: Path, target: Path) -> None:
@@ -171,8 +153,11 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
     return content.decode(encoding)
 
 
-def read_json(path: Path, what: str, format_version: int) -> dict[str, Any]:
-    """Reads a JSON object with a `format_version` up to this one; without it, its directory is not `what`."""
+def read_json(path: Path, what: str, format_version: int | None) -> dict[str, Any]:
+    """Reads a JSON object. Raises: UserError, if it can't; if there is no such file, its directory is not `what`.
+
+    The object must have a `format_version` up to this one; None: it needs none.
+    """
     try:
         content = json.loads(read_text(path))
     except FileNotFoundError:
@@ -183,7 +168,11 @@ def read_json(path: Path, what: str, format_version: int) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if _is_deeper(content, MAX_DEPTH):
         raise UserError(f"{path} is nested more than {MAX_DEPTH} levels deep")
-    version = content.get("format_version") if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    version = content.get("format_version")
+    if format_version is None:
+        return content
     if type(version) is not int or version < 1:
         raise UserError(f"{path} has no format_version; is {path.parent} {what}?")
     if version > format_version:

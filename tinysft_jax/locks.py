@@ -24,10 +24,10 @@ def take(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def held(path: Path, refusal: str) -> Iterator[str]:
-    """Holds a lock while the block runs. The file `path` exists as long, and names the process.
+    """Holds a lock while the block runs; the file `path`, which names the process, exists only then.
 
-    Yields a note for the user if the file system has no locks, else an empty string. Raises a UserError that starts
-    with `refusal` if another process holds the lock.
+    Yields a note for the user if the file system has no locks, else "". Raises a UserError that starts with `refusal`
+    if another process holds the lock.
     """
     descriptor, note = _open_locked(path, refusal)
     try:

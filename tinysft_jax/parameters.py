@@ -20,21 +20,13 @@ Params = dict[str, Any]  # nested dicts of arrays, see `model_parameter_shapes`
 
 @dataclasses.dataclass(frozen=True)
 class ModelDescription:
-    """The content of `model.json`.
-
-    Attributes:
-      config: the model's shape.
-      chat_template: "control", "text", or None for a model that completes plain text.
-      tokenizer: `{"kind": "gpt2", "bpe_ranks": N}`, or None if unknown.
-      source: where the parameters came from, for people.
-      trained_length: tokens of the longest sequence in training if known, else the context.
-    """
+    """The content of `model.json`."""
 
     config: GPTConfig
-    chat_template: str | None
-    tokenizer: dict[str, Any] | None
-    source: dict[str, Any]
-    trained_length: int | None = None
+    chat_template: str | None  # "control", "text", or None for a model that completes plain text
+    tokenizer: dict[str, Any] | None  # `{"kind": "gpt2", "bpe_ranks": N}`, or None if unknown
+    source: dict[str, Any]  # where the parameters came from, for people
+    trained_length: int | None = None  # tokens of the longest training sequence; if unknown, set to the context
 
     def __post_init__(self):
         if self.trained_length is None:
@@ -48,12 +40,13 @@ class ModelDescription:
     def from_json(cls, content: dict[str, Any], where: Path) -> "ModelDescription":
         """Raises: UserError, naming `where`, if a part is missing or invalid."""
         try:
-            return cls._parse({"source": {}, "tokenizer": None, "chat_template": None} | content)
+            return cls._parse(content)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
 
     @classmethod
     def _parse(cls, content: dict[str, Any]) -> "ModelDescription":
+        content = {"source": {}, "tokenizer": None, "chat_template": None} | content
         check(content, {"model": {}, "source": {}})
         shape, source, template, tokenizer = (content[key] for key in ("model", "source", "chat_template", "tokenizer"))
         fields = {field.name: field.type for field in dataclasses.fields(GPTConfig)}
@@ -95,6 +88,10 @@ def make_model(config: GPTConfig, params: Params, **options) -> GPT:
 def model_parameter_shapes(config: GPTConfig) -> Params:
     """The parameters as `jax.ShapeDtypeStruct`s, the embedding padded."""
     return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0)))))
+
+
+def count_parameters(config: GPTConfig) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(trim_vocabulary(model_parameter_shapes(config), config)))
 
 
 def trim_vocabulary(params: Params, config: GPTConfig) -> Params:

@@ -1,6 +1,5 @@
 """GPT-2's byte-pair encoding, with the control tokens of a chat template."""
 
-import codecs
 import functools
 import hashlib
 import json
@@ -28,9 +27,6 @@ LONGEST_BLANK = 500_000
 
 class TooBlank(UserError):
     """Text with too many white-space characters in a row; the message is always the same."""
-
-    def __init__(self):
-        super().__init__(f"over {LONGEST_BLANK:,} white-space characters in a row")
 
 
 class ChatTokenizer:
@@ -68,7 +64,7 @@ class ChatTokenizer:
         """Encodes text; the spelling of a control token in it is ordinary text."""
         chat.check_unicode(text, "the text")
         if len(text) > LONGEST_BLANK and any(len(blank[0]) > LONGEST_BLANK for blank in re.finditer(r"\s+", text)):
-            raise TooBlank
+            raise TooBlank(f"over {LONGEST_BLANK:,} white-space characters in a row")
         return self._bpe.encode_ordinary(text)
 
     def encode_document(self, text: str) -> Int32[np.ndarray, " n"]:
@@ -80,9 +76,6 @@ class ChatTokenizer:
 
         Messages are `{"role": "system" | "user" | "assistant", "content": text}`: an optional system message (else the
         default one is added), then user and assistant in turn. An answer with `"weight": 0` is not supervised.
-
-        Raises:
-          UserError: if `messages` is not such a conversation with an answer, or the tokenizer has no chat template.
         """
         return self._encode_pieces(chat.chat_pieces(messages, self.template))
 
@@ -138,25 +131,9 @@ class ChatTokenizer:
         return hashlib.sha256(json.dumps([_PATTERN, tokens, self._special_ids]).encode()).hexdigest()[:16]
 
 
-class StreamDecoder:
-    """Decodes ids as they arrive; a character is returned once all its bytes are there."""
-
-    def __init__(self, tokenizer: ChatTokenizer):
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, ids: Iterable[SupportsIndex]) -> str:
-        """The characters that `ids` complete."""
-        return self._utf8.decode(self._tokenizer.decode_bytes(ids))
-
-    def flush(self) -> str:
-        """The rest at the end: U+FFFD for part of a character, else nothing."""
-        return self._utf8.decode(b"", final=True)
-
-
 def load_tokenizer(path: str | Path) -> ChatTokenizer:
     """The tokenizer of a model directory, a work directory's model or a prepared data set."""
-    # The newest format versions that say the same of the tokenizer.
+    # With the newest format version of each.
     for name, format_version in (("model.json", 1), ("model/model.json", 1), ("data.json", 2)):
         if (where := Path(path) / name).exists():
             description = files.read_json(where, "a model directory or a prepared data set", format_version)

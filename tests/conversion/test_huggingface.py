@@ -16,11 +16,11 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
-from tiny_model import make_model_directory, make_tokenizer
+from tiny_model import make_model_directory, make_tokenizer, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tinysft_jax as tsft
-from tinysft_jax.checkpoints import load_model, open_model, save_model
+from tinysft_jax.checkpoints import load_model, open_model
 from tinysft_jax.console import UserError
 from tinysft_jax.conversion.huggingface import read_huggingface, write_huggingface
 from tinysft_jax.conversion.names import STABLELM

@@ -7,9 +7,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-from tiny_model import make_model_directory
+from tiny_model import make_model_directory, save_model
 
-from tinysft_jax.checkpoints import load_model, save_model
+from tinysft_jax.checkpoints import load_model
 from tinysft_jax.console import RunError, UserError
 from tinysft_jax.data import prepare
 from tinysft_jax.data.store import PreparedData

@@ -3,6 +3,8 @@
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_model import make_tokenizer
 
 from tinysft_jax.console import UserError
@@ -20,6 +22,12 @@ def test_characters_come_whole():
     stream = AnswerStream(TOKENIZER, iter([[id_] for id_ in ids_of("aé…b".encode() + b"\xc3")]))
     assert list(stream) == ["a", "é", "…", "b", "\ufffd"]
     assert stream.n_tokens == 8
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_comes_whole(text):
+    shown = "".join(AnswerStream(TOKENIZER, ([id_] for id_ in TOKENIZER.encode_text(text))))
+    assert shown == text
 
 
 def test_figures_leave_out_the_first_tokens_time():

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_model import save_model
 
-from tinysft_jax.checkpoints import save_model
 from tinysft_jax.console import UserError
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.model import GPT, GPTConfig

@@ -1,7 +1,7 @@
 """Hugging Face folders (StableLM) of a model, written and read: safetensors and JSON, no pickle."""
 
 import dataclasses
-import json
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 
 from tinysft_jax import files
-from tinysft_jax.console import RunError, UserError, reason, shown
+from tinysft_jax.console import RunError, UserError, import_extra, reason, shown
 from tinysft_jax.conversion import huggingface_tokenizer
 from tinysft_jax.conversion.huggingface_tokenizer import PAD
-from tinysft_jax.conversion.names import OWN_KEY, STABLELM, bare_name, mlp_ratio
+from tinysft_jax.conversion.names import OWN_KEY, STABLELM, bare_name, mlp_ratio, own_entries
 from tinysft_jax.model import LARGEST_SIZE, GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params, pad_vocabulary, parse_trained_length, trim_vocabulary
 from tinysft_jax.tokenizer import ChatTokenizer
 
 # What a folder holds, besides the model card; the first tells it from a work directory.
 CONTENT = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+_safetensors = functools.partial(import_extra, "safetensors.numpy", "hf", "a Hugging Face folder")
+_read_json = functools.partial(files.read_json, what="a Hugging Face folder", format_version=None)
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 # The defaults of `sample.py`.
@@ -47,18 +49,15 @@ _FIXED = {
 
 
 def write_huggingface(directory: Path, params: Params, description: ModelDescription) -> None:
-    """Fills an existing empty directory with a StableLM model and, if it is known, its tokenizer.
-
-    The embedding in `params` may be padded.
-
-    Raises:
-      UserError: if safetensors is not installed.
-      RunError: if the disk is full, say.
-    """
+    """Writes a model, its embedding padded or not, and its tokenizer, if it is known, into an empty directory."""
     safetensors = _safetensors()
     tensors = STABLELM.export_tensors(params, description.config)
     if description.tokenizer is not None:
-        tensors[STABLELM.embedding] = _with_pad_row(tensors[STABLELM.embedding])
+        # The pad token's row is the mean of the others, and so is its logit. As the exponential of a mean is at most
+        # the mean of the exponentials (Jensen), its probability is at most an equal share, for any input.
+        embedding = tensors[STABLELM.embedding]
+        mean = embedding.mean(axis=0, keepdims=True, dtype=np.float64).astype(embedding.dtype)
+        tensors[STABLELM.embedding] = np.concatenate([embedding, mean])
     try:
         for name, content in _json_files(description).items():
             files.write_json(directory / name, content)
@@ -67,16 +66,6 @@ def write_huggingface(directory: Path, params: Params, description: ModelDescrip
         shutil.copymode(directory / "config.json", directory / _WEIGHTS)  # safetensors lets only the owner read
     except (OSError, safetensors.SafetensorError) as error:
         raise RunError(f"can't write {directory}: {reason(error)}") from None
-
-
-def _with_pad_row(embedding: np.ndarray) -> np.ndarray:
-    """The embedding with a row for the pad token: the mean of all others.
-
-    Its logit is the mean of theirs, and the exponential of a mean is at most the mean of the exponentials (Jensen). So
-    the pad token's probability is at most an equal share, for any input, and it is never the most probable.
-    """
-    mean = embedding.mean(axis=0, keepdims=True, dtype=np.float64)
-    return np.concatenate([embedding, mean.astype(embedding.dtype)])
 
 
 def _json_files(description: ModelDescription) -> dict[str, dict[str, Any]]:
@@ -118,28 +107,18 @@ def _to_config(config: GPTConfig) -> dict[str, Any]:
 
 
 def read_huggingface(path: Path) -> tuple[ModelDescription, Params]:
-    """Reads a Hugging Face folder as a model of this package.
+    """Reads a Hugging Face folder, as `checkpoints.open_model` does.
 
-    Returns:
-      What the model is, and its parameters: nested dicts of float32 NumPy arrays, the embedding padded. The tokenizer
-      is known if `tokenizer.json` is one of this package's.
-
-    Raises:
-      UserError: if the folder can't be read, or is of another architecture; it says why.
+    The tokenizer is known if `tokenizer.json` is one of this package's.
     """
+    content, recognised = _read_json(path / "config.json"), None
+    if (path / "tokenizer.json").is_file():
+        recognised = huggingface_tokenizer.recognise(_read_json(path / "tokenizer.json"))
     try:
-        content = _read_json(path / "config.json")
         config = _from_config(content)
-        recognised = None
-        if (path / "tokenizer.json").is_file():
-            recognised = huggingface_tokenizer.recognise(_read_json(path / "tokenizer.json"))
         if recognised and recognised[0].vocab_size > config.vocab_size:
             raise UserError(f"its tokenizer has {recognised[0].vocab_size} ids, its model {config.vocab_size}")
-        tensors = _read_tensors(path)
-        STABLELM.check_names(tensors, config.n_layers)
-        params = STABLELM.import_tensors(tensors, config)
-        stated = content.get(OWN_KEY)
-        stated = stated if isinstance(stated, dict) else {}
+        params, stated = STABLELM.import_tensors(_read_tensors(path), config), own_entries(content)
         length = parse_trained_length(stated, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -155,7 +134,7 @@ def read_huggingface(path: Path) -> tuple[ModelDescription, Params]:
 
 
 def _from_config(content: dict[str, Any]) -> GPTConfig:
-    """Raises: UserError, if `config.json` is of another architecture; it says what makes it one."""
+    """Raises: UserError, saying what differs, if `config.json` is of another architecture."""
     if content.get("model_type") != _MODEL_TYPE:
         raise UserError(
             f"it is a model of type {shown(content.get('model_type'))}; only {_MODEL_TYPE!r} can be this program's GPT"
@@ -219,23 +198,3 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
                 raise UserError(f"{name} is {tensor.dtype}, not a floating-point tensor")
             tensors[name] = tensor
     return tensors
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(files.read_text(path))
-    except OSError as error:
-        raise UserError(f"can't read {path.name}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path.name} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path.name} is not a JSON object")
-    return content
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.numpy
-    except ImportError:
-        raise UserError("Hugging Face folders need safetensors: pip install -e '.[hf]'") from None
-    return safetensors

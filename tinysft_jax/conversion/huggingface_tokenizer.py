@@ -94,10 +94,10 @@ def tokenizer_config(tokenizer: ChatTokenizer, max_length: int) -> dict[str, Any
 
 
 def recognise(content: Any) -> tuple[ChatTokenizer, int | None] | None:
-    """The tokenizer of this package that a `tokenizer.json` is, and its pad token's id; None if it is another.
+    """The tokenizer of this package that a `tokenizer.json` holds, and the pad token's id; None if it holds another.
 
-    It may have been saved again by transformers. Special tokens that were added above ours are ignored: to our
-    tokenizer their spellings are text.
+    transformers may have saved it again. Special tokens that were added above our vocabulary are ignored: to our
+    tokenizer they are text.
     """
     try:
         what = _what_decides_ids(content)
@@ -110,7 +110,14 @@ def recognise(content: Any) -> tuple[ChatTokenizer, int | None] | None:
         return None
     for template in _PRE_TOKENIZERS:
         tokenizer = ChatTokenizer(template, n_ranks)
-        if what == _what_decides_ids(tokenizer_json(tokenizer, tokenizer.vocab_size)) and _extends(added, tokenizer):
+        ours = {chat.END_OF_TEXT: tokenizer.eot_id, **tokenizer.control_ids}
+        others = {token: id for token, id in added.items() if token not in ours}
+        if (
+            what == _what_decides_ids(tokenizer_json(tokenizer, tokenizer.vocab_size))
+            and ours.items() <= added.items()
+            and all(id >= tokenizer.vocab_size for id in others.values())
+            and not others.keys() & set(chat.ROLE_MARKERS.values())
+        ):
             return tokenizer, added.get(PAD)
     return None
 
@@ -126,14 +133,3 @@ def _what_decides_ids(content: dict[str, Any]) -> dict[str, Any]:
         "normalizer": content["normalizer"],
         "pre_tokenizer": [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps],
     }
-
-
-def _extends(added: dict[str, int], tokenizer: ChatTokenizer) -> bool:
-    """Whether these are a tokenizer's control tokens, and perhaps others above its vocabulary, none a role's marker."""
-    ours = {chat.END_OF_TEXT: tokenizer.eot_id, **tokenizer.control_ids}
-    others = {token: id for token, id in added.items() if token not in ours}
-    return (
-        ours.items() <= added.items()
-        and all(id >= tokenizer.vocab_size for id in others.values())
-        and not others.keys() & set(chat.ROLE_MARKERS.values())
-    )

@@ -1,4 +1,4 @@
-"""The README of a Hugging Face folder: what the model is, how to use it, and what is known of its training."""
+"""The README of a Hugging Face folder: what the model is, how to use it, how it was trained."""
 
 import json
 import math
@@ -8,12 +8,10 @@ import string
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 from tinysft_jax import chat, files
 from tinysft_jax.console import UserError
 from tinysft_jax.data.store import read_description
-from tinysft_jax.parameters import ModelDescription, model_parameter_shapes, trim_vocabulary
+from tinysft_jax.parameters import ModelDescription, count_parameters
 
 CARD_CONTENT = ("README.md", "loss.png", "evaluation.png")
 _ASSETS = Path(__file__).parents[1] / "assets"
@@ -25,21 +23,13 @@ _OMITTED = ("model", "mesh", "wandb", "export", "profile")
 
 
 class RunRecord(NamedTuple):
-    """A run, as far as its work directory tells.
+    """A run, as far as its work directory tells."""
 
-    Attributes:
-      settings: the configuration.
-      data: `data.json` of the prepared data set, or None if it can't be read (any more).
-      step: of the best model, or None.
-      metrics: the best model's validation losses, and the number of packed rows that they are of, if it is known.
-      plot: the loss curves, which may be missing.
-    """
-
-    settings: dict[str, Any]
-    data: dict[str, Any] | None
-    step: int | None
-    metrics: dict[str, int | float]
-    plot: Path
+    settings: dict[str, Any]  # the configuration
+    data: dict[str, Any] | None  # `data.json` of the prepared data set, if it can be read
+    step: int | None  # of the best model, if it is known
+    metrics: dict[str, int | float]  # the best model's validation losses, and on how many packed rows
+    plot: Path  # the loss curves, if the file exists
 
     @property
     def loss(self) -> float:
@@ -48,11 +38,6 @@ class RunRecord(NamedTuple):
 
 
 def read_run(workdir: Path) -> RunRecord:
-    """Reads what a work directory says about its run.
-
-    Raises:
-      UserError: if its `config.json` is damaged or from a newer program.
-    """
     settings = files.read_json(workdir / "config.json", "a work directory", format_version=1).get("config")
     if not isinstance(settings, dict):
         raise UserError(f"{workdir / 'config.json'}: 'config' is not what a run writes; copy it again")
@@ -80,21 +65,12 @@ def write_card(
 ) -> None:
     """Writes `README.md`, and the plots that it shows, into a Hugging Face folder.
 
-    Args:
-      directory: the folder.
-      title: the model's name.
-      description: what the model is.
-      run: the run that trained it, if it is known.
-      report: a directory that `tinysft_jax.evaluation.run` wrote about the model.
-
-    Raises:
-      UserError: if `report` is no such directory.
+    `title` is the model's name, `run` the run that trained it, `report` the output of `tinysft_jax.evaluation.run`.
     """
     config, template = description.config, description.chat_template
-    leaves = jax.tree.leaves(trim_vocabulary(model_parameter_shapes(config), config))
     facts = {
         "title": title,
-        "parameters": f"{sum(math.prod(leaf.shape) for leaf in leaves):,}",
+        "parameters": f"{count_parameters(config):,}",
         "shape": f"{config.n_layers}, {config.dim}, {config.n_heads}, {config.hidden_dim}",
         "context": f"{config.max_seq_len:,}",
         "vocabulary": f"{config.vocab_size:,}",
@@ -104,22 +80,21 @@ def write_card(
     pages = ["model_card.md"] + ([f"model_card_{template or 'plain'}.md"] if description.tokenizer else [])
     parts = [string.Template((_ASSETS / page).read_text(encoding="utf-8")).substitute(facts) for page in pages]
     if run:
-        parts += _training(run)
-        if run.plot.is_file():
-            shutil.copyfile(run.plot, directory / "loss.png")
-            parts += ["![loss](loss.png)"]
+        parts += [*_training(run), *_figure(directory, "loss", run.plot)]
     if report:
-        parts += [_evaluation(report)]
-        if (report / "report.png").is_file():
-            shutil.copyfile(report / "report.png", directory / "evaluation.png")
-            parts += ["![evaluation](evaluation.png)"]
+        parts += [_evaluation(report), *_figure(directory, "evaluation", report / "report.png")]
     files.write_text(directory / "README.md", "\n\n".join(part.strip() for part in parts) + "\n")
 
 
+def _figure(directory: Path, name: str, plot: Path) -> list[str]:
+    if not plot.is_file():
+        return []
+    shutil.copyfile(plot, directory / f"{name}.png")
+    return [f"![{name}]({name}.png)"]
+
+
 def _training(run: RunRecord) -> list[str]:
-    parts = []
-    if run.data:
-        parts += ["## Data", _json_block({key: run.data[key] for key in _DATA_KEYS})]
+    parts = ["## Data", _json_block({key: run.data[key] for key in _DATA_KEYS})] if run.data else []
     settings = {key: value for key, value in run.settings.items() if key not in _OMITTED}
     # Of paths, only the names: the rest is private.
     if "init_from" in settings:
@@ -137,7 +112,7 @@ def _json_block(content: dict[str, Any]) -> str:
 
 
 def _evaluation(report: Path) -> str:
-    """The report in Markdown, its headings a level lower."""
+    """The report in Markdown, with each heading one level deeper."""
     try:
         text = (report / "report.md").read_text(encoding="utf-8")
     except OSError as error:

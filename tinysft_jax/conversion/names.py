@@ -1,4 +1,4 @@
-"""What other projects' files call the parameters and how they lay them out: a table for each family of models."""
+"""Names and layouts of the parameters in files of other projects."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from tinysft_jax.console import UserError
 from tinysft_jax.model import GPTConfig
 from tinysft_jax.parameters import Params, model_parameter_shapes, pad_vocabulary, trim_vocabulary
 
-# The key in exported files for what their format has no place for: entries of `ModelDescription`.
+# The key in exported files for entries of `ModelDescription` that their format has no place for.
 OWN_KEY = "tinysft_jax"
 # Parts of keys that come from torch.compile, DistributedDataParallel, activation checkpointing and FSDP (now and
 # formerly). They can occur anywhere, more than once.
@@ -24,17 +24,11 @@ _WRAPPERS = frozenset({"_orig_mod", "module", "_checkpoint_wrapped_module", "_fs
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The tensors of a family of files.
+    """The tensors of a family of files."""
 
-    Attributes:
-      names: path in the parameters → name in the file, in its order; `{}` is the layer, the first axis in "blocks".
-      head: the output head's name. It is tied to the embedding, so a file may or may not hold it.
-      rotates_halves: whether RoPE rotates features (i, i + half) of a head there; it rotates (2i, 2i + 1) here.
-    """
-
-    names: dict[str, str]
-    head: str
-    rotates_halves: bool
+    names: dict[str, str]  # path in the parameters → name in the file; `{}` is the layer, the first axis in "blocks"
+    head: str  # the output head's name; it is tied to the embedding, so a file need not hold it
+    rotates_halves: bool  # whether RoPE rotates features (i, i + half) of a head there; here it rotates (2i, 2i + 1)
 
     @property
     def embedding(self) -> str:
@@ -71,11 +65,11 @@ class Layout:
         return {name: np.array(view, order="C") for name, view in self.views(params, config.n_layers).items()}
 
     def import_tensors(self, tensors: Mapping[str, np.ndarray], config: GPTConfig) -> Params:
-        """The parameters, float32 and the embedding padded, from a file's tensors, which `check_names` has passed.
+        """The parameters, float32 and the embedding padded, from a file's tensors.
 
-        Raises:
-          UserError: if a shape is not the model's, a value is not finite, or the head is not the embedding.
+        Raises: UserError, if the names or shapes are not the model's, a value is not finite, or the head is not tied.
         """
+        self.check_names(tensors, config.n_layers)
         wanted = trim_vocabulary(model_parameter_shapes(config), config)
         params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
         views = self.views(params, config.n_layers)
@@ -139,6 +133,12 @@ _TENSORS = (
 )
 TORCH = Layout({path: name for path, name, _ in _TENSORS}, head="head.weight", rotates_halves=False)
 STABLELM = Layout({path: name for path, _, name in _TENSORS}, head="lm_head.weight", rotates_halves=True)
+
+
+def own_entries(content: Mapping[Any, Any]) -> dict[str, Any]:
+    """What is under `OWN_KEY` in a file's content."""
+    entries = content.get(OWN_KEY)
+    return entries if isinstance(entries, dict) else {}
 
 
 def bare_name(key: str) -> str:

@@ -1,7 +1,7 @@
-"""Does a converted model compute what the other side's file says? A second, independent forward pass tells.
+"""Compares the logits of a converted model with those of an independent forward pass.
 
-For PyTorch checkpoints it is written here, in NumPy and float64. It reads the PyTorch names itself and shares no code
-with the model, so an error in either shows as a difference. For Hugging Face folders it is that of transformers.
+For PyTorch checkpoints it is written here, in NumPy and float64, and shares no code with the model. For Hugging Face
+folders it is that of transformers.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Complex, Float, Int32
 
-from tinysft_jax.console import UserError
+from tinysft_jax.console import import_extra
 from tinysft_jax.conversion.torch import open_torch_file, shared_buffer
 from tinysft_jax.model import GPT
 
@@ -41,13 +41,7 @@ class Parity(NamedTuple):
 
 
 def measure_parity(model: GPT, path: Path) -> Parity:
-    """Compares a float32 model with the `.pt` or Hugging Face folder that it was read from or written as.
-
-    Two rows of up to 128 random tokens are compared.
-
-    Raises:
-      UserError: if a package that the comparison needs is not installed.
-    """
+    """Compares a float32 model, on random tokens, with the `.pt` or Hugging Face folder it was converted from or to."""
     config = model.config
     shape = (2, min(128, config.max_seq_len))
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=shape, dtype=np.int32)
@@ -69,11 +63,8 @@ def measure_parity(model: GPT, path: Path) -> Parity:
 
 def huggingface_logits(directory: Path, tokens: Int32[np.ndarray, "B T"]) -> Float[np.ndarray, "B T vocab"]:
     """The logits that transformers computes from a Hugging Face folder, in float32 on a CPU."""
-    try:
-        import torch
-        import transformers
-    except ImportError:
-        raise UserError("--check of a Hugging Face folder needs transformers: pip install -e '.[hf,torch]'") from None
+    torch = import_extra("torch", "torch", "--check of a Hugging Face folder")
+    transformers = import_extra("transformers", "hf", "--check of a Hugging Face folder")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -1,6 +1,7 @@
 """The PyTorch project's checkpoints, read without running any code in them, and written."""
 
 import dataclasses
+import functools
 import math
 import re
 import warnings
@@ -10,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from tinysft_jax.console import RunError, UserError, reason, shown
-from tinysft_jax.conversion.names import OWN_KEY, TORCH, bare_name, mlp_ratio
+from tinysft_jax.console import RunError, UserError, import_extra, reason, shown
+from tinysft_jax.conversion.names import OWN_KEY, TORCH, bare_name, mlp_ratio, own_entries
 from tinysft_jax.model import LARGEST_SIZE, GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params, parse_trained_length
 from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer
 
 Tensors = dict[str, Any]  # name → torch.Tensor; torch is an extra, imported when it is needed
+_torch = functools.partial(import_extra, "torch", "torch", "a PyTorch checkpoint")
 _BUFFER = re.compile(r"blocks\.\d+\.attn\.(freqs_cis|mask)")
 # What the file's `config` holds; the PyTorch project has no place for the other fields of a GPTConfig.
 _CONFIG_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "max_seq_len")
@@ -24,18 +26,14 @@ _CONFIG_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "max_seq_len")
 LONGEST_CONTEXT = 16384
 
 
-def open_torch_file(path: str | Path) -> tuple[Tensors, dict[Any, Any]]:
+def open_torch_file(path: Path) -> tuple[Tensors, dict[Any, Any]]:
     """Opens a checkpoint, or a bare state dict of the model.
 
     Returns:
       The state's tensors, memory-mapped, by name without the names of wrappers: the parameters, and the buffers that
-      each block may have, `freqs_cis` (RoPE, complex64 `[max_seq_len, head_dim / 2]`) and `mask`. And the whole
+      each block may have, `freqs_cis` (RoPE, complex64 `[max_seq_len, head_dim / 2]`) and `mask`. And the file's
       content: state, `config`, `step`, `loss`, `model_type`, ...
-
-    Raises:
-      UserError: if torch is not installed, or the file holds no state of this model.
     """
-    path = Path(path)
     content = _load(path)
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None
     known = TORCH.paths(n_layers=1)
@@ -80,20 +78,12 @@ def _tensor_fault(name: str, tensor: Any, file_size: int) -> str | None:
     return None
 
 
-def _torch() -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise UserError("PyTorch checkpoints need torch: pip install -e '.[torch]'") from None
-    return torch
-
-
 def _load(path: Path) -> Any:
     torch = _torch()
     try:
         with path.open("rb") as file:
             is_archive = file.read(2) == b"PK"  # files from before torch 1.6 are not, and can't be mapped
-        if is_archive and _is_compressed(path):
+        if is_archive and _is_compressed(path):  # torch.load would map the compressed bytes
             raise UserError(f"{path} is compressed, which PyTorch's files are not; save it again with torch.save")
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
@@ -112,26 +102,18 @@ def _load(path: Path) -> Any:
 
 
 def _is_compressed(path: Path) -> bool:
-    """torch.load would map compressed entries as if they were not, and small ones can expand to any size."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     return any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries)
 
 
-def read_torch_checkpoint(path: str | Path, n_heads: int | None = None) -> tuple[ModelDescription, Params]:
-    """Reads a PyTorch checkpoint; `n_heads` is for a file that doesn't say the number of attention heads.
-
-    Returns:
-      What the model is, and its parameters: nested dicts of float32 NumPy arrays, the embedding padded.
-
-    Raises:
-      UserError: if the file is no sound checkpoint of this model, or contradicts itself or `n_heads`.
-    """
+def read_torch_checkpoint(path: Path, n_heads: int | None = None) -> tuple[ModelDescription, Params]:
+    """Reads a PyTorch checkpoint, as `checkpoints.open_model` does; it must not contradict itself or `n_heads`."""
     tensors, content = open_torch_file(path)
     try:
         TORCH.check_names(_parameters(tensors), _n_layers(tensors))
         config, assumed = _infer_config(tensors, content, n_heads)
-        description = _describe(Path(path), content, config, assumed)
+        description = _describe(path, content, config, assumed)
         # Views of the mapped file, if it is in float32.
         arrays = {name: tensor.detach().float().numpy() for name, tensor in _parameters(tensors).items()}
         return description, TORCH.import_tensors(arrays, config)
@@ -143,12 +125,11 @@ def _describe(path: Path, content: dict[Any, Any], config: GPTConfig, assumed: d
     source = {"kind": "pytorch", "file": path.name}
     source |= {key: content[key] for key in ("step", "loss", "model_type") if _is_plain(content.get(key))}
     source |= {"assumed": assumed} if assumed else {}
-    stated = content.get(OWN_KEY)
-    stated = stated if isinstance(stated, dict) else {}
-    language = _default_language(config, is_chat=content.get("model_type") == "sft")
+    stated = own_entries(content)
+    fields = _default_tokenizer(config, is_chat=content.get("model_type") == "sft")
     if "tokenizer" in stated:
-        language = ChatTokenizer.from_description(stated).description()
-    return ModelDescription(config, **language, source=source, trained_length=parse_trained_length(stated, config))
+        fields = ChatTokenizer.from_description(stated).description()
+    return ModelDescription(config, **fields, source=source, trained_length=parse_trained_length(stated, config))
 
 
 def _is_plain(value: object) -> bool:
@@ -158,8 +139,8 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, int | float) and abs(value) < 2**63  # false for NaN
 
 
-def _default_language(config: GPTConfig, is_chat: bool) -> dict[str, Any]:
-    """Template and tokenizer of the PyTorch project's own files, which name neither.
+def _default_tokenizer(config: GPTConfig, is_chat: bool) -> dict[str, Any]:
+    """Chat template and tokenizer of the PyTorch project's own files, which name neither.
 
     A vocabulary as large as GPT-2's is taken for GPT-2's; a smaller one is unknown.
     """
@@ -229,10 +210,9 @@ def _rotary_claims(freqs_cis: Any | None, dim: int) -> dict[str, int | float | N
 
 
 def rope_theta(freqs_cis: Any) -> float | None:
-    """The base of exp(i position theta^(-2k / head_dim)), or None if it can't be determined.
+    """The base of exp(i position theta^(-2k / head_dim)), None if it can't be determined.
 
-    Raises:
-      UserError: if `freqs_cis` is something else (of scaled positions, say).
+    Raises: UserError, if `freqs_cis` is something else (of scaled positions, say).
     """
     length, half = freqs_cis.shape
     if not freqs_cis.is_complex() or length < 2 or half < 2:  # a cast to bfloat16 leaves only the cosines
@@ -250,46 +230,35 @@ def rope_theta(freqs_cis: Any) -> float | None:
 
 
 def write_torch_checkpoint(path: Path, params: Params, description: ModelDescription) -> None:
-    """Writes a `.pt` that the PyTorch project loads with `weights_only=True` and a strict `load_state_dict`.
+    """Writes a model, its embedding padded or not, as a `.pt` file.
 
-    The embedding in `params` may be padded.
-
-    Raises:
-      UserError: if torch is not installed, or the context is too long for a file that holds a mask.
-      RunError: if the disk is full, say.
+    The PyTorch project loads it with `weights_only=True` and a strict `load_state_dict`.
     """
     if description.config.max_seq_len > LONGEST_CONTEXT:
         raise UserError(
             f"a PyTorch checkpoint holds a mask of max_seq_len x max_seq_len numbers, too many for max_seq_len "
             f"{description.config.max_seq_len:,}, above {LONGEST_CONTEXT:,}; convert it --to huggingface"
         )
-    torch = _torch()
-    content = _content(params, description)
+    torch, is_chat = _torch(), description.chat_template is not None
+    fields, stated = {"chat_template": description.chat_template, "tokenizer": description.tokenizer}, {}
+    if description.tokenizer is not None and fields != _default_tokenizer(description.config, is_chat):
+        stated |= fields
+    if description.trained_length < description.config.max_seq_len:
+        stated["trained_length"] = description.trained_length
+    content = {
+        "model_state_dict": _state_dict(params, description.config),
+        "optimizer_state_dict": {},
+        "step": description.source.get("step", 0),
+        "loss": description.source.get("loss", math.nan),
+        "config": {key: getattr(description.config, key) for key in _CONFIG_KEYS},
+        **({"model_type": "sft"} if is_chat else {}),
+        **({OWN_KEY: stated} if stated else {}),
+    }
     try:
         with path.open("wb") as file:  # given a path, torch.save would put its name into the file
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # the errors of torch's archive writer are RuntimeErrors
         raise RunError(f"can't write {path}: {reason(error)}") from None
-
-
-def _content(params: Params, description: ModelDescription) -> dict[str, Any]:
-    """What a checkpoint holds; what the PyTorch project has no key for is under `OWN_KEY`."""
-    config, is_chat = description.config, description.chat_template is not None
-    language = {"chat_template": description.chat_template, "tokenizer": description.tokenizer}
-    stated = {}
-    if description.tokenizer is not None and language != _default_language(config, is_chat):
-        stated |= language
-    if description.trained_length < config.max_seq_len:
-        stated["trained_length"] = description.trained_length
-    return {
-        "model_state_dict": _state_dict(params, config),
-        "optimizer_state_dict": {},
-        "step": description.source.get("step", 0),
-        "loss": description.source.get("loss", math.nan),
-        "config": {key: getattr(config, key) for key in _CONFIG_KEYS},
-        **({"model_type": "sft"} if is_chat else {}),
-        **({OWN_KEY: stated} if stated else {}),
-    }
 
 
 def _state_dict(params: Params, config: GPTConfig) -> Tensors:

@@ -138,4 +138,4 @@ def _share(part: int, whole: int) -> str:
 
 
 if __name__ == "__main__":
-    console.run(main, prints_its_product=True)
+    console.run(main, needs_stdout=True)

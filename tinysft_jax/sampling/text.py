@@ -1,5 +1,6 @@
 """Text in, text out: requests as ids, and answers as text while they are generated."""
 
+import codecs
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from tinysft_jax.chat import check_not_blank
 from tinysft_jax.console import UserError
 from tinysft_jax.model import GPTConfig
 from tinysft_jax.sampling.filters import SamplingOptions
-from tinysft_jax.tokenizer import ChatTokenizer, StreamDecoder
+from tinysft_jax.tokenizer import ChatTokenizer
 
 Messages = list[dict[str, Any]]
 
@@ -50,7 +51,7 @@ class AnswerStream:
         self.n_tokens, self.seconds_to_first, self.tokens_per_second = 0, None, None
 
     def __iter__(self) -> Iterator[str]:
-        characters, n_first = StreamDecoder(self._tokenizer), 0
+        utf8, n_first = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
         for ids in self._chunks:
             seconds = time.perf_counter() - self._start
             self.n_tokens += len(ids)
@@ -58,7 +59,7 @@ class AnswerStream:
                 self.seconds_to_first, n_first = seconds, len(ids)
             else:
                 self.tokens_per_second = (self.n_tokens - n_first) / max(seconds - self.seconds_to_first, 1e-9)
-            if text := characters.push(ids):
+            if text := utf8.decode(self._tokenizer.decode_bytes(ids)):
                 yield text
-        if text := characters.flush():
+        if text := utf8.decode(b"", final=True):  # U+FFFD for part of a character
             yield text

@@ -16,7 +16,7 @@ def code_blocks(name: str) -> list[str]:
 def test_model_directory_is_read_with_orbax_and_json(tmp_path, monkeypatch, capsys):
     make_model_directory(tmp_path / "runs" / "sft" / "model", "control")
     monkeypatch.chdir(tmp_path)
-    (code,) = code_blocks("formats.md")
+    code = code_blocks("export.md")[3]
     assert "tinysft" not in code
     names = {}
     exec(code, names)

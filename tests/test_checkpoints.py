@@ -136,6 +136,10 @@ def use_load_model(path, data, output):
     return nnx.to_pure_dict(nnx.state(tsft.load_model(path)))
 
 
+def use_load_tokenizer(path, data, output):
+    return tsft.load_tokenizer(path).description()
+
+
 def use_init_from(path, data, output):
     return starting_model(str(path), {}, PreparedData(data))[1]
 
@@ -163,7 +167,7 @@ def expected() -> dict:
     return {}
 
 
-USES = [use_load_model, use_init_from, use_convert, use_sample, use_evaluation]
+USES = [use_load_model, use_load_tokenizer, use_init_from, use_convert, use_sample, use_evaluation]
 
 
 @pytest.mark.parametrize("use", USES)

@@ -19,7 +19,7 @@ from torch_twin import TorchTwin, save
 
 import tinysft_jax
 from tinysft_jax import chat, console, files
-from tinysft_jax.checkpoints import load_description, load_model
+from tinysft_jax.checkpoints import load_description, load_model, load_tokenizer
 from tinysft_jax.console import UserError
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.data import prepare
@@ -30,7 +30,7 @@ from tinysft_jax.parameters import ModelDescription
 from tinysft_jax.sampling import chat as interactive
 from tinysft_jax.sampling.batch import read_requests
 from tinysft_jax.sampling.chat import Session, Shell, load_transcript
-from tinysft_jax.tokenizer import LONGEST_BLANK, ChatTokenizer, load_tokenizer
+from tinysft_jax.tokenizer import LONGEST_BLANK, ChatTokenizer
 
 PACKAGE = Path(tinysft_jax.__file__).parent
 MARKERS = "<|system|><|user|><|assistant|><|endoftext|>"

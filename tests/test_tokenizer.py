@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysft_jax import chat
+from tinysft_jax.checkpoints import load_tokenizer
 from tinysft_jax.console import UserError
-from tinysft_jax.tokenizer import MERGES_FILE, ChatTokenizer, load_tokenizer, read_ranks
+from tinysft_jax.tokenizer import MERGES_FILE, ChatTokenizer, read_ranks
 
 MARKERS = ["<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -194,11 +195,10 @@ def test_marker_pieces_spell_the_markers():
     assert {tok.decode(ids) for ids in tok.marker_pieces().values()} == {"<|system|>", "<|user|>", "<|assistant|>"}
 
 
-@pytest.mark.parametrize("name", ["model.json", "data.json"])
 @pytest.mark.parametrize("template", ["control", "text", None])
-def test_a_tokenizer_is_loaded_from_its_description(tmp_path: Path, name, template):
+def test_a_tokenizer_is_loaded_from_its_description(tmp_path: Path, template):
     tok = ChatTokenizer(template, 512)
-    (tmp_path / name).write_text(json.dumps({"format_version": 1, **tok.description()}))
+    (tmp_path / "data.json").write_text(json.dumps({"format_version": 1, **tok.description()}))
     loaded = load_tokenizer(tmp_path)
     assert (loaded.template, loaded.bpe_ranks, loaded.vocab_size) == (template, 512, tok.vocab_size)
 
@@ -206,20 +206,20 @@ def test_a_tokenizer_is_loaded_from_its_description(tmp_path: Path, name, templa
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ({"format_version": 1, "chat_template": None, "tokenizer": None}, r"model\.json: .* tokenizer is unknown"),
+        ({"format_version": 1, "chat_template": None, "tokenizer": None}, "tokenizer is unknown"),
         ({"format_version": 1}, "tokenizer is unknown"),
-        ({"format_version": 2, "tokenizer": None}, "upgrade"),
+        ({"format_version": 3, "tokenizer": None}, "upgrade"),
         ({"format_version": 1, "tokenizer": {"kind": "llama"}}, "no tokenizer"),
         ({"format_version": 1, "tokenizer": {"kind": "gpt2"}}, "bpe_ranks None"),
         ({"format_version": 1, "chat_template": "x", "tokenizer": {"kind": "gpt2", "bpe_ranks": 256}}, "template 'x'"),
     ],
 )
 def test_descriptions_without_a_known_tokenizer_are_refused(tmp_path: Path, content, complaint):
-    (tmp_path / "model.json").write_text(json.dumps(content))
+    (tmp_path / "data.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=complaint):
         load_tokenizer(tmp_path)
 
 
 def test_a_directory_of_neither_kind_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="neither a model directory nor a prepared data set"):
+    with pytest.raises(UserError, match="is not a model directory"):
         load_tokenizer(str(tmp_path))

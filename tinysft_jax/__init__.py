@@ -11,7 +11,7 @@ _MODULES = {
     "GPTConfig": "model",
     "load_model": "checkpoints",
     "ChatTokenizer": "tokenizer",
-    "load_tokenizer": "tokenizer",
+    "load_tokenizer": "checkpoints",
     "StoryRecord": "tasks.records",
     "parse_records": "tasks.records",
     "Conversation": "tasks.make",

@@ -23,6 +23,7 @@ from tinysft_jax.conversion.huggingface import read_huggingface
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.model import GPT, GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params
+from tinysft_jax.tokenizer import ChatTokenizer
 
 # Of orbax, if a file can't be written or is damaged; tensorstore's errors are ValueErrors.
 ORBAX_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -53,6 +54,21 @@ def open_model(path: str | Path, n_heads: int | None = None) -> tuple[ModelDescr
     path = path / "model" if kind == "work" else path
     description = load_description(path)
     return description, load_params(path, description.config)
+
+
+def load_tokenizer(path: str | Path) -> ChatTokenizer:
+    """The tokenizer of a prepared data set, or of a model at any path that `open_model` takes."""
+    path = Path(path).expanduser()
+    if (path / "data.json").exists():
+        description = files.read_json(path / "data.json", "a prepared data set", format_version=2)
+    elif (kind := model_kind(path)) in ("work", "model"):
+        description = load_description(path / "model" if kind == "work" else path).to_json()
+    else:
+        description = open_model(path)[0].to_json()
+    try:
+        return ChatTokenizer.from_description(description)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def model_kind(path: Path) -> str:

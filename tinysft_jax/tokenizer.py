@@ -12,7 +12,7 @@ import numpy as np
 import tiktoken
 from jaxtyping import Bool, Int32
 
-from tinysft_jax import chat, files
+from tinysft_jax import chat
 from tinysft_jax.console import UserError, shown
 
 GPT2_RANKS = 50256
@@ -129,19 +129,6 @@ class ChatTokenizer:
         """A hash of everything that decides the ids: how text is split, the BPE tokens by id, the control tokens."""
         tokens = [self._bpe.decode_single_token_bytes(id_).hex() for id_ in range(self.bpe_ranks)]
         return hashlib.sha256(json.dumps([_PATTERN, tokens, self._special_ids]).encode()).hexdigest()[:16]
-
-
-def load_tokenizer(path: str | Path) -> ChatTokenizer:
-    """The tokenizer of a model directory, a work directory's model or a prepared data set."""
-    # With the newest format version of each.
-    for name, format_version in (("model.json", 1), ("model/model.json", 1), ("data.json", 2)):
-        if (where := Path(path) / name).exists():
-            description = files.read_json(where, "a model directory or a prepared data set", format_version)
-            try:
-                return ChatTokenizer.from_description(description)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-    raise UserError(f"{path} is neither a model directory nor a prepared data set: no model.json, no data.json")
 
 
 def read_merges(path: Path = MERGES_FILE) -> tuple[list[str], list[tuple[str, str]]]:

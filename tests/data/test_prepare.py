@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tinysft_jax.checkpoints import load_tokenizer
 from tinysft_jax.console import RunError, UserError
 from tinysft_jax.data import prepare as command
 from tinysft_jax.data.encode import Encoder
@@ -16,7 +17,7 @@ from tinysft_jax.data.prepare import main, prepare
 from tinysft_jax.data.sources import Item, Source
 from tinysft_jax.data.store import ShardWriter
 from tinysft_jax.tasks.make import TASK_NAMES
-from tinysft_jax.tokenizer import ChatTokenizer, load_tokenizer
+from tinysft_jax.tokenizer import ChatTokenizer
 
 ARRAYS = {"tokens": np.uint16, "supervised": np.bool_, "offsets": np.int64, "tasks": np.uint8}
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tinysft_jax import files
+from tinysft_jax.checkpoints import load_tokenizer
 from tinysft_jax.console import UserError
 from tinysft_jax.data import prepare
 from tinysft_jax.data.batches import BatchSource, batches, epoch_batches
@@ -22,7 +23,7 @@ from tinysft_jax.data.packing import plan_epoch
 from tinysft_jax.data.sources import Item
 from tinysft_jax.data.store import DTYPES, SPLITS, PreparedData, ShardWriter, Split
 from tinysft_jax.tasks.make import STORIES
-from tinysft_jax.tokenizer import ChatTokenizer, load_tokenizer
+from tinysft_jax.tokenizer import ChatTokenizer
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from tiny_model import make_config, make_tokenizer
 from torch_twin import TorchTwin, save
 
 from tinysft_jax import chat, files
-from tinysft_jax.checkpoints import load_description
+from tinysft_jax.checkpoints import load_description, load_tokenizer
 from tinysft_jax.console import RunError, UserError
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.data import prepare
@@ -34,7 +34,7 @@ from tinysft_jax.sampling.batch import read_requests
 from tinysft_jax.sampling.chat import load_transcript
 from tinysft_jax.tasks.make import TASK_NAMES, make_tasks
 from tinysft_jax.tasks.records import parse_record, split_records
-from tinysft_jax.tokenizer import ChatTokenizer, load_tokenizer
+from tinysft_jax.tokenizer import ChatTokenizer
 
 pytestmark = pytest.mark.soak
 

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from runs import latest_checkpoint, load_config, losses, stop_at, tiny_config
+from runs import latest_checkpoint, losses, stop_at, tiny_config
 
 from tinysft_jax.checkpoints import load_description, load_model
 from tinysft_jax.console import Interrupted, RunError, UserError
@@ -387,10 +387,3 @@ def test_what_cannot_be_a_run_is_refused_before_anything_is_written(chat_data, t
     with pytest.raises(UserError, match=complaint):
         loop.train(tiny_config(chat_data, **changes), tmp_path / "work")
     assert not (tmp_path / "work").exists()
-
-
-@pytest.mark.parametrize("name", ["sft", "pretrain"])
-def test_presets(name):
-    assert load_config(name, "demo").train.max_steps < load_config(name).train.max_steps
-    with pytest.raises(UserError, match="no preset 'big'"):
-        load_config(name, "big")

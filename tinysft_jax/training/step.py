@@ -73,8 +73,8 @@ def supervised_nll(
     """Σ weight · −log p(target), with p the softmax of the tied head's float32 logits.
 
     Each shard of the batch runs head and cross-entropy over chunks of its supervised positions (weight ≠ 0), so the
-    cost follows the number of supervised tokens. Gradients by `hidden` and `embedding`, whose rows from `vocab_size` on
-    are padding, are computed beside the loss, so the backward pass needs no logits.
+    cost follows their number. The gradients are computed beside the loss, so the backward pass needs no logits.
+    `embedding` is padded from row `vocab_size` on.
     """
     return _sum_over_shards(functools.partial(_nll, vocab_size), hidden, embedding, targets, weights)
 
@@ -119,10 +119,7 @@ def _sum_over_shards(function: Callable[..., jax.Array], hidden, embedding, *pos
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nll(vocab_size: int, hidden, embedding, targets, weights):
-    def add(loss, chunk):
-        return loss + jnp.sum(_chunk_nll(vocab_size, embedding, *chunk)[0])
-
-    return _over_chunks(add, jnp.zeros((), jnp.float32), hidden, targets, weights)
+    return _nll_forward(vocab_size, hidden, embedding, targets, weights)[0]
 
 
 def _nll_forward(vocab_size: int, hidden, embedding, targets, weights):
@@ -212,9 +209,8 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """`train_step(state, batch) -> (state, metrics)`, to be jitted, for a GPT's `nnx.graphdef`.
 
-    The loss is Σ weight · nll / Σ weight over the global batch: `accumulation` micro-batches and all devices add up
-    sums, and the one division comes last. A step whose loss or gradient is not finite changes nothing, optimizer and
-    schedule included.
+    The loss is Σ weight · nll / Σ weight over the global batch: sums are added up over `accumulation` micro-batches and
+    all devices, and the one division comes last. A step whose loss or gradient is not finite changes nothing.
     """
 
     def sum_nll(params, batch):

@@ -14,14 +14,10 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
 class StopRequest:
-    """In the block, the first signal is noted and the second ends the process.
-
-    Attributes:
-      exit_code: of the signal that all processes agreed to stop for; None while the run continues.
-    """
+    """In the block, the first signal is noted and the second ends the process."""
 
     def __init__(self, mesh: Mesh):
-        self.exit_code: int | None = None
+        self.exit_code: int | None = None  # of the signal that all processes agreed to stop for
         self._mesh = mesh
         self._noted = 0  # exit code of this process's own signal
         self._vote: jax.Array | None = None

@@ -3,9 +3,11 @@ import os
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 from runs import latest_checkpoint, losses, stop_at, tiny_config
 
 from tinysft_jax.checkpoints import load_description, load_model
@@ -60,8 +62,8 @@ def test_a_run_learns_and_leaves_what_it_should(finished):
 )
 def test_what_a_checkpoint_says_of_its_run_is_checked(chat_data, finished, monkeypatch, key, value):
     """Whoever alters it can write a manifest that fits."""
-    honest = loop.Checkpoints.read_json
-    monkeypatch.setattr(loop.Checkpoints, "read_json", lambda checkpoints: honest(checkpoints) | {key: value})
+    honest = ocp.metadata(finished / "checkpoints" / "12").custom_metadata
+    monkeypatch.setattr(ocp, "metadata", lambda _: SimpleNamespace(custom_metadata=honest | {key: value}))
     before = sorted(path.name for path in finished.rglob("*"))
     with pytest.raises(RunError, match=rf"can't resume from .*checkpoints/12: .*({key}|newer program)"):
         loop.train(tiny_config(chat_data), finished)

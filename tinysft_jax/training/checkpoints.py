@@ -179,14 +179,11 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     In the background orbax writes a checkpoint aside, its manifest follows, then it is renamed. So a directory named by
     a step was finished; if it differs from its manifest, it was damaged later, which orbax would not notice.
-
-    Attributes:
-      newest: the step of the newest sound checkpoint, or of the one that is being written; -1 if there is none.
     """
 
     def __init__(self, workdir: Path, keep: int):
         self._directory, self._keep = (workdir / "checkpoints").absolute(), keep
-        self.newest = -1
+        self.newest = -1  # step of the newest sound checkpoint, or of the one that is being written
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # while it writes in the background as well
@@ -227,15 +224,12 @@ class Checkpoints(contextlib.AbstractContextManager):
             check(content, _STATUS)
         except UserError as error:
             raise RunError(f"can't resume from {where}: {error}") from None
-        changes, before = differences(content["run"], identity), content["run"][TOTAL_STEPS]
+        changes, before = "; ".join(differences(content["run"], identity)), content["run"][TOTAL_STEPS]
         if changes and not accept_changes:
-            raise UserError(
-                f"{workdir} is another run: {'; '.join(changes)}; choose another --workdir, or add --accept_changes to "
-                "resume it with these changes"
-            )
+            raise UserError(f"{workdir} is another run: {changes}; choose another --workdir or add --accept_changes")
         if self.newest > total_steps:
             raise UserError(f"{workdir} has done {self.newest} steps already, more than {total_steps}")
-        notes = [f"resuming with changes: {'; '.join(changes)}"] if changes else []
+        notes = [f"resuming with changes: {changes}"] if changes else []
         if before < total_steps:
             notes.append(_effect_of_more_steps(config, before, total_steps, self.newest))
         model = ModelDescription.from_json(content["model"], where)

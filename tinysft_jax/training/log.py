@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 import uuid
 from collections.abc import Iterator
@@ -112,6 +113,7 @@ class RunLog(contextlib.ExitStack):
         self.rates = Rates(shape, config.train.batch_size, config.data.seq_len)
         self._workdir, self._rate, self._file, self._wandb = workdir, "", None, None
         self._progress = Progress("step", total_steps, quiet=not distributed.is_first())
+        self.say = self._progress.say
 
     def open(self, kept: list[MetricLine], settings: dict[str, Any]) -> None:
         """Starts the log in the first process, with the lines `kept`; `settings`: the content of config.json."""
@@ -123,12 +125,11 @@ class RunLog(contextlib.ExitStack):
             self.push(lambda _, error, __: wandb.finish(exit_code=getattr(error, "exit_code", 1) if error else 0))
         self.enter_context(self._progress)
 
-    def say(self, text: str) -> None:
-        self._progress.say(text)
-
     def write(self, step: int, metrics: MetricLine) -> None:
+        """Writes a line of metrics, without those that are not finite, which JSON can't hold."""
+        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         if self._file:
-            self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
             self._file.flush()
         if self._wandb:
             self._wandb.log(metrics, step=step)
@@ -230,11 +231,8 @@ def _series(lines: list[MetricLine], key: str) -> tuple[list[int], list[float]]:
 
 def _running_mean(values: list[float]) -> np.ndarray:
     """Over a twentieth of the curve, up to each point."""
-    width = max(1, len(values) // 20)
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - width, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    window, n = np.ones(max(1, len(values) // 20)), len(values)
+    return np.convolve(values, window)[:n] / np.convolve(np.ones(n), window)[:n]
 
 
 def print_summary(lines: list[MetricLine], best_step: int) -> None:

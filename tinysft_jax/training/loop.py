@@ -33,8 +33,6 @@ def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verif
     """Runs the training that `config` describes, or resumes it from the newest sound checkpoint in `workdir`.
 
     Args:
-      config: of `configs/`.
-      workdir: the output.
       accept_changes: resume although the model, the data or the schedule have changed.
       verify: compare the data with the hashes of its manifest first; sizes are always compared.
 
@@ -119,10 +117,8 @@ def open_run(
         notes.append("the validation sample is not what it was: the search for the best model starts over")
     status.eval_rows = eval_rows
     if n_rows := evaluator.n_rows:
-        times = n_evaluations(total_steps, config.train.eval_interval)
-        notes.append(
-            f"validation: {eval_rows:,} of {n_rows:,} rows, {times:,} times; the kept model: {final_rows:,} rows"
-        )
+        sample = f"{eval_rows:,} of {n_rows:,} rows, {n_evaluations(total_steps, config.train.eval_interval):,} times"
+        notes.append(f"validation: {sample}; the kept model: {final_rows:,} rows")
     else:
         notes.append("there is no validation data: the last model is kept")
     steps = steps_of(config, status.model.config, total_steps, len(data.tasks), mesh)
@@ -135,7 +131,7 @@ def open_run(
 
 
 def begin(run: Run) -> None:
-    """Prepares the work directory, in the first process: drops what the run will write again, and starts the log."""
+    """In the first process: starts the log, and drops from the work directory what the run will write again."""
 
     def is_kept(line: logs.MetricLine) -> bool:
         if FINAL_ROWS in line and (run.changes or line[FINAL_ROWS] != run.final_rows):
@@ -202,10 +198,8 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
     run.checkpoints.wait()
     if stop.exit_code is None:
         raise type(failure)(f"{failure}; step {status.step:,} is saved, the same command resumes") from None
-    raise Interrupted(
-        f"stopped after step {status.step:,} of {total_steps:,}, checkpoint saved; run the same command to resume",
-        stop.exit_code,
-    )
+    message = f"stopped after step {status.step:,} of {total_steps:,}, checkpoint saved; run the same command to resume"
+    raise Interrupted(message, stop.exit_code)
 
 
 def account(run: Run, step: int, metrics: Metrics) -> None:
@@ -237,7 +231,7 @@ def evaluate(run: Run, state: TrainState) -> None:
     if status.step and loss < (math.inf if status.best_loss is None else status.best_loss):
         status.best_loss, status.best_step = loss, status.step
         save_best(run.workdir, status.step, params, status.model)
-    run.log.write(status.step, {key: value for key, value in losses.items() if math.isfinite(value)})
+    run.log.write(status.step, losses)
     if distributed.is_first():
         logs.plot_loss(logs.read_metrics(run.workdir), run.workdir / "loss.png")
 
@@ -255,14 +249,11 @@ def finish(run: Run, state: TrainState) -> None:
         params = jax.device_put(load_params(run.workdir / "model", status.model.config), run.steps.shardings["params"])
     losses = run.evaluator.losses(run.steps.evaluate, params, run.final_rows, run.stop.agreed)
     if run.stop.exit_code is not None:
-        raise Interrupted(
-            f"stopped during the final evaluation; all {status.step:,} steps are done and saved, "
-            "run the same command to finish",
-            run.stop.exit_code,
-        )
+        message = "stopped during the final evaluation; all steps are saved, run the same command to finish"
+        raise Interrupted(message, run.stop.exit_code)
     if ALL_TASKS in losses:
         run.log.say(f"kept model (step {status.best_step:,}): validation loss {losses[ALL_TASKS]:.4f}")
-        final = {key.replace(ALL_TASKS, FINAL): loss for key, loss in losses.items() if math.isfinite(loss)}
+        final = {key.replace(ALL_TASKS, FINAL): loss for key, loss in losses.items()}
         run.log.write(status.step, final | {FINAL_ROWS: run.final_rows})
 
 

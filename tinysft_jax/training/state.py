@@ -35,15 +35,11 @@ RANDOM = "random"
 
 
 def starting_model(init_from: str, shape: dict, data: PreparedData) -> tuple[ModelDescription, Params | None]:
-    """The model that training starts from, with the data's tokenizer and chat template; parameters None: random ones.
+    """The model that training starts from, with the data's tokenizer and chat template.
 
-    Args:
-      init_from: a path that `open_model` takes; `RANDOM`, or empty for plain text: random weights.
-      shape: `GPTConfig`'s fields for random weights; vocab_size 0: the data's.
-      data: what it will be trained on.
-
-    Raises:
-      UserError: if the model can't be read or does not fit the data.
+    `init_from` is a path that `open_model` takes, `RANDOM`, or for plain text empty, which is the same. Random weights
+    have `shape` (`GPTConfig`'s fields; vocab_size 0: the data's), and None for parameters. Raises a UserError if the
+    model can't be read or does not fit the data.
     """
     tokenizer = ChatTokenizer.from_description(data.description)
     if not init_from and tokenizer.template is not None:
@@ -84,16 +80,11 @@ def check_tokenizer(description: ModelDescription, tokenizer: ChatTokenizer, ini
     """Raises: UserError, if the model's tokenizer or chat template is not the data's."""
     config, theirs, ours = description.config, description.tokenizer, tokenizer.description()["tokenizer"]
     template, wanted = description.chat_template, tokenizer.template
-    if theirs is None and config.vocab_size != tokenizer.eot_id + 1:
-        raise UserError(
-            f"{init_from} has {config.vocab_size} tokens and names no tokenizer, the data's has "
-            f"{tokenizer.eot_id + 1}; prepare the data with --bpe_ranks {config.vocab_size - 1}"
-        )
-    if theirs not in (None, ours):
-        raise UserError(
-            f"{init_from} has the tokenizer {theirs}, the data {ours}; prepare the data with --bpe_ranks "
-            f"{theirs.get('bpe_ranks')}"
-        )
+    needed = theirs or {"kind": "gpt2", "bpe_ranks": config.vocab_size - 1}
+    if needed != ours:
+        found = f"tokenizer {theirs}" if theirs else f"{config.vocab_size} tokens and names no tokenizer"
+        ranks = needed.get("bpe_ranks")
+        raise UserError(f"{init_from} has {found}, the data {ours}; prepare the data with --bpe_ranks {ranks}")
     if template is not None and wanted is None:
         raise UserError(f"{init_from} is a chat model, the data plain text; prepare conversations to fine-tune it")
     if template not in (None, wanted):

@@ -124,8 +124,7 @@ def _nll(vocab_size: int, hidden, embedding, targets, weights):
 
 def _nll_forward(vocab_size: int, hidden, embedding, targets, weights):
     """The loss, and as residuals its gradients by `hidden` and `embedding`."""
-    n = weights.size
-    order = _supervised_first(weights)
+    n, order = weights.size, _supervised_first(weights)
 
     def add(carry, chunk):
         loss, d_embedding, d_hidden, start = carry
@@ -136,16 +135,11 @@ def _nll_forward(vocab_size: int, hidden, embedding, targets, weights):
         d_h = jnp.einsum("cv,vd->cd", d_logits, embedding.astype(h.dtype))
         return loss + jnp.sum(nll), d_embedding, jax.lax.dynamic_update_slice(d_hidden, d_h, (start, 0)), start + CHUNK
 
-    rows = -(-n // CHUNK) * CHUNK
-    empty = (
-        jnp.zeros((), jnp.float32),
-        jnp.zeros(embedding.shape, jnp.float32),
-        jnp.zeros((rows, hidden.shape[-1]), hidden.dtype),
-        jnp.zeros((), jnp.int32),
-    )
-    loss, d_embedding, d_ordered, _ = _over_chunks(add, empty, hidden, targets, weights)
+    d_hidden = jnp.zeros((-(-n // CHUNK) * CHUNK, hidden.shape[-1]), hidden.dtype)  # in the order of `order`
+    carry = jnp.float32(0), jnp.zeros(embedding.shape, jnp.float32), d_hidden, jnp.int32(0)
+    loss, d_embedding, d_hidden, _ = _over_chunks(add, carry, hidden, targets, weights)
     inverse = jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32))
-    return loss, (d_ordered[inverse].reshape(hidden.shape), d_embedding.astype(embedding.dtype), weights)
+    return loss, (d_hidden[inverse].reshape(hidden.shape), d_embedding.astype(embedding.dtype), weights)
 
 
 def _nll_backward(vocab_size: int, residuals, g):
@@ -185,13 +179,7 @@ def _over_chunks(add, carry, hidden, targets, weights, *more):
         return jax.lax.fori_loop(0, (count + CHUNK - 1) // CHUNK, body, _varying(carry))
 
 
-def _chunk_nll(
-    vocab_size: int,
-    embedding: Float[Array, "V D"],
-    h: Float[Array, "c D"],
-    targets: Int32[Array, " c"],
-    weights: Float[Array, " c"],
-) -> tuple[Float[Array, " c"], Float[Array, "c V"]]:
+def _chunk_nll(vocab_size: int, embedding, h, targets, weights) -> tuple[Float[Array, " c"], Float[Array, "c V"]]:
     """Each position's weight · −log p(target), and its gradient by the logits: weight · (softmax − one-hot)."""
     logits = head_logits(h, embedding, vocab_size)
     log_p = jax.nn.log_softmax(logits)

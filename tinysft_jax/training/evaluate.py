@@ -1,7 +1,6 @@
 """Validation loss by task and over all tasks, on a fixed sample of packed rows; every supervised token counts once."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 from tinysft_jax.data.batches import Batch, BatchSource, epoch_batches
 from tinysft_jax.data.packing import plan_epoch
 from tinysft_jax.data.store import PreparedData
+from tinysft_jax.parameters import Params
 from tinysft_jax.sharding import batch_shards, global_batch, process_part
 from tinysft_jax.training.log import ALL_TASKS
 
@@ -36,11 +36,7 @@ class Evaluator:
         self._batch_size = -(-min(config.train.eval_batch_size, max(1, self.n_rows)) // shards) * shards
 
     def losses(
-        self,
-        eval_step: Callable[[Any, dict[str, jax.Array]], Any],
-        params: Any,
-        n_rows: int,
-        should_stop: Callable[[], bool] = lambda: False,
+        self, eval_step: Callable, params: Params, n_rows: int, should_stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float]:
         """Mean negative log-likelihood of a supervised token, in nats, over the first `n_rows`, as metrics.
 

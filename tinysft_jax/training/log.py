@@ -158,15 +158,8 @@ def _start_wandb(workdir: Path, settings: dict[str, Any]):
     if not id_file.exists():
         files.write_text(id_file, uuid.uuid4().hex[:8])
     try:
-        return wandb.init(
-            mode=options["mode"],
-            project=options["project"],
-            name=options["name"] or workdir.name,
-            id=id_file.read_text(encoding="utf-8"),
-            resume="allow",
-            dir=workdir,
-            config=settings,
-        )
+        run = options | {"name": options["name"] or workdir.name, "id": id_file.read_text(encoding="utf-8")}
+        return wandb.init(**run, resume="allow", dir=workdir, config=settings)
     except wandb.errors.Error as error:
         raise UserError(
             f"wandb does not start: {reason(error)}; log in with `wandb login`, or use --config.wandb.mode=offline"
@@ -203,9 +196,9 @@ def trace(is_tracing: bool, wanted: bool, workdir: Path) -> bool:
     return wanted
 
 
-def plot_loss(lines: list[MetricLine], path: Path) -> None:
-    """Draws training and validation loss over steps into an image."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+def plot_loss(workdir: Path) -> None:
+    """Draws training and validation loss over steps into `loss.png`."""
+    lines, figure = read_metrics(workdir), Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     steps, losses = _series(lines, "sft/train_loss")
     if steps:
@@ -221,7 +214,7 @@ def plot_loss(lines: list[MetricLine], path: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     if axes.lines:
         axes.legend(fontsize="small")
-    with files.atomic(path) as partial:
+    with files.atomic(workdir / "loss.png") as partial:
         figure.savefig(partial, dpi=120, format="png")
 
 
@@ -235,8 +228,9 @@ def _running_mean(values: list[float]) -> np.ndarray:
     return np.convolve(values, window)[:n] / np.convolve(np.ones(n), window)[:n]
 
 
-def print_summary(lines: list[MetricLine], best_step: int) -> None:
+def print_summary(workdir: Path, best_step: int) -> None:
     """Prints the validation loss by task: before training, at the best step, and of the kept model at the end."""
+    lines = read_metrics(workdir)
     evaluated = {line["step"]: line for line in lines if ALL_TASKS in line}
     if not {0, best_step} <= evaluated.keys():
         return

@@ -54,7 +54,7 @@ def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verif
                     run.log.say(text)
                 state = train_steps(run, state)
                 finish(run, state)
-            distributed.on_first(lambda: report(run))
+            distributed.on_first(lambda: logs.print_summary(workdir, run.status.best_step))
     except OSError as error:
         raise RunError(f"can't write {workdir}: {error.strerror or error}") from None
     except jax.errors.JaxRuntimeError as error:
@@ -233,7 +233,7 @@ def evaluate(run: Run, state: TrainState) -> None:
         save_best(run.workdir, status.step, params, status.model)
     run.log.write(status.step, losses)
     if distributed.is_first():
-        logs.plot_loss(logs.read_metrics(run.workdir), run.workdir / "loss.png")
+        logs.plot_loss(run.workdir)
 
 
 def finish(run: Run, state: TrainState) -> None:
@@ -243,6 +243,7 @@ def finish(run: Run, state: TrainState) -> None:
     if not status.best_step:  # without validation data the last model is kept
         status.best_step = status.step
         save_best(run.workdir, status.step, params, status.model)
+    run.log.say(f"best model (step {status.best_step:,}): {run.workdir / 'model'}")
     if distributed.first_decides(any(FINAL_ROWS in line for line in logs.read_metrics(run.workdir))):
         return
     if status.best_step != status.step:
@@ -255,11 +256,6 @@ def finish(run: Run, state: TrainState) -> None:
         run.log.say(f"kept model (step {status.best_step:,}): validation loss {losses[ALL_TASKS]:.4f}")
         final = {key.replace(ALL_TASKS, FINAL): loss for key, loss in losses.items()}
         run.log.write(status.step, final | {FINAL_ROWS: run.final_rows})
-
-
-def report(run: Run) -> None:
-    logs.print_summary(logs.read_metrics(run.workdir), run.status.best_step)
-    run.log.say(f"best model (step {run.status.best_step:,}): {run.workdir / 'model'}")
 
 
 class TrainingBatches:

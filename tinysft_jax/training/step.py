@@ -165,15 +165,14 @@ def _over_chunks(add, carry, hidden, targets, weights, *more):
     """Folds `add` over chunks of supervised positions; the last one is padded with weight 0."""
     n = weights.size
     order = jnp.pad(_supervised_first(weights), (0, -n % CHUNK))
-    flat_hidden, flat_weights = hidden.reshape(n, -1), weights.reshape(n)
-    flat_targets, *flat_more = (each.reshape(n) for each in (targets, *more))
-    count = jnp.sum(flat_weights != 0, dtype=jnp.int32)
+    hidden, arrays = hidden.reshape(n, -1), [each.reshape(n) for each in (weights, targets, *more)]
+    count = jnp.sum(weights != 0, dtype=jnp.int32)
 
     def body(i, carry):
         index = jax.lax.dynamic_slice(order, (i * CHUNK,), (CHUNK,))
         is_supervised = i * CHUNK + jnp.arange(CHUNK) < count
-        chunk = flat_hidden[index], flat_targets[index], flat_weights[index] * is_supervised
-        return add(carry, (*chunk, *(each[index] for each in flat_more)))
+        weights, targets, *more = (each[index] for each in arrays)
+        return add(carry, (hidden[index], targets, weights * is_supervised, *more))
 
     with jax.named_scope(SCOPE):
         return jax.lax.fori_loop(0, (count + CHUNK - 1) // CHUNK, body, _varying(carry))

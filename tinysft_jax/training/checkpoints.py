@@ -27,6 +27,7 @@ from tinysft_jax.training.state import RANDOM
 from tinysft_jax.training.step import TrainState, warmup_cosine
 
 LOCK = ".lock"
+TOTAL_STEPS = "steps"  # in a run's identity
 
 # What a run and its exports write besides checkpoints. config.json identifies the run, so it is moved last.
 _OUTPUTS = (
@@ -108,9 +109,6 @@ def _matching(directory: Path, names: str) -> list[Path]:
     if not directory.is_dir():
         return []
     return [path for path in directory.iterdir() if re.fullmatch(names, path.name) and path.is_dir()]
-
-
-TOTAL_STEPS = "steps"
 
 
 def run_identity(config: ConfigDict, data: PreparedData, packing: str, total_steps: int) -> dict[str, Any]:
@@ -259,9 +257,10 @@ class Checkpoints(contextlib.AbstractContextManager):
             return
         self._finish_writing()
         content = dataclasses.asdict(status) | {"format_version": FORMAT_VERSION, "model": status.model.to_json()}
+        aside = self._directory / f".{status.step}.partial"
         with self._one_line("write"):
-            response = ocp.save_async(self._aside(status.step), state, custom_metadata=content)
-        self._writing = self._writer.submit(self._finish, status.step, response.result)
+            response = ocp.save_async(aside, state, custom_metadata=content)
+        self._writing = self._writer.submit(self._finish, aside, self._path(status.step), response.result)
         self.newest = status.step
 
     def wait(self) -> None:
@@ -277,16 +276,15 @@ class Checkpoints(contextlib.AbstractContextManager):
             if distributed.is_first():
                 self.clear()
 
-    def _finish(self, step: int, wait_for_orbax: Callable[[], None]) -> None:
+    def _finish(self, aside: Path, path: Path, wait_for_orbax: Callable[[], None]) -> None:
         """The part of writing that happens in the background."""
         wait_for_orbax()  # all processes write
         if distributed.is_first():
-            files.write_manifest(self._aside(step))
-            self._aside(step).rename(self._path(step))
+            files.write_manifest(aside)
+            aside.rename(path)
             for old in self._steps()[: -self._keep]:
-                aside = self._directory / f".{old}.old"
-                self._path(old).rename(aside)
-                shutil.rmtree(aside, ignore_errors=True)
+                removed = self._path(old).rename(self._directory / f".{old}.old")
+                shutil.rmtree(removed, ignore_errors=True)
 
     def _finish_writing(self) -> None:
         writing, self._writing = self._writing, None
@@ -299,9 +297,6 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
-
-    def _aside(self, step: int) -> Path:
-        return self._directory / f".{step}.partial"
 
     @contextlib.contextmanager
     def _one_line(self, verb: str) -> Iterator[None]:

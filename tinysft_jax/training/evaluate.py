@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int32
 from ml_collections import ConfigDict
 
-from tinysft_jax.data.batches import Batch, BatchSource, epoch_batches
+from tinysft_jax.data.batches import BatchSource, epoch_batches
 from tinysft_jax.data.packing import plan_epoch
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.parameters import Params
@@ -58,15 +57,11 @@ class Evaluator:
         plan = self._plan.first(n_rows)
         source = BatchSource(self._split, plan, self._batch_size, self._seq_len, process_part(self._mesh))
         for index, batch in enumerate(epoch_batches(source)):
-            yield global_batch(self._mesh, batch | {"tasks": self._task_ids(source, index, batch)})
-
-    def _task_ids(self, source: BatchSource, index: int, batch: Batch) -> Int32[np.ndarray, "B T"]:
-        """Each position's task; 0 at padding."""
-        segments, plan = batch["segment_ids"], source.plan
-        # Segment s of a row is the row's s-th conversation; rows beyond the plan are empty.
-        first = plan.row_starts[np.minimum(source.rows(index), len(plan))]
-        conversations = plan.order[first[:, None] + segments - 1]
-        return np.where(segments > 0, self._split.tasks[conversations], 0).astype(np.int32)
+            # Segment s of a row is the row's s-th conversation; rows beyond the plan are empty.
+            first, segments = plan.row_starts[np.minimum(source.rows(index), len(plan))], batch["segment_ids"]
+            conversations = plan.order[first[:, None] + segments - 1]
+            tasks = np.where(segments > 0, self._split.tasks[conversations], 0).astype(np.int32)
+            yield global_batch(self._mesh, batch | {"tasks": tasks})
 
 
 def evaluation_rows(config: ConfigDict, total_steps: int, split_rows: int, rows_before: int = 0) -> tuple[int, int]:

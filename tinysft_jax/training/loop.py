@@ -36,10 +36,8 @@ def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verif
       accept_changes: resume although the model, the data or the schedule have changed.
       verify: compare the data with the hashes of its manifest first; sizes are always compared.
 
-    Raises:
-      UserError: if the configuration, the data or the starting model can't be used.
-      RunError: if the run can't continue: a full disk, too little memory, no sound checkpoint, a loss that diverged.
-      Interrupted: on Ctrl-C, SIGTERM or SIGHUP, after a checkpoint.
+    Raises a UserError if the configuration, the data or the starting model can't be used; a RunError if the run can't
+    continue (disk or memory full, no sound checkpoint, divergence); Interrupted after a signal, with all saved.
     """
     check_config(config)
     mesh = make_mesh(**config.mesh)

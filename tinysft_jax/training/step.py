@@ -56,11 +56,8 @@ def make_optimizer(
     return optax.chain(clip, adamw)
 
 
-# Supervised positions whose logits exist at a time.
-CHUNK = 512
-
-# Names the loop over chunks, whose number of iterations depends on the batch, in profiles and compiled programs.
-SCOPE = "supervised_chunks"
+CHUNK = 512  # supervised positions whose logits exist at a time
+SCOPE = "supervised_chunks"  # name of the loop over chunks in profiles and compiled programs
 
 
 def supervised_nll(

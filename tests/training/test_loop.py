@@ -339,7 +339,7 @@ def test_wandb_is_not_imported_unless_asked_for(finished):
         ({"data__path": "/nowhere"}, "/nowhere is not a prepared data set"),
         ({"init_from": "/nowhere"}, "/nowhere does not exist"),
         ({"data__seq_len": 128}, "data.seq_len 128 is longer than the model's context 64"),
-        ({"mesh__tensor": 4}, "mesh.tensor 4 does not divide the model's 2 attention heads; choose one of 1, 2"),
+        ({"mesh__tensor": 4}, "mesh.tensor 4 does not divide the model's 2 heads; choose one of 1, 2"),
         ({"init_from": ""}, r"init_from is empty, .* conversations: .*--config.init_from=random"),
         ({"data__seq_len": 63}, "data.seq_len 63 is below the data's max_tokens 64"),
         ({"optimizer__warmup_steps": 13}, "optimizer.warmup_steps 13 is longer than the run of 12 steps"),

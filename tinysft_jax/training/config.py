@@ -189,9 +189,7 @@ def check_model(seq_len: int, max_seq_len: int, n_heads: int, tensor: int) -> No
         raise UserError(f"data.seq_len {seq_len} is longer than the model's context {max_seq_len}")
     if n_heads % tensor:
         divisors = ", ".join(str(n) for n in range(1, n_heads + 1) if n_heads % n == 0)
-        raise UserError(
-            f"mesh.tensor {tensor} does not divide the model's {n_heads} attention heads; choose one of {divisors}"
-        )
+        raise UserError(f"mesh.tensor {tensor} does not divide the model's {n_heads} heads; choose one of {divisors}")
 
 
 def resolved(config: ConfigDict, total_steps: int, identity: dict[str, Any]) -> dict[str, Any]:

@@ -180,20 +180,11 @@ def forget_skipped(workdir: Path, step: int) -> None:
 def write_skipped(workdir: Path, step: int, values: dict[str, float], conversations: list[int]) -> str:
     """Logs a skipped step with the conversations of its batch; returns a line for the user."""
     path, loss, norm = workdir / SKIPPED, str(values["loss"]), str(values["grad_norm"])
-    line = {"step": step, "loss": loss, "grad_norm": norm, "conversations": conversations}
     with path.open("a", encoding="utf-8") as file:
+        line = {"step": step, "loss": loss, "grad_norm": norm, "conversations": conversations}
         file.write(json.dumps(line) + "\n")
     shown = ", ".join(map(str, conversations[:8]))
     return f"step {step:,} skipped: its loss is {loss}, its gradient norm {norm}; conversations {shown}, … (see {path})"
-
-
-def trace(is_tracing: bool, wanted: bool, workdir: Path) -> bool:
-    """Starts or stops JAX's profiler if need be; returns whether it runs now."""
-    if wanted and not is_tracing:
-        jax.profiler.start_trace(workdir / "profile")
-    if is_tracing and not wanted:
-        jax.profiler.stop_trace()
-    return wanted
 
 
 def plot_loss(workdir: Path) -> None:

@@ -153,7 +153,8 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
     Saves a checkpoint and raises an error if the run was asked to stop (Interrupted) or the data can't be read.
     """
     status, stop, train = run.status, run.stop, run.config.train
-    total_steps, window, tracing = run.batches.total_steps, parse_window(run.config.profile), False
+    total_steps, window = run.batches.total_steps, parse_window(run.config.profile)
+    first_traced = max(window.start, status.step)  # a run may resume within the window
     pending: tuple[int, Metrics] | None = None  # of the step before, fetched while the device computes the next one
     failure: UserError | RunError | None = None
 
@@ -162,9 +163,12 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
 
     if is_due(train.eval_interval) and status.evaluated_step != status.step:
         evaluate(run, state)
-    with contextlib.closing(run.batches.after(status.step)) as batches:
+    with contextlib.closing(run.batches.after(status.step)) as batches, contextlib.ExitStack() as profiler:
         while status.step < total_steps and not stop.agreed():
-            tracing = logs.trace(tracing, status.step in window, run.workdir)
+            if status.step == first_traced and status.step in window:
+                profiler.enter_context(jax.profiler.trace(run.workdir / "profile"))
+            if status.step == window.stop:
+                profiler.close()
             try:
                 batch = next(batches)
             except (UserError, RunError) as error:
@@ -189,7 +193,6 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
                     run.checkpoints.save(state, status)
         if pending:
             account(run, *pending)
-    logs.trace(tracing, False, run.workdir)
     if stop.exit_code is None and failure is None:
         return state
     run.checkpoints.save(state, status)

@@ -25,9 +25,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Output of the run; an existing o
 
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
-        print(
-            f"{__doc__}\n{flags.FLAGS.main_module_help()}\nKeys of the configuration:\n{reference().replace('`', '')}"
-        )
+        print(f"{__doc__}\n{flags.FLAGS.main_module_help()}\nKeys of the configuration:\n{reference()}")
         return
     use_few_arenas()
     for argument in sys.argv[1:]:

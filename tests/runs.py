@@ -35,19 +35,25 @@ def load_config(name: str, preset: str = ""):
     return module.get_config(preset)
 
 
+# A model and batches that train in milliseconds.
+TINY = {
+    "init_from": "random",
+    "model.dim": 16,
+    "model.n_layers": 1,
+    "model.n_heads": 2,
+    "model.max_seq_len": 64,
+    "data.seq_len": 64,
+    "train.batch_size": 8,
+}
+
+
 def tiny_config(data: Path, **changes):
     """A run of 12 steps; `changes` are by dotted key, dots written as two underscores."""
     config = load_config("sft")
-    config.update(
-        {
-            "init_from": "random",
-            "data": {"path": str(data), "seq_len": 64},
-            "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
-        }
-    )
-    config.model.update({"dim": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 64})
-    config.train.update({"max_steps": 12, "batch_size": 8, "log_interval": 1, "eval_interval": 5, "save_interval": 4})
-    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    settings = TINY | {"data.path": str(data), "optimizer.learning_rate": 1e-2, "optimizer.warmup_steps": 2}
+    steps = {"max_steps": 12, "log_interval": 1, "eval_interval": 5, "save_interval": 4}
+    settings |= {f"train.{key}": value for key, value in steps.items()}
+    config.update_from_flattened_dict(settings | {key.replace("__", "."): value for key, value in changes.items()})
     return config
 
 

@@ -8,20 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import assert_same_bits, tiny_config
+from runs import TINY, assert_same_bits, tiny_config
 
 from tinysft_jax.training.log import read_metrics
 from tinysft_jax.training.loop import train
 
 ROOT = Path(__file__).parents[1]
-SIZES = [
-    "init_from=random",
-    "model.dim=16",
-    "model.n_layers=1",
-    "model.n_heads=2",
-    "model.max_seq_len=64",
-    "data.seq_len=64",
-]
 
 
 def command(*arguments: str) -> list[str]:
@@ -33,7 +25,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def settings(data: Path, *more: str) -> list[str]:
-    return [f"--config.{setting}" for setting in (*SIZES, f"data.path={data}", "train.batch_size=8", *more)]
+    tiny = (f"{key}={value}" for key, value in TINY.items())
+    return [f"--config.{setting}" for setting in (*tiny, f"data.path={data}", *more)]
 
 
 @pytest.mark.parametrize(

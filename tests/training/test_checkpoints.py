@@ -29,14 +29,6 @@ def settings(data: Path, **changes):
     return tiny_config(data, train__keep_checkpoints=2, **changes)
 
 
-@pytest.fixture(scope="module")
-def finished(chat_data, tmp_path_factory) -> Path:
-    """The work directory of a run that went through; it has the checkpoints 8 and 12."""
-    workdir = tmp_path_factory.mktemp("run") / "work"
-    loop.train(settings(chat_data), workdir)
-    return workdir
-
-
 class Copies:
     """Copies a work directory at chosen moments: what a SIGKILL then would have left."""
 
@@ -185,7 +177,7 @@ def test_the_newest_sound_checkpoint_is_used(chat_data, finished, tmp_path, capf
 
 def test_without_a_sound_checkpoint_the_run_stops(chat_data, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "work", symlinks=True)
-    for step in ("8", "12"):
+    for step in ("4", "8", "12"):
         (tmp_path / "work" / "checkpoints" / step / "manifest.json").unlink()
     before = sorted((tmp_path / "work").rglob("*"))
     with pytest.raises(RunError, match=r"no sound checkpoint in .*checkpoint 12 is damaged.*checkpoint 8 is damaged"):

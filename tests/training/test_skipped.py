@@ -44,7 +44,7 @@ def test_skipped_steps_are_counted_and_logged_with_their_conversations(chat_data
     expected = [int(index) for row in range(16, 24) for index in plan.row(row)]
     assert lines[0]["conversations"] == expected
     said = capfd.readouterr().err
-    assert f"step 3 changed nothing: its loss is nan, its gradient's norm nan; conversations {expected[0]}, " in said
+    assert f"step 3 skipped: its loss is nan, its gradient norm nan; conversations {expected[0]}, " in said
 
 
 def test_a_run_with_skipped_steps_resumes_exactly(chat_data, tmp_path, poison, monkeypatch):

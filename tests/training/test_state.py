@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +51,17 @@ def test_a_plain_model_learns_the_datas_template(chat_data, tmp_path):
     assert description.config.vocab_size == 260
     assert trim_vocabulary(params, description.config)["tok_emb"]["embedding"].shape == (260, 16)
     assert description.source["init_from"] == "model"
+
+
+def test_a_model_says_to_which_length_it_was_trained(chat_data, tmp_path):
+    """The data's longest conversation, or the starting model's length if larger; of unknown training: its context."""
+    data, path = PreparedData(chat_data), Path(saved(tmp_path / "model"))
+    longest = int(data.split("train").lengths.max())
+    content = json.loads((path / "model.json").read_text())
+    for own, trained in ((longest - 1, longest), (longest + 1, longest + 1), (None, 64)):
+        (path / "model.json").write_text(json.dumps(content | {"trained_length": own}))
+        assert starting_model(str(path), RANDOM, data)[0].trained_length == trained
+    assert longest < 63
 
 
 def test_random_weights_take_the_datas_vocabulary(chat_data):

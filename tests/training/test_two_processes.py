@@ -5,25 +5,15 @@ import signal
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from launch import start_training
-from orbax.checkpoint import v1 as ocp
+from runs import TINY, latest_checkpoint, losses
 
-from tinysft_jax.training.log import read_metrics
-
-SETTINGS = {
-    "init_from": "random",
-    "model.dim": 16,
-    "model.n_layers": 1,
-    "model.n_heads": 2,
-    "model.max_seq_len": 64,
-    "data.seq_len": 64,
+SETTINGS = TINY | {
     "optimizer.learning_rate": 1e-3,
     "optimizer.warmup_steps": 2,
     "train.max_steps": 20,
-    "train.batch_size": 8,
     "train.log_interval": 1,
     "train.eval_interval": 5,
     "train.save_interval": 10,
@@ -40,18 +30,6 @@ def launch(data: Path, workdir: Path, num_processes: int = 2, devices: int = 2, 
     settings = SETTINGS | {"data.path": data} | {key.replace("__", "."): value for key, value in changes.items()}
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     return start_training([f"--workdir={workdir}", *flags], num_processes, devices)
-
-
-def losses(workdir: Path, key: str = "sft/train_loss") -> dict[int, float]:
-    return {line["step"]: line[key] for line in read_metrics(workdir) if key in line}
-
-
-def final_params(workdir: Path):
-    """The parameters of the last checkpoint, read by this process onto one device."""
-    shapes = ocp.metadata(workdir / "checkpoints" / "20").metadata
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
-    return ocp.load(workdir / "checkpoints" / "20", wanted)["params"]
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +58,9 @@ def test_two_processes_train_as_one_device_does(chat_data, alone, tmp_path):
     assert "step 20: validation loss" in spoken and "loss" not in silent
     assert len(losses(alone)) == 20 and losses(alone)[20] < losses(alone)[1] - 0.1
     assert_same_run(tmp_path, alone)
-    jax.tree.map(
-        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5),
-        final_params(tmp_path),
-        final_params(alone),
-    )
+    one, other = latest_checkpoint(tmp_path), latest_checkpoint(alone)
+    for path in (path for path in other if path.startswith("['params']")):
+        np.testing.assert_allclose(one[path], other[path], atol=1e-5)
 
 
 def test_one_process_asked_to_stop_stops_both_and_one_device_goes_on(chat_data, alone, tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
 import re
@@ -26,22 +27,21 @@ from tinysft_jax.training.state import RANDOM
 from tinysft_jax.training.step import TrainState, warmup_cosine
 
 LOCK = ".lock"
+TOTAL_STEPS = "steps"  # in a run's identity
 
-# What a run writes besides checkpoints and config.json.
-_OUTPUTS = ("models", "model", "metrics.jsonl", "skipped_steps.jsonl", "loss.png", "wandb_id", "profile")
-_EXPORTS = ("huggingface", "model.pt", "exports.json")
+# What a run and its exports write besides checkpoints. config.json identifies the run, so it is moved last.
+_OUTPUTS = (
+    *("models", "model", "metrics.jsonl", "skipped_steps.jsonl", "loss.png", "wandb_id", "profile"),
+    *("huggingface", "model.pt", "exports.json", "config.json"),
+)
 
 
 @contextlib.contextmanager
-def held(workdir: Path) -> Iterator[str]:
-    """In the block the work directory exists, and other runs are kept out; if it stays empty, it is removed again.
+def locked(workdir: Path) -> Iterator[str]:
+    """Creates the work directory and locks it for the block; it is removed again if it stays empty.
 
-    Yields:
-      A note for the user, or "".
-
-    Raises:
-      UserError: in all processes, if another run is there or the directory can't be used.
-      OSError: in the first process, if it can't be written; in the others a RunError.
+    Yields a note for the user, or "". Raises a UserError in all processes if another run uses the directory or it can't
+    be used; if it can't be written, an OSError in the first process and a RunError in the others.
     """
     with contextlib.ExitStack() as stack:
         notes = [""]
@@ -63,20 +63,17 @@ def held(workdir: Path) -> Iterator[str]:
         yield notes[-1]
 
 
-def set_aside_other_run(workdir: Path, identity: dict[str, Any]) -> str:
+def move_other_run(workdir: Path, identity: dict[str, Any]) -> str:
     """Moves what another run wrote before its first checkpoint into `workdir/earlier-N`; returns a note, or ""."""
-    # config.json identifies the run, so it is moved last.
-    names = (*_OUTPUTS, *_EXPORTS, "config.json")
-    found = [path for name in names if os.path.lexists(path := workdir / name)]
-    try:
+    found = [path for name in _OUTPUTS if os.path.lexists(path := workdir / name)]
+    with contextlib.suppress(UserError):  # no config.json, or a damaged one
         content = files.read_json(workdir / "config.json", "a work directory", format_version=1)
         check(content, {"run": {TOTAL_STEPS: COUNT}})
-        is_same = not differences(content["run"], identity)
-    except UserError:
-        is_same = False
-    if not found or is_same:
+        if not differences(content["run"], identity):
+            return ""
+    if not found:
         return ""
-    kept = next(path for n in range(1, 10**9) if not (path := workdir / f"earlier-{n}").exists())
+    kept = next(path for n in itertools.count(1) if not (path := workdir / f"earlier-{n}").exists())
     kept.mkdir()
     for path in found:
         path.rename(kept / path.name)
@@ -84,10 +81,7 @@ def set_aside_other_run(workdir: Path, identity: dict[str, Any]) -> str:
 
 
 def save_best(workdir: Path, step: int, params: Params, description: ModelDescription) -> None:
-    """Writes `models/<step>`, points the link `model` at it, and removes the model before.
-
-    Readers of `model` see one of the two, whole, at any moment.
-    """
+    """Writes `models/<step>`, points the link `model` at it, and removes the previous one: `model` is always whole."""
     models, link = workdir / "models", workdir / "model"
     directory, aside = models / str(step), models / f".{step}.partial"
     if distributed.is_first():
@@ -97,7 +91,7 @@ def save_best(workdir: Path, step: int, params: Params, description: ModelDescri
     write_model(aside, params, description)
     distributed.barrier("best model")
     if distributed.is_first():
-        if directory.exists():  # written before a kill, after the checkpoint that the run resumed from
+        if directory.exists():  # from before a kill, later than the checkpoint that the run resumed from
             before = models / f"{step}.before"
             shutil.copytree(directory, before, dirs_exist_ok=True)
             if link.resolve() == directory.resolve():
@@ -105,19 +99,16 @@ def save_best(workdir: Path, step: int, params: Params, description: ModelDescri
             shutil.rmtree(directory)
         aside.rename(directory)
         files.link(link, directory)
-        for other in own(models, r"[0-9]+(\.before)?|\.[0-9]+\.partial"):
+        for other in _matching(models, r"[0-9]+(\.before)?|\.[0-9]+\.partial"):
             if other != directory:
                 shutil.rmtree(other, ignore_errors=True)
 
 
-def own(directory: Path, names: str) -> list[Path]:
+def _matching(directory: Path, names: str) -> list[Path]:
     """The directories in `directory` whose names match a regular expression; the others are the user's."""
     if not directory.is_dir():
         return []
     return [path for path in directory.iterdir() if re.fullmatch(names, path.name) and path.is_dir()]
-
-
-TOTAL_STEPS = "steps"
 
 
 def run_identity(config: ConfigDict, data: PreparedData, packing: str, total_steps: int) -> dict[str, Any]:
@@ -137,22 +128,21 @@ def run_identity(config: ConfigDict, data: PreparedData, packing: str, total_ste
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """How two identities differ, in words. A longer run does not, nor a model whose path is written differently."""
+    """How two identities differ, in words. More steps are no difference, nor is another spelling of a model's path."""
 
-    def start(identity: dict[str, Any]) -> str:
-        path = identity.get("init_from")
+    def start(path: Any) -> str:
         return RANDOM if path in ("", RANDOM) else os.path.realpath(os.path.expanduser(str(path)))
 
-    def differs(key: str) -> bool:
+    def differ(key: str, old: Any, new: Any) -> bool:
         if key == TOTAL_STEPS:
-            return before.get(key, 0) > now[key]
-        return start(before) != start(now) if key == "init_from" else before.get(key) != now.get(key)
+            return old > new
+        return start(old) != start(new) if key == "init_from" else old != new
 
     def shown(value: Any) -> str:
         return "empty" if value in ("", None) else str(value)
 
-    keys = dict.fromkeys((*now, *before))
-    return [f"{key} was {shown(before.get(key))}, now {shown(now.get(key))}" for key in keys if differs(key)]
+    pairs = {key: (before.get(key), now.get(key)) for key in now | before}
+    return [f"{key} was {shown(old)}, now {shown(new)}" for key, (old, new) in pairs.items() if differ(key, old, new)]
 
 
 @dataclasses.dataclass
@@ -163,18 +153,15 @@ class RunStatus:
     model: ModelDescription
     step: int = 0  # steps done, which is also the position in the data
     best_loss: float | None = None  # the lowest validation loss so far
-    best_step: int = 0  # whose model is kept; 0 while there is none
-    evaluated_step: int = -1  # the last one
+    best_step: int = 0  # the step of the kept model; 0 while there is none
+    evaluated_step: int = -1  # the last step that was evaluated
     eval_rows: int = 0  # of each periodic evaluation
-    skipped_steps: tuple[int, ...] | list[int] = (0, 0)  # that changed nothing: in the run, and in a row up to now
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"format_version": FORMAT_VERSION, "model": self.model.to_json()}
+    skipped_steps: tuple[int, ...] | list[int] = (0, 0)  # in the run, and in a row up to now
 
 
 FORMAT_VERSION = 1  # of a checkpoint's JSON
 _TWO_COUNTS: Kind = ("two whole numbers", lambda value: isinstance(value, list) and [*map(type, value)] == [int, int])
-_STATUS: Schema = {  # of `RunStatus`, but for the step
+_STATUS: Schema = {  # `RunStatus`, but for the step
     "run": {TOTAL_STEPS: COUNT},
     "model": {},
     "best_loss": REAL_OR_NULL,
@@ -185,33 +172,27 @@ _STATUS: Schema = {  # of `RunStatus`, but for the step
 }
 
 
-_UNFINISHED = r"\.[0-9]+\.(partial|old).*"  # checkpoints that are being written (also by orbax) or removed
-
-
 class Checkpoints(contextlib.AbstractContextManager):
     """The newest checkpoints of a work directory, `checkpoints/<step>/`; saved in a `with` block.
 
-    In the background orbax writes a checkpoint aside, its manifest follows, then it is renamed. So a directory whose
-    name is a step was finished; if it differs from its manifest it was damaged since, which orbax would not notice.
-
-    Attributes:
-      newest: the step of the newest sound checkpoint, or of the one that is being written; -1 if there is none.
+    In the background orbax writes a checkpoint aside, its manifest follows, then it is renamed. So a directory named by
+    a step was finished; if it differs from its manifest, it was damaged later, which orbax would not notice.
     """
 
     def __init__(self, workdir: Path, keep: int):
         self._directory, self._keep = (workdir / "checkpoints").absolute(), keep
-        self.newest = -1
+        self.newest = -1  # step of the newest sound checkpoint, or of the one that is being written
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # while it writes in the background as well
 
     def find_newest(self) -> str:
-        """Sets `newest`; returns what is wrong with newer checkpoints, or "". Raises: RunError, if all are damaged."""
+        """Sets `newest`; returns how newer ones are damaged, or "". Raises: RunError, if all are damaged."""
         damage = []
 
         def find() -> None:
             for step in reversed(self._steps()):
-                if (fault := files.find_damage(self.path(step))) is None:
+                if (fault := files.find_damage(self._path(step))) is None:
                     self.newest = step
                     return
                 damage.append(f"checkpoint {step} is damaged: {fault}")
@@ -225,20 +206,14 @@ class Checkpoints(contextlib.AbstractContextManager):
         self.newest = distributed.first_decides(self.newest)
         return "; ".join(damage)
 
-    def read_json(self) -> Any:
-        """The JSON of the newest checkpoint, unchecked. Raises: RunError, if it can't be read."""
-        with self._one_line("read"):
-            return ocp.metadata(self.path(self.newest)).custom_metadata
-
     def resume(self, config: ConfigDict, identity: dict[str, Any], accept_changes: bool) -> tuple[RunStatus, list[str]]:
-        """The status that the newest checkpoint holds, and notes about what the user has changed since.
+        """The status in the newest checkpoint, and notes about what the user has changed since.
 
-        Raises:
-          RunError: if it can't be read or understood.
-          UserError: if it is another run's, unless `accept_changes`.
+        Raises a RunError if it can't be read, a UserError if it is another run's, unless `accept_changes`.
         """
-        where, workdir, total_steps = self.path(self.newest), self._directory.parent, identity[TOTAL_STEPS]
-        content = self.read_json()
+        where, workdir, total_steps = self._path(self.newest), self._directory.parent, identity[TOTAL_STEPS]
+        with self._one_line("read"):
+            content = ocp.metadata(where).custom_metadata
         try:
             check(content, {"format_version": NUMBER})
             if content["format_version"] > FORMAT_VERSION:
@@ -247,15 +222,12 @@ class Checkpoints(contextlib.AbstractContextManager):
             check(content, _STATUS)
         except UserError as error:
             raise RunError(f"can't resume from {where}: {error}") from None
-        changes, before = differences(content["run"], identity), content["run"][TOTAL_STEPS]
+        changes, before = "; ".join(differences(content["run"], identity)), content["run"][TOTAL_STEPS]
         if changes and not accept_changes:
-            raise UserError(
-                f"{workdir} is another run: {'; '.join(changes)}; choose another --workdir, or add --accept_changes to "
-                "resume it with these changes"
-            )
+            raise UserError(f"{workdir} is another run: {changes}; choose another --workdir or add --accept_changes")
         if self.newest > total_steps:
             raise UserError(f"{workdir} has done {self.newest} steps already, more than {total_steps}")
-        notes = [f"resuming with changes: {'; '.join(changes)}"] if changes else []
+        notes = [f"resuming with changes: {changes}"] if changes else []
         if before < total_steps:
             notes.append(_effect_of_more_steps(config, before, total_steps, self.newest))
         model = ModelDescription.from_json(content["model"], where)
@@ -266,27 +238,29 @@ class Checkpoints(contextlib.AbstractContextManager):
         """The arrays of the newest checkpoint, whatever mesh wrote it. Raises: RunError, if they can't be read."""
         wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         with self._one_line("read"):
-            return ocp.load(self.path(self.newest), wanted)
+            return ocp.load(self._path(self.newest), wanted)
 
     def clear(self) -> None:
         """In the first process: removes what is newer than the newest sound checkpoint, or was never finished."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        newer = [self.path(step) for step in self._steps() if step > self.newest]
-        for path in [*newer, *own(self._directory, _UNFINISHED)]:
+        newer = [self._path(step) for step in self._steps() if step > self.newest]
+        unfinished = r"\.[0-9]+\.(partial|old).*"  # orbax appends to the name while it writes
+        for path in [*newer, *_matching(self._directory, unfinished)]:
             shutil.rmtree(path, ignore_errors=True)
 
     def save(self, state: TrainState, status: RunStatus) -> None:
         """Starts to write; returns once the state, which may then be donated, is copied to the host.
 
-        Raises:
-          RunError: if this checkpoint can't be written, or the one before could not.
+        Raises a RunError if this checkpoint can't be written, or the one before could not.
         """
         if self.newest == status.step:
             return
         self._finish_writing()
+        content = dataclasses.asdict(status) | {"format_version": FORMAT_VERSION, "model": status.model.to_json()}
+        aside = self._directory / f".{status.step}.partial"
         with self._one_line("write"):
-            response = ocp.save_async(self._aside(status.step), state, custom_metadata=status.to_json())
-        self._writing = self._writer.submit(self._finish, status.step, response.result)
+            response = ocp.save_async(aside, state, custom_metadata=content)
+        self._writing = self._writer.submit(self._finish, aside, self._path(status.step), response.result)
         self.newest = status.step
 
     def wait(self) -> None:
@@ -294,11 +268,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._finish_writing()
         distributed.barrier("checkpoint finished")  # by the first process, and the others must not be gone before
 
-    def path(self, step: int) -> Path:
-        return self._directory / str(step)
-
     def __exit__(self, *_: object) -> None:
-        """Waits, and removes what could not be finished."""
         try:
             self._finish_writing()
         finally:
@@ -306,16 +276,15 @@ class Checkpoints(contextlib.AbstractContextManager):
             if distributed.is_first():
                 self.clear()
 
-    def _finish(self, step: int, written: Callable[[], None]) -> None:
+    def _finish(self, aside: Path, path: Path, wait_for_orbax: Callable[[], None]) -> None:
         """The part of writing that happens in the background."""
-        written()  # by all processes
+        wait_for_orbax()  # all processes write
         if distributed.is_first():
-            files.write_manifest(self._aside(step))
-            self._aside(step).rename(self.path(step))
+            files.write_manifest(aside)
+            aside.rename(path)
             for old in self._steps()[: -self._keep]:
-                aside = self._directory / f".{old}.old"
-                self.path(old).rename(aside)
-                shutil.rmtree(aside, ignore_errors=True)
+                removed = self._path(old).rename(self._directory / f".{old}.old")
+                shutil.rmtree(removed, ignore_errors=True)
 
     def _finish_writing(self) -> None:
         writing, self._writing = self._writing, None
@@ -324,10 +293,10 @@ class Checkpoints(contextlib.AbstractContextManager):
                 writing.result()
 
     def _steps(self) -> list[int]:
-        return sorted(int(path.name) for path in own(self._directory, r"[0-9]+"))
+        return sorted(int(path.name) for path in _matching(self._directory, r"[0-9]+"))
 
-    def _aside(self, step: int) -> Path:
-        return self._directory / f".{step}.partial"
+    def _path(self, step: int) -> Path:
+        return self._directory / str(step)
 
     @contextlib.contextmanager
     def _one_line(self, verb: str) -> Iterator[None]:

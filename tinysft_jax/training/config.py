@@ -1,15 +1,12 @@
-"""A run's configuration: each key once, with its type, default, range and meaning.
+"""A run's configuration: each key once, with its default, range and meaning.
 
-Checks, `train.py --help` and docs/configuration.md derive from it. Nothing here imports JAX, which takes seconds.
+Checks and `train.py --help` derive from it. Nothing here imports JAX, which takes seconds.
 """
 
-import dataclasses
 import difflib
 import importlib.metadata
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
@@ -17,122 +14,83 @@ import tinysft_jax
 from tinysft_jax.console import UserError
 
 
-def setting(default: Any, meaning: str, at_least: int = 0, below: int | float = math.inf) -> Any:
-    """A key: its default, what it means, and the range of a number."""
-    return field(default=default, metadata={"meaning": meaning, "at_least": at_least, "below": below})
+class Setting(NamedTuple):
+    """A key of the configuration; a value has the type of the default."""
+
+    default: Any
+    meaning: str
+    at_least: int = 0  # for numbers
+    below: float = math.inf
+    choices: tuple[str, ...] = ()
 
 
-@dataclass
-class Model:
-    """The model's shape for random weights; a model that is fine-tuned keeps its own."""
-
-    vocab_size: int = setting(0, "size of the vocabulary; 0: that of the data")
-    dim: int = setting(768, "width of the residual stream")
-    n_layers: int = setting(12, "number of blocks")
-    n_heads: int = setting(12, "attention heads")
-    max_seq_len: int = setting(1024, "context length in tokens")
-    mlp_ratio: float = setting(4.0, "hidden units of the MLP as a multiple of dim")
-
-
-@dataclass
-class Data:
-    path: str = setting("data", "a prepared data set")
-    seq_len: int = setting(1024, "tokens of a packed row; at least prepare's --max_tokens", 1)
-    num_workers: int = setting(0, "processes that build batches; 0: a thread, which suffices for one GPU")
-
-
-@dataclass
-class Optimizer:
-    learning_rate: float = setting(2e-5, "peak, at the end of warm-up; a tenth of pretraining's")
-    warmup_steps: int = setting(500, "of linear warm-up; then a cosine down to 0 at the last step")
-    weight_decay: float = setting(0.01, "of AdamW, as a multiple of the learning rate")
-    beta1: float = setting(0.9, "decay of the first moment", below=1)
-    beta2: float = setting(0.95, "decay of the second moment", below=1)
-    grad_clip: float = setting(1.0, "global norm to which gradients are clipped; 0: off")
-    decayed: Literal["all", "matrices"] = setting("all", "what is decayed: all parameters, or all but the norms")
-    ema_decay: float = setting(0.0, "of a moving average of the parameters, then evaluated and kept; 0: none", below=1)
-
-
-@dataclass
-class Train:
-    max_steps: int = setting(10_000, "optimizer steps", 1)
-    num_epochs: int | None = setting(None, "when set, replaces max_steps", 1)
-    batch_size: int = setting(4, "packed rows of one optimizer step, over all devices together", 1)
-    grad_accumulation_steps: int = setting(1, "micro-batches that a step's rows are divided into", 1)
-    log_interval: int = setting(10, "steps between lines of metrics", 1)
-    eval_interval: int = setting(500, "steps between evaluations; another precedes the first step and ends the run", 1)
-    eval_batch_size: int = setting(32, "packed rows of an evaluation's batch (rounded up to fit the devices)", 1)
-    eval_batches: int = setting(0, "batches of each evaluation; 0: all evaluations take at most 7 % of the run's rows")
-    final_eval: Literal["sample", "all"] = setting(
-        "sample", "of the kept model: at most 3 % of the run's rows, or the whole validation split"
-    )
-    save_interval: int = setting(1000, "steps between checkpoints", 1)
-    keep_checkpoints: int = setting(3, "how many of the newest are kept", 1)
-    max_skipped_steps: int = setting(10, "the run stops after so many steps in a row without a finite loss", 1)
-    dtype: Literal["auto", "bfloat16", "float32"] = setting(
-        "auto", "of matmuls; auto: bfloat16 on accelerators, float32 on a CPU"
-    )
-    attention: Literal["auto", "xla", "cudnn"] = setting("auto", "auto: cudnn where it can run, else xla")
-    remat: Literal["none", "dots", "full"] = setting(
-        "none", "what the backward pass recomputes of a block: nothing, all but matmuls, or all"
-    )
-
-
-@dataclass
-class Mesh:
-    data: int = setting(-1, "devices with rows of their own; -1: what the others leave", -1)
-    fsdp: int = setting(1, "devices over which parameters and rows are divided", -1)
-    tensor: int = setting(1, "devices over which heads, hidden units and vocabulary are divided", -1)
-
-
-@dataclass
-class Wandb:
-    mode: Literal["disabled", "offline", "online"] = setting("disabled", "whether Weights & Biases is used")
-    project: str = setting("tinysft-jax", "name of the project")
-    name: str = setting("", "name of the run; empty: that of the work directory")
-
-
-@dataclass
-class Config:
-    seed: int = setting(0, "of random weights, order of the data, validation sample", below=2**31)
-    init_from: str = setting(
+# `model.*` is the shape of random weights; a model that is fine-tuned keeps its own.
+SETTINGS = {
+    "seed": Setting(0, "of random weights, order of the data, validation sample", below=2**31),
+    "init_from": Setting(
         "",
-        "the model to fine-tune: a work directory (its best model), a model directory, a .pt or a Hugging Face folder; "
-        "random: random weights of the shape model.*; empty: the same, for plain text only",
-    )
-    export: str = setting("", "forms to write the best model in at the end: huggingface, torch, or both with a comma")
-    profile: str = setting("", "START:STOP: trace these steps with JAX's profiler into WORKDIR/profile")
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    train: Train = field(default_factory=Train)
-    mesh: Mesh = field(default_factory=Mesh)
-    wandb: Wandb = field(default_factory=Wandb)
-
-
-def _settings() -> Iterator[tuple[str, dataclasses.Field]]:
-    for each in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(each.type):
-            yield from ((f"{each.name}.{inner.name}", inner) for inner in dataclasses.fields(each.type))
-        else:
-            yield each.name, each
-
-
-SETTINGS: dict[str, dataclasses.Field] = dict(_settings())  # by dotted key
+        "model to fine-tune: work directory (its best model), model directory, .pt or Hugging Face folder; "
+        "random: random weights of shape model.*; empty: the same, for plain text only",
+    ),
+    "export": Setting("", "forms of the best model to write at the end: huggingface, torch, or both with a comma"),
+    "profile": Setting("", "START:STOP: steps to trace with JAX's profiler, into WORKDIR/profile"),
+    "model.vocab_size": Setting(0, "0: the data's"),
+    "model.dim": Setting(768, "width of the residual stream"),
+    "model.n_layers": Setting(12, "blocks"),
+    "model.n_heads": Setting(12, "attention heads"),
+    "model.max_seq_len": Setting(1024, "context length in tokens"),
+    "model.mlp_ratio": Setting(4.0, "hidden units of the MLP, as a multiple of dim"),
+    "data.path": Setting("data", "a prepared data set"),
+    "data.seq_len": Setting(1024, "tokens of a packed row; at least prepare's --max_tokens", 1),
+    "data.num_workers": Setting(0, "processes that build batches; 0: a thread, enough for one GPU"),
+    "optimizer.learning_rate": Setting(2e-5, "peak, after warm-up; a tenth of pretraining's"),
+    "optimizer.warmup_steps": Setting(500, "of linear warm-up, before a cosine to 0 at the last step"),
+    "optimizer.weight_decay": Setting(0.01, "of AdamW, times the learning rate"),
+    "optimizer.beta1": Setting(0.9, "decay of the first moment", below=1),
+    "optimizer.beta2": Setting(0.95, "decay of the second moment", below=1),
+    "optimizer.grad_clip": Setting(1.0, "largest global norm of the gradients; 0: off"),
+    "optimizer.decayed": Setting("all", "what is decayed; matrices: all but norms", choices=("all", "matrices")),
+    "optimizer.ema_decay": Setting(0.0, "of a moving average of the parameters, to evaluate and keep; 0: off", below=1),
+    "train.max_steps": Setting(10_000, "optimizer steps", 1),
+    "train.num_epochs": Setting(None, "if set, replaces max_steps", 1),
+    "train.batch_size": Setting(4, "packed rows of an optimizer step, over all devices", 1),
+    "train.grad_accumulation_steps": Setting(1, "micro-batches of a step", 1),
+    "train.log_interval": Setting(10, "steps between lines of metrics", 1),
+    "train.eval_interval": Setting(500, "steps between evaluations; both ends of the run have one too", 1),
+    "train.eval_batch_size": Setting(32, "packed rows, rounded up to fit the devices", 1),
+    "train.eval_batches": Setting(0, "of an evaluation; 0: all evaluations take at most 7 % of the run's rows"),
+    "train.final_eval": Setting(
+        "sample",
+        "of the kept model: on at most 3 % of the run's rows, or the whole validation split",
+        choices=("sample", "all"),
+    ),
+    "train.save_interval": Setting(1000, "steps between checkpoints", 1),
+    "train.keep_checkpoints": Setting(3, "newest ones to keep", 1),
+    "train.max_skipped_steps": Setting(10, "consecutive steps without a finite loss that end the run", 1),
+    "train.dtype": Setting(
+        "auto", "of matmuls; auto: float32 on CPUs, else bfloat16", choices=("auto", "bfloat16", "float32")
+    ),
+    "train.attention": Setting("auto", "auto: cudnn where it can run, else xla", choices=("auto", "xla", "cudnn")),
+    "train.remat": Setting(
+        "none", "recomputed in the backward pass: nothing, all but matmuls, all", choices=("none", "dots", "full")
+    ),
+    "mesh.data": Setting(-1, "devices with rows of their own; -1: what is left", -1),
+    "mesh.fsdp": Setting(1, "devices that divide parameters and rows", -1),
+    "mesh.tensor": Setting(1, "devices that divide heads, hidden units and vocabulary", -1),
+    "wandb.mode": Setting("disabled", "Weights & Biases", choices=("disabled", "offline", "online")),
+    "wandb.project": Setting("tinysft-jax", "its project"),
+    "wandb.name": Setting("", "of the run; empty: the work directory's"),
+}
 
 
 def make_config(preset: str, presets: dict[str, dict[str, Any]]) -> ConfigDict:
-    """The defaults with a preset's changes, for the `get_config` of a configuration file.
-
-    Args:
-      preset: what follows the colon of `--config=FILE:PRESET`, or "".
-      presets: values by dotted key, for each preset.
-    """
+    """The defaults with a preset's changes; `preset` is "" or from `--config=FILE:PRESET`, `presets` by dotted key."""
     if preset not in presets:
         raise UserError(f"there is no preset {preset!r}; choose one of {', '.join(filter(None, presets))}")
-    config = ConfigDict(dataclasses.asdict(Config()))
-    config.train.num_epochs = config_dict.placeholder(int)  # None has no type, which a flag needs
-    config.update_from_flattened_dict(presets[preset])
+    config = ConfigDict({key.partition(".")[0]: {} for key in SETTINGS if "." in key})
+    config.update_from_flattened_dict({key: setting.default for key, setting in SETTINGS.items()} | presets[preset])
+    if config.train.num_epochs is None:
+        config.train.num_epochs = config_dict.placeholder(int)  # a flag needs a type
     return config.lock()
 
 
@@ -146,15 +104,15 @@ def flat(config: ConfigDict) -> dict[str, Any]:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises: UserError, naming a key that is unknown, missing, or has a value that it can't have."""
+    """Raises: UserError, naming a key that is unknown, missing, or has a value out of range."""
     values = flat(config)
     for key in values:
         check_key(key)
-    for key, description in SETTINGS.items():
+    for key, setting in SETTINGS.items():
         if key not in values:
-            raise UserError(f"the configuration lacks {key}; docs/configuration.md lists all keys")
-        if not _is_allowed(values[key], description):
-            raise UserError(f"{key} is {values[key]!r}; it must be {_allowed(description)}")
+            raise UserError(f"the configuration lacks {key}; train.py --help lists all keys")
+        if not _is_allowed(values[key], setting):
+            raise UserError(f"{key} is {values[key]!r}; it must be {_allowed(setting)}")
     parse_window(config.profile)
 
 
@@ -165,37 +123,35 @@ def check_key(key: str) -> None:
         raise UserError(f"there is no setting {key}{f'; do you mean {near[0]}?' if near else ''}")
 
 
-def _is_allowed(value: Any, description: dataclasses.Field) -> bool:
-    kind, limits = description.type, description.metadata
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
+def _is_allowed(value: Any, setting: Setting) -> bool:
+    if setting.choices:
+        return value in setting.choices
+    if isinstance(setting.default, str) or value is None:
+        return isinstance(value, type(setting.default))
     # A float may be written as an int; True is an int to Python.
-    if isinstance(value, bool) or not isinstance(value, float | int if kind is float else kind):
-        return False
-    return not isinstance(value, float | int) or limits["at_least"] <= value < limits["below"]
+    is_number = isinstance(value, float | int if isinstance(setting.default, float) else int)
+    return is_number and not isinstance(value, bool) and setting.at_least <= value < setting.below
 
 
-def _allowed(description: dataclasses.Field) -> str:
-    """The values of a setting, for people."""
-    kind, limits = description.type, description.metadata
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    if kind is str:
+def _allowed(setting: Setting) -> str:
+    """The values that a setting can have, in words."""
+    if setting.choices:
+        return f"one of {', '.join(setting.choices)}"
+    if isinstance(setting.default, str):
         return "text"
-    below = f" and below {limits['below']}" if limits["below"] < math.inf else ""
-    return f"{'float' if kind is float else 'int'}, at least {limits['at_least']}{below}"
+    below = f", < {setting.below}" if setting.below < math.inf else ""
+    return f"{'float' if isinstance(setting.default, float) else 'int'} >= {setting.at_least}{below}"
 
 
 def reference() -> str:
-    """Every key with its default, what it may be, and its meaning, as a Markdown list."""
+    """All settings, a line each."""
     return "\n".join(
-        f"- `{key}={description.default}` ({_allowed(description)}): {description.metadata['meaning']}"
-        for key, description in SETTINGS.items()
+        f"  {key}={setting.default} ({_allowed(setting)}): {setting.meaning}" for key, setting in SETTINGS.items()
     )
 
 
 def parse_window(window: str) -> range:
-    """The steps of "START:STOP"; none for an empty text."""
+    """The steps of "START:STOP", which is exclusive; none for ""."""
     if not window:
         return range(0)
     start, _, stop = window.partition(":")
@@ -233,21 +189,13 @@ def check_model(seq_len: int, max_seq_len: int, n_heads: int, tensor: int) -> No
         raise UserError(f"data.seq_len {seq_len} is longer than the model's context {max_seq_len}")
     if n_heads % tensor:
         divisors = ", ".join(str(n) for n in range(1, n_heads + 1) if n_heads % n == 0)
-        raise UserError(
-            f"mesh.tensor {tensor} does not divide the model's {n_heads} attention heads; choose one of {divisors}"
-        )
+        raise UserError(f"mesh.tensor {tensor} does not divide the model's {n_heads} heads; choose one of {divisors}")
 
 
 def resolved(config: ConfigDict, total_steps: int, identity: dict[str, Any]) -> dict[str, Any]:
     """The content of `config.json`: the configuration, the number of steps, the run's identity, package versions."""
-    packages = {"tinysft-jax": tinysft_jax.__version__}  # which has no metadata where it is not installed
-    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
-        packages[name] = importlib.metadata.version(name)
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    packages = {name: importlib.metadata.version(name) for name in names}
+    packages["tinysft-jax"] = tinysft_jax.__version__  # it has no metadata where it is not installed
     settings = {"config": config.to_dict(), "total_steps": total_steps, "run": identity}
     return {"format_version": 1, **settings, "packages": packages}
-
-
-if __name__ == "__main__":
-    print(
-        f"# Configuration\n\nEvery key with its default; `python -m {__spec__.name}` writes this page.\n\n{reference()}"
-    )

@@ -1,34 +1,30 @@
 """Validation loss by task and over all tasks, on a fixed sample of packed rows; every supervised token counts once."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int32
 from ml_collections import ConfigDict
 
-from tinysft_jax.data.batches import Batch, BatchSource, epoch_batches
+from tinysft_jax.data.batches import BatchSource, epoch_batches
 from tinysft_jax.data.packing import plan_epoch
 from tinysft_jax.data.store import PreparedData
+from tinysft_jax.parameters import Params
 from tinysft_jax.sharding import batch_shards, global_batch, process_part
 from tinysft_jax.training.log import ALL_TASKS
 
 # Upper limits, in percent of the rows that a run trains on: all periodic evaluations together, and the final one.
-# Evaluating a row costs about a third of training on it, which has a backward pass too.
+# Evaluating a row costs about a third of training on it.
 PERIODIC_PERCENT = 7
 FINAL_PERCENT = 3
 
 
 class Evaluator:
-    """Evaluates the first rows of a shuffled packing plan of the validation split.
+    """Evaluates the first rows of a shuffled packing plan of the validation split, which has `n_rows` in all.
 
     The plan depends on data, row length and seed alone, so the sample is the same at every evaluation, after a resume,
     and on any devices; each conversation is in it with the same probability; a larger sample contains a smaller one.
-
-    Attributes:
-      n_rows: of the whole split.
     """
 
     def __init__(self, data: PreparedData, config: ConfigDict, mesh: Mesh):
@@ -39,17 +35,11 @@ class Evaluator:
         self._batch_size = -(-min(config.train.eval_batch_size, max(1, self.n_rows)) // shards) * shards
 
     def losses(
-        self,
-        eval_step: Callable[[Any, dict[str, jax.Array]], Any],
-        params: Any,
-        n_rows: int,
-        should_stop: Callable[[], bool] = lambda: False,
+        self, eval_step: Callable, params: Params, n_rows: int, should_stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float]:
-        """Mean negative log-likelihood of a supervised token, in nats, over the first `n_rows`.
+        """Mean negative log-likelihood of a supervised token, in nats, over the first `n_rows`, as metrics.
 
-        Returns:
-          `sft/val_loss`, and `sft/val_loss/<task>` where there are several tasks. Empty if no token is supervised, or
-          if `should_stop`, which is asked before each batch, said so.
+        Several tasks have one each besides. Empty if no token is supervised, or if `should_stop` before some batch.
         """
         sums = [np.zeros((2, len(self._tasks)))]
         for batch in self._batches(n_rows):
@@ -67,24 +57,18 @@ class Evaluator:
         plan = self._plan.first(n_rows)
         source = BatchSource(self._split, plan, self._batch_size, self._seq_len, process_part(self._mesh))
         for index, batch in enumerate(epoch_batches(source)):
-            yield global_batch(self._mesh, batch | {"tasks": self._task_ids(source, index, batch)})
-
-    def _task_ids(self, source: BatchSource, index: int, batch: Batch) -> Int32[np.ndarray, "B T"]:
-        """Each position's task; 0 at padding."""
-        segments, plan = batch["segment_ids"], source.plan
-        # Segment s of a row is the row's s-th conversation; rows beyond the plan are empty.
-        first = plan.row_starts[np.minimum(source.rows(index), len(plan))]
-        conversations = plan.order[first[:, None] + segments - 1]
-        return np.where(segments > 0, self._split.tasks[conversations], 0).astype(np.int32)
+            # Segment s of a row is the row's s-th conversation; rows beyond the plan are empty.
+            first, segments = plan.row_starts[np.minimum(source.rows(index), len(plan))], batch["segment_ids"]
+            conversations = plan.order[first[:, None] + segments - 1]
+            tasks = np.where(segments > 0, self._split.tasks[conversations], 0).astype(np.int32)
+            yield global_batch(self._mesh, batch | {"tasks": tasks})
 
 
-def evaluation_rows(
-    config: ConfigDict, total_steps: int, split_rows: int, rows_before: int | None = None
-) -> tuple[int, int]:
+def evaluation_rows(config: ConfigDict, total_steps: int, split_rows: int, rows_before: int = 0) -> tuple[int, int]:
     """Rows of each periodic evaluation, and of the final one.
 
-    A resumed run keeps the number that it had, `rows_before`, unless `train.eval_batches` asks for another: losses of
-    two samples can't be compared.
+    A resumed run keeps the number that it had, `rows_before`, unless `train.eval_batches` is set: losses of two samples
+    can't be compared.
     """
     train = config.train
     trained_rows, batch = total_steps * train.batch_size, train.eval_batch_size

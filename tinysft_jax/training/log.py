@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,8 +23,7 @@ from tinysft_jax.model import GPTConfig
 
 MetricLine = dict[str, int | float]  # a line of metrics.jsonl: "step", and what was measured then
 
-# Validation losses: over all tasks; "/<task>" is appended for one of them.
-ALL_TASKS = "sft/val_loss"
+ALL_TASKS = "sft/val_loss"  # over all tasks; with "/<task>" appended, over one of them
 FINAL = "sft/final_val_loss"  # of the kept model, at the end
 FINAL_ROWS = "sft/final_val_rows"  # of the sample that it was evaluated on
 
@@ -60,7 +60,7 @@ def train_flops(config: GPTConfig, tokens: int | float, supervised_tokens: int |
 
 
 def peak_flops() -> float | None:
-    """Published FLOP/s of all devices together; None where the device is unknown."""
+    """Published FLOP/s of all devices together; None for an unknown device."""
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     return peak * jax.device_count() if peak else None
 
@@ -70,17 +70,15 @@ class Rates:
 
     def __init__(self, config: GPTConfig, batch_size: int, seq_len: int):
         self._config, self._batch_size, self._seq_len = config, batch_size, seq_len
-        self.started: float | None = None  # when the first step, which was compiled, was done
-        self._steps, self._tokens, self._supervised = 0, 0.0, 0.0
+        self.started: float | None = None  # when the first step, which includes compilation, was done
+        self._totals = np.zeros(3)  # steps, tokens, supervised tokens
 
     def count(self, tokens: int | float, supervised_tokens: int | float) -> None:
         """Adds a finished step; the first one starts the clock and is not counted."""
         if self.started is None:
             self.started = time.perf_counter()
-            return
-        self._steps += 1
-        self._tokens += tokens
-        self._supervised += supervised_tokens
+        else:
+            self._totals += 1, tokens, supervised_tokens
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -92,58 +90,52 @@ class Rates:
 
     def report(self) -> dict[str, float]:
         """The rates since the last report; empty if no step was counted."""
-        if not self._steps or self.started is None:
+        steps, tokens, supervised = self._totals.tolist()
+        if not steps or self.started is None:
             return {}
         now = time.perf_counter()
-        seconds = now - self.started
+        seconds, self.started, self._totals = now - self.started, now, np.zeros(3)
         rates = {
-            "sft/tokens_per_second": self._tokens / seconds,
-            "sft/supervised_tokens_per_second": self._supervised / seconds,
-            "sft/padding_fraction": 1 - self._tokens / (self._steps * self._batch_size * self._seq_len),
+            "sft/tokens_per_second": tokens / seconds,
+            "sft/supervised_tokens_per_second": supervised / seconds,
+            "sft/padding_fraction": 1 - tokens / (steps * self._batch_size * self._seq_len),
         }
         if peak := peak_flops():
-            flops = train_flops(self._config, self._tokens, self._supervised, self._seq_len)
-            rates["sft/mfu"] = flops / seconds / peak
-        self.started, self._steps, self._tokens, self._supervised = now, 0, 0.0, 0.0
+            rates["sft/mfu"] = train_flops(self._config, tokens, supervised, self._seq_len) / seconds / peak
         return rates
 
 
-class RunLog(contextlib.AbstractContextManager):
+class RunLog(contextlib.ExitStack):
     """Metrics and the progress line; processes other than the first write and show nothing."""
 
     def __init__(self, config: ConfigDict, workdir: Path, shape: GPTConfig, total_steps: int):
+        super().__init__()
         self.rates = Rates(shape, config.train.batch_size, config.data.seq_len)
         self._workdir, self._rate, self._file, self._wandb = workdir, "", None, None
         self._progress = Progress("step", total_steps, quiet=not distributed.is_first())
+        self.say = self._progress.say
 
     def open(self, kept: list[MetricLine], settings: dict[str, Any]) -> None:
-        """Starts to write, in the first process; `kept` are the lines to keep, `settings` what config.json holds."""
+        """Starts the log in the first process, with the lines `kept`; `settings`: the content of config.json."""
         path = self._workdir / "metrics.jsonl"
         files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = self.enter_context(path.open("a", encoding="utf-8"))
         if settings["config"]["wandb"]["mode"] != "disabled":
-            self._wandb = _start_wandb(self._workdir, settings)
-        self._progress.__enter__()
-
-    def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
-        self._progress.__exit__()
-        if self._file:
-            self._file.close()
-        if self._wandb:
-            self._wandb.finish(exit_code=getattr(error, "exit_code", 1) if error else 0)
-
-    def say(self, text: str) -> None:
-        self._progress.say(text)
+            self._wandb = wandb = _start_wandb(self._workdir, settings)
+            self.push(lambda _, error, __: wandb.finish(exit_code=getattr(error, "exit_code", 1) if error else 0))
+        self.enter_context(self._progress)
 
     def write(self, step: int, metrics: MetricLine) -> None:
+        """Writes a line of metrics, without those that are not finite, which JSON can't hold."""
+        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         if self._file:
-            self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
             self._file.flush()
         if self._wandb:
             self._wandb.log(metrics, step=step)
 
     def step(self, step: int, values: dict[str, float], skipped_steps: int, is_due: bool) -> None:
-        """Counts a finished step with its metrics `values`, shows it, and logs it if it is due or changed nothing."""
+        """Counts a finished step with its metrics `values`, shows it, and logs it if it is due or was skipped."""
         if self.rates.started is None:
             self._progress.restart_clock(step)
         self.rates.count(values["tokens"], values["supervised_tokens"])
@@ -166,15 +158,8 @@ def _start_wandb(workdir: Path, settings: dict[str, Any]):
     if not id_file.exists():
         files.write_text(id_file, uuid.uuid4().hex[:8])
     try:
-        return wandb.init(
-            mode=options["mode"],
-            project=options["project"],
-            name=options["name"] or workdir.name,
-            id=id_file.read_text(encoding="utf-8"),
-            resume="allow",
-            dir=workdir,
-            config=settings,
-        )
+        run = options | {"name": options["name"] or workdir.name, "id": id_file.read_text(encoding="utf-8")}
+        return wandb.init(**run, resume="allow", dir=workdir, config=settings)
     except wandb.errors.Error as error:
         raise UserError(
             f"wandb does not start: {reason(error)}; log in with `wandb login`, or use --config.wandb.mode=offline"
@@ -182,40 +167,29 @@ def _start_wandb(workdir: Path, settings: dict[str, Any]):
 
 
 def read_metrics(workdir: Path, name: str = "metrics.jsonl") -> list[MetricLine]:
-    """The lines of a log of steps; one that a killed run left unfinished is left out."""
+    """The lines of a log of steps, without one that a killed run left unfinished."""
     return [line for line in files.read_json_lines(workdir / name) if isinstance(line.get("step"), int)]
 
 
 def forget_skipped(workdir: Path, step: int) -> None:
     """Drops the lines about skipped steps after `step`, which a run that resumes repeats."""
     if lines := read_metrics(workdir, SKIPPED):
-        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
-        files.write_text(workdir / SKIPPED, "".join(kept))
+        files.write_text(workdir / SKIPPED, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
 
 
 def write_skipped(workdir: Path, step: int, values: dict[str, float], conversations: list[int]) -> str:
-    """Writes that a step changed nothing, with the conversations of its batch; returns a line for the user."""
+    """Logs a skipped step with the conversations of its batch; returns a line for the user."""
     path, loss, norm = workdir / SKIPPED, str(values["loss"]), str(values["grad_norm"])
-    line = {"step": step, "loss": loss, "grad_norm": norm, "conversations": conversations}
     with path.open("a", encoding="utf-8") as file:
+        line = {"step": step, "loss": loss, "grad_norm": norm, "conversations": conversations}
         file.write(json.dumps(line) + "\n")
-    shown, more = ", ".join(map(str, conversations[:8])), len(conversations) - 8
-    rest = f" and {more:,} more, see {path}" if more > 0 else ""
-    return f"step {step:,} changed nothing: its loss is {loss}, its gradient's norm {norm}; conversations {shown}{rest}"
+    shown = ", ".join(map(str, conversations[:8]))
+    return f"step {step:,} skipped: its loss is {loss}, its gradient norm {norm}; conversations {shown}, … (see {path})"
 
 
-def trace(is_tracing: bool, wanted: bool, workdir: Path) -> bool:
-    """Starts or stops JAX's profiler if need be; returns whether it runs now."""
-    if wanted and not is_tracing:
-        jax.profiler.start_trace(workdir / "profile")
-    if is_tracing and not wanted:
-        jax.profiler.stop_trace()
-    return wanted
-
-
-def plot_loss(lines: list[MetricLine], path: Path) -> None:
-    """Draws training and validation loss over steps into an image."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+def plot_loss(workdir: Path) -> None:
+    """Draws training and validation loss over steps into `loss.png`."""
+    lines, figure = read_metrics(workdir), Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     steps, losses = _series(lines, "sft/train_loss")
     if steps:
@@ -231,9 +205,8 @@ def plot_loss(lines: list[MetricLine], path: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     if axes.lines:
         axes.legend(fontsize="small")
-    aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, dpi=120, format="png")
-    aside.replace(path)
+    with files.atomic(workdir / "loss.png") as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _series(lines: list[MetricLine], key: str) -> tuple[list[int], list[float]]:
@@ -242,15 +215,13 @@ def _series(lines: list[MetricLine], key: str) -> tuple[list[int], list[float]]:
 
 def _running_mean(values: list[float]) -> np.ndarray:
     """Over a twentieth of the curve, up to each point."""
-    width = max(1, len(values) // 20)
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - width, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    window, n = np.ones(max(1, len(values) // 20)), len(values)
+    return np.convolve(values, window)[:n] / np.convolve(np.ones(n), window)[:n]
 
 
-def print_summary(lines: list[MetricLine], best_step: int) -> None:
+def print_summary(workdir: Path, best_step: int) -> None:
     """Prints the validation loss by task: before training, at the best step, and of the kept model at the end."""
+    lines = read_metrics(workdir)
     evaluated = {line["step"]: line for line in lines if ALL_TASKS in line}
     if not {0, best_step} <= evaluated.keys():
         return

@@ -20,34 +20,30 @@ from tinysft_jax.data.store import PreparedData, Split
 from tinysft_jax.sharding import batch_shards, global_batch, make_mesh, process_part
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training import log as logs
-from tinysft_jax.training.checkpoints import Checkpoints, RunStatus, held, run_identity, save_best, set_aside_other_run
+from tinysft_jax.training.checkpoints import Checkpoints, RunStatus, locked, move_other_run, run_identity, save_best
 from tinysft_jax.training.config import check_batch, check_config, check_run, parse_window, resolved
 from tinysft_jax.training.evaluate import Evaluator, evaluation_rows, n_evaluations
 from tinysft_jax.training.log import ALL_TASKS, FINAL, FINAL_ROWS, RunLog
-from tinysft_jax.training.state import Steps, check_same_language, starting_model, steps_of
+from tinysft_jax.training.state import Steps, check_tokenizer, starting_model, steps_of
 from tinysft_jax.training.step import Metrics, TrainState
 from tinysft_jax.training.stop import StopRequest
 
 
 def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verify: bool = False) -> None:
-    """Runs, or resumes, the training that `config` describes.
+    """Runs the training that `config` describes, or resumes it from the newest sound checkpoint in `workdir`.
 
     Args:
-      config: of `configs/`.
-      workdir: the output; if it holds checkpoints, the run resumes from the newest sound one.
       accept_changes: resume although the model, the data or the schedule have changed.
       verify: compare the data with the hashes of its manifest first; sizes are always compared.
 
-    Raises:
-      UserError: if the configuration, the data or the starting model can't be used.
-      RunError: if the run can't continue: a full disk, too little memory, no sound checkpoint, a loss that diverged.
-      Interrupted: on Ctrl-C, SIGTERM or SIGHUP, after a checkpoint.
+    Raises a UserError if the configuration, the data or the starting model can't be used; a RunError if the run can't
+    continue (disk or memory full, no sound checkpoint, divergence); Interrupted after a signal, with all saved.
     """
     check_config(config)
     mesh = make_mesh(**config.mesh)
     check_batch(config, batch_shards(mesh))
     try:
-        with jax.set_mesh(mesh), StopRequest(mesh) as stop, held(workdir) as note:
+        with jax.set_mesh(mesh), StopRequest(mesh) as stop, locked(workdir) as note:
             run, state = open_run(config, workdir, mesh, stop, accept_changes, verify)
             run.notes.insert(0, note)
             distributed.on_first(lambda: begin(run))
@@ -56,7 +52,7 @@ def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verif
                     run.log.say(text)
                 state = train_steps(run, state)
                 finish(run, state)
-            distributed.on_first(lambda: report(run))
+            distributed.on_first(lambda: logs.print_summary(workdir, run.status.best_step))
     except OSError as error:
         raise RunError(f"can't write {workdir}: {error.strerror or error}") from None
     except jax.errors.JaxRuntimeError as error:
@@ -70,7 +66,7 @@ def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verif
 
 @dataclasses.dataclass
 class Run:
-    """A run that is ready to begin: everything is checked and read, nothing is written."""
+    """A run that is ready to begin."""
 
     config: ConfigDict
     workdir: Path
@@ -78,19 +74,19 @@ class Run:
     stop: StopRequest
     batches: "TrainingBatches"
     evaluator: Evaluator
-    final_rows: int  # that the kept model is evaluated on at the end
+    final_rows: int  # of the final evaluation, that of the kept model
     checkpoints: Checkpoints
     status: RunStatus
     steps: Steps
     log: RunLog
-    changes: list[str]  # of a run that resumes
+    changes: list[str]  # in the settings of a run that resumes
     notes: list[str]  # for the user
 
 
 def open_run(
     config: ConfigDict, workdir: Path, mesh: Mesh, stop: StopRequest, accept_changes: bool, verify: bool
 ) -> tuple[Run, TrainState]:
-    """Opens the data, decides whether the run resumes, and builds its state and jitted steps."""
+    """Opens the data, decides whether the run resumes, and builds its state and jitted steps; writes nothing."""
     data = PreparedData(config.data.path)
     if verify:
         data.verify()
@@ -112,18 +108,17 @@ def open_run(
         status, changes = checkpoints.resume(config, identity, accept_changes)
         where = f"resuming at step {status.step:,} of {total_steps:,} in {workdir}"
         notes = [*changes, f"{damage}; {where}" if damage else where]
-        check_same_language(status.model, ChatTokenizer.from_description(data.description), str(workdir))
+        check_tokenizer(status.model, ChatTokenizer.from_description(data.description), str(workdir))
     eval_rows, final_rows = evaluation_rows(config, total_steps, evaluator.n_rows, status.eval_rows)
     if not is_new and eval_rows != status.eval_rows:
         status.best_loss = None
-        notes.append("the validation sample is not what it was: the search for the best model starts anew")
+        notes.append("the validation sample is not what it was: the search for the best model starts over")
     status.eval_rows = eval_rows
-    times = n_evaluations(total_steps, config.train.eval_interval)
-    notes.append(
-        f"validation: {eval_rows:,} of {evaluator.n_rows:,} rows, {times:,} times; the kept model: {final_rows:,} rows"
-        if evaluator.n_rows
-        else "there is no validation data: the last model is kept"
-    )
+    if n_rows := evaluator.n_rows:
+        sample = f"{eval_rows:,} of {n_rows:,} rows, {n_evaluations(total_steps, config.train.eval_interval):,} times"
+        notes.append(f"validation: {sample}; the kept model: {final_rows:,} rows")
+    else:
+        notes.append("there is no validation data: the last model is kept")
     steps = steps_of(config, status.model.config, total_steps, len(data.tasks), mesh)
     state = steps.create(params, config.seed) if is_new else checkpoints.restore(steps.shapes, steps.shardings)
     log = RunLog(config, workdir, status.model.config, total_steps)
@@ -134,7 +129,7 @@ def open_run(
 
 
 def begin(run: Run) -> None:
-    """Takes over the work directory, in the first process: drops what the run will write again."""
+    """In the first process: starts the log, and drops from the work directory what the run will write again."""
 
     def is_kept(line: logs.MetricLine) -> bool:
         if FINAL_ROWS in line and (run.changes or line[FINAL_ROWS] != run.final_rows):
@@ -144,7 +139,7 @@ def begin(run: Run) -> None:
         return line["step"] < run.status.step
 
     if run.checkpoints.newest < 0:
-        run.notes.append(set_aside_other_run(run.workdir, run.status.run))
+        run.notes.append(move_other_run(run.workdir, run.status.run))
     settings = resolved(run.config, run.batches.total_steps, run.status.run)
     files.write_json(run.workdir / "config.json", settings)
     run.checkpoints.clear()
@@ -155,12 +150,11 @@ def begin(run: Run) -> None:
 def train_steps(run: Run, state: TrainState) -> TrainState:
     """Trains to the last step.
 
-    Raises, after a checkpoint:
-      Interrupted: if the run was asked to stop.
-      UserError, RunError: if the data can't be read.
+    Saves a checkpoint and raises an error if the run was asked to stop (Interrupted) or the data can't be read.
     """
     status, stop, train = run.status, run.stop, run.config.train
-    total_steps, window, tracing = run.batches.total_steps, parse_window(run.config.profile), False
+    total_steps, window = run.batches.total_steps, parse_window(run.config.profile)
+    first_traced = max(window.start, status.step)  # a run may resume within the window
     pending: tuple[int, Metrics] | None = None  # of the step before, fetched while the device computes the next one
     failure: UserError | RunError | None = None
 
@@ -169,9 +163,12 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
 
     if is_due(train.eval_interval) and status.evaluated_step != status.step:
         evaluate(run, state)
-    with contextlib.closing(run.batches.after(status.step)) as batches:
+    with contextlib.closing(run.batches.after(status.step)) as batches, contextlib.ExitStack() as profiler:
         while status.step < total_steps and not stop.agreed():
-            tracing = logs.trace(tracing, status.step in window, run.workdir)
+            if status.step == first_traced and status.step in window:
+                profiler.enter_context(jax.profiler.trace(run.workdir / "profile"))
+            if status.step == window.stop:
+                profiler.close()
             try:
                 batch = next(batches)
             except (UserError, RunError) as error:
@@ -196,17 +193,14 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
                     run.checkpoints.save(state, status)
         if pending:
             account(run, *pending)
-    logs.trace(tracing, False, run.workdir)
     if stop.exit_code is None and failure is None:
         return state
     run.checkpoints.save(state, status)
     run.checkpoints.wait()
     if stop.exit_code is None:
         raise type(failure)(f"{failure}; step {status.step:,} is saved, the same command resumes") from None
-    raise Interrupted(
-        f"stopped after step {status.step:,} of {total_steps:,}, checkpoint saved; run the same command to resume",
-        stop.exit_code,
-    )
+    message = f"stopped after step {status.step:,} of {total_steps:,}, checkpoint saved; run the same command to resume"
+    raise Interrupted(message, stop.exit_code)
 
 
 def account(run: Run, step: int, metrics: Metrics) -> None:
@@ -238,42 +232,31 @@ def evaluate(run: Run, state: TrainState) -> None:
     if status.step and loss < (math.inf if status.best_loss is None else status.best_loss):
         status.best_loss, status.best_step = loss, status.step
         save_best(run.workdir, status.step, params, status.model)
-    run.log.write(status.step, {key: value for key, value in losses.items() if math.isfinite(value)})
+    run.log.write(status.step, losses)
     if distributed.is_first():
-        logs.plot_loss(logs.read_metrics(run.workdir), run.workdir / "loss.png")
+        logs.plot_loss(run.workdir)
 
 
 def finish(run: Run, state: TrainState) -> None:
-    """Evaluates the kept model on a larger sample, unless that was done before.
-
-    Raises:
-      Interrupted: if the run was asked to stop.
-    """
+    """Evaluates the kept model on a larger sample, unless that was done before. Raises: Interrupted."""
     status, params = run.status, state.get("average", state["params"])
     run.checkpoints.wait()
     if not status.best_step:  # without validation data the last model is kept
         status.best_step = status.step
         save_best(run.workdir, status.step, params, status.model)
+    run.log.say(f"best model (step {status.best_step:,}): {run.workdir / 'model'}")
     if distributed.first_decides(any(FINAL_ROWS in line for line in logs.read_metrics(run.workdir))):
         return
     if status.best_step != status.step:
         params = jax.device_put(load_params(run.workdir / "model", status.model.config), run.steps.shardings["params"])
     losses = run.evaluator.losses(run.steps.evaluate, params, run.final_rows, run.stop.agreed)
     if run.stop.exit_code is not None:
-        raise Interrupted(
-            f"stopped during the final evaluation; all {status.step:,} steps are done and saved, "
-            "run the same command to finish",
-            run.stop.exit_code,
-        )
+        message = "stopped during the final evaluation; all steps are saved, run the same command to finish"
+        raise Interrupted(message, run.stop.exit_code)
     if ALL_TASKS in losses:
         run.log.say(f"kept model (step {status.best_step:,}): validation loss {losses[ALL_TASKS]:.4f}")
-        final = {key.replace(ALL_TASKS, FINAL): loss for key, loss in losses.items() if math.isfinite(loss)}
+        final = {key.replace(ALL_TASKS, FINAL): loss for key, loss in losses.items()}
         run.log.write(status.step, final | {FINAL_ROWS: run.final_rows})
-
-
-def report(run: Run) -> None:
-    logs.print_summary(logs.read_metrics(run.workdir), run.status.best_step)
-    run.log.say(f"best model (step {run.status.best_step:,}): {run.workdir / 'model'}")
 
 
 class TrainingBatches:

@@ -37,16 +37,9 @@ RANDOM = "random"
 def starting_model(init_from: str, shape: dict, data: PreparedData) -> tuple[ModelDescription, Params | None]:
     """The model that training starts from, with the data's tokenizer and chat template.
 
-    Args:
-      init_from: whatever `open_model` takes; `RANDOM`, or for plain text empty: random weights.
-      shape: `GPTConfig`'s fields for random weights; vocab_size 0: the data's.
-      data: what it will be trained on.
-
-    Returns:
-      The description, and parameters on the host; None for random ones.
-
-    Raises:
-      UserError: if the model can't be read or does not fit the data.
+    `init_from` is a path that `open_model` takes, `RANDOM`, or for plain text empty, which is the same. Random weights
+    have `shape` (`GPTConfig`'s fields; vocab_size 0: the data's), and None for parameters. Raises a UserError if the
+    model can't be read or does not fit the data.
     """
     tokenizer = ChatTokenizer.from_description(data.description)
     if not init_from and tokenizer.template is not None:
@@ -56,16 +49,13 @@ def starting_model(init_from: str, shape: dict, data: PreparedData) -> tuple[Mod
         )
     length = data.description["splits"]["train"]["longest"]
     if init_from in ("", RANDOM):
-        config, params, source = (
-            GPTConfig(**(shape | {"vocab_size": shape["vocab_size"] or tokenizer.vocab_size})),
-            None,
-            {"kind": "random"},
-        )
+        params, source = None, {"kind": "random"}
+        config = GPTConfig(**shape | {"vocab_size": shape["vocab_size"] or tokenizer.vocab_size})
         if config.vocab_size < tokenizer.vocab_size:
             raise UserError(f"model.vocab_size {config.vocab_size} is below the data's {tokenizer.vocab_size}")
     else:
         start, params = open_model(init_from)
-        check_same_language(start, tokenizer, init_from)
+        check_tokenizer(start, tokenizer, init_from)
         config = start.config
         if tokenizer.template == "control" and start.chat_template is None:
             config, params = grow_vocabulary(config, params, tokenizer)
@@ -76,11 +66,7 @@ def starting_model(init_from: str, shape: dict, data: PreparedData) -> tuple[Mod
 
 
 def grow_vocabulary(config: GPTConfig, params: Params, tokenizer: ChatTokenizer) -> tuple[GPTConfig, Params]:
-    """Adds an embedding for each control token: the mean of those of its marker's BPE pieces.
-
-    Returns:
-      The grown shape, and new parameters with a padded vocabulary.
-    """
+    """Adds an embedding for each control token, the mean of those of its marker's BPE pieces, and pads the result."""
     grown = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
     old = np.asarray(trim_vocabulary(params, config)["tok_emb"]["embedding"])
     embedding = np.zeros((grown.vocab_size, config.dim), old.dtype)
@@ -90,20 +76,15 @@ def grow_vocabulary(config: GPTConfig, params: Params, tokenizer: ChatTokenizer)
     return grown, pad_vocabulary(params | {"tok_emb": {"embedding": embedding}}, grown)
 
 
-def check_same_language(description: ModelDescription, tokenizer: ChatTokenizer, init_from: str) -> None:
+def check_tokenizer(description: ModelDescription, tokenizer: ChatTokenizer, init_from: str) -> None:
     """Raises: UserError, if the model's tokenizer or chat template is not the data's."""
     config, theirs, ours = description.config, description.tokenizer, tokenizer.description()["tokenizer"]
     template, wanted = description.chat_template, tokenizer.template
-    if theirs is None and config.vocab_size != tokenizer.eot_id + 1:
-        raise UserError(
-            f"{init_from} has {config.vocab_size} tokens and names no tokenizer, the data's has "
-            f"{tokenizer.eot_id + 1}; prepare the data with --bpe_ranks {config.vocab_size - 1}"
-        )
-    if theirs not in (None, ours):
-        raise UserError(
-            f"{init_from} has the tokenizer {theirs}, the data {ours}; prepare the data with --bpe_ranks "
-            f"{theirs.get('bpe_ranks')}"
-        )
+    needed = theirs or {"kind": "gpt2", "bpe_ranks": config.vocab_size - 1}
+    if needed != ours:
+        found = f"tokenizer {theirs}" if theirs else f"{config.vocab_size} tokens and names no tokenizer"
+        ranks = needed.get("bpe_ranks")
+        raise UserError(f"{init_from} has {found}, the data {ours}; prepare the data with --bpe_ranks {ranks}")
     if template is not None and wanted is None:
         raise UserError(f"{init_from} is a chat model, the data plain text; prepare conversations to fine-tune it")
     if template not in (None, wanted):
@@ -163,11 +144,7 @@ def make_steps(
 
 
 def steps_of(config: ConfigDict, shape: GPTConfig, total_steps: int, n_tasks: int, mesh: Mesh) -> Steps:
-    """The steps that a configuration describes.
-
-    Raises:
-      UserError: if the model does not fit it, or attention can't run here as asked.
-    """
+    """The steps of a configuration. Raises: UserError, if the model does not fit it, or attention can't run here."""
     check_model(config.data.seq_len, shape.max_seq_len, shape.n_heads, mesh.shape["tensor"])
     dtype = default_dtype() if config.train.dtype == "auto" else jnp.dtype(config.train.dtype)
     choose_backend(config.train.attention, dtype, shape.head_dim, config.data.seq_len)

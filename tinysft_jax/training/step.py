@@ -56,11 +56,8 @@ def make_optimizer(
     return optax.chain(clip, adamw)
 
 
-# Supervised positions whose logits exist at a time.
-CHUNK = 512
-
-# Names the loop over chunks, whose number of iterations depends on the batch, in profiles and compiled programs.
-SCOPE = "supervised_chunks"
+CHUNK = 512  # supervised positions whose logits exist at a time
+SCOPE = "supervised_chunks"  # name of the loop over chunks in profiles and compiled programs
 
 
 def supervised_nll(
@@ -73,8 +70,8 @@ def supervised_nll(
     """Σ weight · −log p(target), with p the softmax of the tied head's float32 logits.
 
     Each shard of the batch runs head and cross-entropy over chunks of its supervised positions (weight ≠ 0), so the
-    cost follows the number of supervised tokens. Gradients by `hidden` and `embedding`, whose rows from `vocab_size` on
-    are padding, are computed beside the loss, so the backward pass needs no logits.
+    cost follows their number. The gradients are computed beside the loss, so the backward pass needs no logits.
+    `embedding` is padded from row `vocab_size` on.
     """
     return _sum_over_shards(functools.partial(_nll, vocab_size), hidden, embedding, targets, weights)
 
@@ -119,16 +116,12 @@ def _sum_over_shards(function: Callable[..., jax.Array], hidden, embedding, *pos
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nll(vocab_size: int, hidden, embedding, targets, weights):
-    def add(loss, chunk):
-        return loss + jnp.sum(_chunk_nll(vocab_size, embedding, *chunk)[0])
-
-    return _over_chunks(add, jnp.zeros((), jnp.float32), hidden, targets, weights)
+    return _nll_forward(vocab_size, hidden, embedding, targets, weights)[0]
 
 
 def _nll_forward(vocab_size: int, hidden, embedding, targets, weights):
     """The loss, and as residuals its gradients by `hidden` and `embedding`."""
-    n = weights.size
-    order = _supervised_first(weights)
+    n, order = weights.size, _supervised_first(weights)
 
     def add(carry, chunk):
         loss, d_embedding, d_hidden, start = carry
@@ -139,16 +132,11 @@ def _nll_forward(vocab_size: int, hidden, embedding, targets, weights):
         d_h = jnp.einsum("cv,vd->cd", d_logits, embedding.astype(h.dtype))
         return loss + jnp.sum(nll), d_embedding, jax.lax.dynamic_update_slice(d_hidden, d_h, (start, 0)), start + CHUNK
 
-    rows = -(-n // CHUNK) * CHUNK
-    empty = (
-        jnp.zeros((), jnp.float32),
-        jnp.zeros(embedding.shape, jnp.float32),
-        jnp.zeros((rows, hidden.shape[-1]), hidden.dtype),
-        jnp.zeros((), jnp.int32),
-    )
-    loss, d_embedding, d_ordered, _ = _over_chunks(add, empty, hidden, targets, weights)
+    d_hidden = jnp.zeros((-(-n // CHUNK) * CHUNK, hidden.shape[-1]), hidden.dtype)  # in the order of `order`
+    carry = jnp.float32(0), jnp.zeros(embedding.shape, jnp.float32), d_hidden, jnp.int32(0)
+    loss, d_embedding, d_hidden, _ = _over_chunks(add, carry, hidden, targets, weights)
     inverse = jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32))
-    return loss, (d_ordered[inverse].reshape(hidden.shape), d_embedding.astype(embedding.dtype), weights)
+    return loss, (d_hidden[inverse].reshape(hidden.shape), d_embedding.astype(embedding.dtype), weights)
 
 
 def _nll_backward(vocab_size: int, residuals, g):
@@ -174,27 +162,20 @@ def _over_chunks(add, carry, hidden, targets, weights, *more):
     """Folds `add` over chunks of supervised positions; the last one is padded with weight 0."""
     n = weights.size
     order = jnp.pad(_supervised_first(weights), (0, -n % CHUNK))
-    flat_hidden, flat_weights = hidden.reshape(n, -1), weights.reshape(n)
-    flat_targets, *flat_more = (each.reshape(n) for each in (targets, *more))
-    count = jnp.sum(flat_weights != 0, dtype=jnp.int32)
+    hidden, arrays = hidden.reshape(n, -1), [each.reshape(n) for each in (weights, targets, *more)]
+    count = jnp.sum(weights != 0, dtype=jnp.int32)
 
     def body(i, carry):
         index = jax.lax.dynamic_slice(order, (i * CHUNK,), (CHUNK,))
         is_supervised = i * CHUNK + jnp.arange(CHUNK) < count
-        chunk = flat_hidden[index], flat_targets[index], flat_weights[index] * is_supervised
-        return add(carry, (*chunk, *(each[index] for each in flat_more)))
+        weights, targets, *more = (each[index] for each in arrays)
+        return add(carry, (hidden[index], targets, weights * is_supervised, *more))
 
     with jax.named_scope(SCOPE):
         return jax.lax.fori_loop(0, (count + CHUNK - 1) // CHUNK, body, _varying(carry))
 
 
-def _chunk_nll(
-    vocab_size: int,
-    embedding: Float[Array, "V D"],
-    h: Float[Array, "c D"],
-    targets: Int32[Array, " c"],
-    weights: Float[Array, " c"],
-) -> tuple[Float[Array, " c"], Float[Array, "c V"]]:
+def _chunk_nll(vocab_size: int, embedding, h, targets, weights) -> tuple[Float[Array, " c"], Float[Array, "c V"]]:
     """Each position's weight · −log p(target), and its gradient by the logits: weight · (softmax − one-hot)."""
     logits = head_logits(h, embedding, vocab_size)
     log_p = jax.nn.log_softmax(logits)
@@ -212,9 +193,8 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """`train_step(state, batch) -> (state, metrics)`, to be jitted, for a GPT's `nnx.graphdef`.
 
-    The loss is Σ weight · nll / Σ weight over the global batch: `accumulation` micro-batches and all devices add up
-    sums, and the one division comes last. A step whose loss or gradient is not finite changes nothing, optimizer and
-    schedule included.
+    The loss is Σ weight · nll / Σ weight over the global batch: sums are added up over `accumulation` micro-batches and
+    all devices, and the one division comes last. A step whose loss or gradient is not finite changes nothing.
     """
 
     def sum_nll(params, batch):

@@ -13,15 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
-class StopRequest:
-    """In the block, the first signal is noted and the second ends the process.
-
-    Attributes:
-      exit_code: of the signal that all processes agreed to stop for; None while the run continues.
-    """
+class StopRequest(contextlib.ExitStack):
+    """In the block, the first signal is noted and the second ends the process."""
 
     def __init__(self, mesh: Mesh):
-        self.exit_code: int | None = None
+        super().__init__()
+        self.exit_code: int | None = None  # of the signal that all processes agreed to stop for
         self._mesh = mesh
         self._noted = 0  # exit code of this process's own signal
         self._vote: jax.Array | None = None
@@ -42,41 +39,34 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         # Python runs signal handlers between two instructions of the main thread, which may be compiling for minutes.
         # So a thread reads the signals from a socket, and can end the process at any moment.
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._previous = {
-            number: signal.signal(number, self._note)
-            for number in EXIT_CODES
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN  # ignored under nohup
-        }
-        self._thread = threading.Thread(target=self._read_signals, name="signals", daemon=True)
-        self._thread.start()
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        thread = threading.Thread(target=_read_signals, args=(reader,), name="signals", daemon=True)
+        thread.start()
+        for close in (reader.close, thread.join, writer.close):  # in reverse: without a writer the thread ends
+            self.callback(close)
+        self.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False))
+        for number in EXIT_CODES:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
+                self.callback(signal.signal, number, signal.signal(number, self._note))
         return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._previous_fd)
-        self._writer.close()  # which ends the thread
-        self._thread.join()
-        self._reader.close()
 
     def _note(self, number: int, _frame) -> None:
         self._noted = self._noted or EXIT_CODES[number]
 
-    def _read_signals(self) -> None:
-        is_stopping = False
-        while received := self._reader.recv(1):
-            number = received[0]
-            # A terminal and its shell both send SIGHUP, and some service managers send it after SIGTERM.
-            if number not in EXIT_CODES or (is_stopping and number == signal.SIGHUP):
-                continue
-            if is_stopping:
-                _say("left at once; the same command resumes from the last checkpoint")
-                os._exit(EXIT_CODES[number])
-            is_stopping = True
-            _say("stopping after this step, with a checkpoint; once more to leave at once")
+
+def _read_signals(reader: socket.socket) -> None:
+    is_stopping = False
+    while received := reader.recv(1):
+        number = received[0]
+        # A terminal and its shell both send SIGHUP, and some service managers send it after SIGTERM.
+        if number not in EXIT_CODES or (is_stopping and number == signal.SIGHUP):
+            continue
+        if is_stopping:
+            _say("left at once; the same command resumes from the last checkpoint")
+            os._exit(EXIT_CODES[number])
+        is_stopping = True
+        _say("stopping after this step, with a checkpoint; once more to leave at once")
 
 
 def _say(text: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import slow
 
 from tinysft_jax import attention as block_attention
 from tinysft_jax.attention import choose_backend, segment_attention
@@ -67,12 +68,13 @@ def test_blocks_equal_the_formula(segments):
         check_against_the_formula(segments)
 
 
-@pytest.mark.parametrize("length", [5, 8, 13, 300])
+@pytest.mark.parametrize("length", [5, *slow(8, 13, 300)])
 def test_rows_of_any_length(length):
     """Shorter than a block, and not a multiple of one."""
     check_against_the_formula(np.stack([np.arange(length) // 170, np.arange(length) // 3]))
 
 
+@pytest.mark.slow
 def test_segments_in_any_order(small_blocks):
     """Ids that come back, fall, or interleave: more blocks are visited, none too few."""
     positions = np.arange(40)

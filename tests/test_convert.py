@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from tiers import slow
 from tiny_model import make_model_directory
 from torch_twin import TorchTwin, save, without_buffers
 
@@ -70,6 +71,7 @@ def test_command_converts_and_checks(fixtures, tmp_path):
     assert json.loads((output / "model.json").read_text())["chat_template"] == "text"
 
 
+@pytest.mark.slow
 def test_command_refuses_a_truncated_file(fixtures, tmp_path):
     path = tmp_path / "cut.pt"
     path.write_bytes((fixtures / "sft_small.pt").read_bytes()[:100_000])
@@ -126,7 +128,7 @@ def test_bad_checkpoint_leaves_nothing(convert, tmp_path, content, expected):
     assert list(tmp_path.iterdir()) == [source]
 
 
-@pytest.mark.parametrize("name", ["pretrained_small", "sft_small"])
+@pytest.mark.parametrize("name", ["sft_small", *slow("pretrained_small")])
 def test_every_path_and_back(convert, fixtures, tmp_path, name):
     """.pt to Hugging Face to a model directory to .pt: each step checked by the command, nothing lost on the way."""
     source = fixtures / f"{name}.pt"

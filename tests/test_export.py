@@ -76,6 +76,7 @@ def lose_the_record(work: Path) -> str:
     return "exports.json does not list it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [edit_the_card, put_it_under_version_control, lose_the_record])
 def test_an_export_that_somebody_changed_is_kept(finished, tmp_path, change):
     work = shutil.copytree(finished, tmp_path / "work", symlinks=True)

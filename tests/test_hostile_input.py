@@ -37,6 +37,9 @@ MARKERS = "<|system|><|user|><|assistant|><|endoftext|>"
 BLANK = "a" + " " * (LONGEST_BLANK + 1) + "b"
 
 
+pytestmark = pytest.mark.slow
+
+
 def refusal(act, *arguments) -> str:
     """What the user is told: one line, not too long to read."""
     with pytest.raises(UserError) as caught:

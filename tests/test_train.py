@@ -84,6 +84,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(chat_data, tmp_path):
     assert max(line["step"] for line in read_metrics(tmp_path)) == int(checkpoint.name) + 5
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_left_at_once_ends_as_if_it_had_not_been(chat_data, tmp_path):
     """SIGKILL amid the first checkpoint that is found half-written, then Ctrl-C twice."""
     values = {"train.max_steps": 300, "optimizer.warmup_steps": 20, "train.eval_interval": 100}
@@ -130,6 +131,7 @@ def _command_line(pid: int) -> bytes:
         return b""
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_one_line_after_a_checkpoint(with_a_worker):
     process, workdir = with_a_worker
     deadline = time.monotonic() + 60
@@ -145,6 +147,7 @@ def test_a_dead_worker_is_one_line_after_a_checkpoint(with_a_worker):
     assert int(checkpoint.name) >= max(line["step"] for line in read_metrics(workdir))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_group_that_is_stopped_stops_in_good_order(with_a_worker, number, code):
     """The worker is of the group, too. A closed terminal's signal may come twice, of terminal and shell."""
@@ -161,6 +164,7 @@ def test_a_group_that_is_stopped_stops_in_good_order(with_a_worker, number, code
     assert workers and not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirection", ["2>&1 | head -2", ">&- 2>&-"])
 def test_a_run_does_not_depend_on_who_reads_along(chat_data, tmp_path, redirection):
     values = ("train.max_steps=20", "optimizer.warmup_steps=2", "train.log_interval=1")
@@ -171,6 +175,7 @@ def test_a_run_does_not_depend_on_who_reads_along(chat_data, tmp_path, redirecti
     assert (tmp_path / "checkpoints" / "20").is_dir() and (tmp_path / "model").is_symlink()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_damaged_beyond_help_is_exit_code_3(chat_data, tmp_path):
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     result = run("--config=configs/sft.py", f"--workdir={tmp_path}", *settings(chat_data))

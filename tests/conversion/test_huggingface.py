@@ -95,6 +95,7 @@ def test_sizes_agree_and_padding_is_not_exported(exported):
     assert len({path.stat().st_mode for path in exported.folder.iterdir()}) == 1  # read by whom config.json is
 
 
+@pytest.mark.slow
 def test_a_batch_is_answered_as_its_prompts_alone(tmp_path):
     """Prompts of many lengths, answers that end by themselves, and no control token, however likely."""
     description, params = open_model(make_model_directory(tmp_path / "model", "control", ends=True))
@@ -207,6 +208,7 @@ def test_a_folder_comes_back_with_our_tokenizer(chat_folder, tmp_path, added, mu
     assert not params["tok_emb"]["embedding"][rows:].any()
 
 
+@pytest.mark.slow
 def test_a_model_with_tokens_of_others_can_be_used(chat_folder, chat_data, tmp_path, monkeypatch, capsys):
     """It fits prepared data, its own or after growing over them, and they are never drawn."""
     description, params = open_model(make_model_directory(tmp_path / "model", None))

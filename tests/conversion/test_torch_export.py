@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from tiers import slow
 from tiny_model import make_model_directory
 from torch_twin import TorchTwin, save
 
@@ -62,7 +63,7 @@ def test_blocks_share_one_mask(tmp_path, fixtures):
     assert state["head.weight"].data_ptr() == state["tok_emb.weight"].data_ptr()
 
 
-@pytest.mark.parametrize("template", ["control", "text", None])
+@pytest.mark.parametrize("template", ["text", *slow("control", None)])
 def test_template_and_small_vocabulary_come_back(tmp_path, template):
     """The file names what the PyTorch project's own can't: its reader passes over the key."""
     directory = make_model_directory(tmp_path / "model", template)

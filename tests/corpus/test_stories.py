@@ -89,10 +89,12 @@ def test_another_process_makes_the_same_stories():
     assert output.splitlines() == [str(story) for story in embedded_stories(40, "valid", 7)]
 
 
+@pytest.mark.slow
 def test_as_many_stories_as_the_demo_has_are_distinct():
     assert len({story.record.story for story in embedded_stories(6000)}) == 6000
 
 
+@pytest.mark.slow
 def test_other_seeds_and_splits_tell_other_stories(train: list[EmbeddedStory], valid: list[EmbeddedStory]):
     others = [story for seed in (1, 2) for story in embedded_stories(1000, seed=seed)]
     stories = [story.record.story for story in (*train, *valid, *others)]
@@ -238,6 +240,7 @@ def test_the_words_are_in_the_story(some: list[EmbeddedStory]):
         assert all(told[word] >= (1 if word in WORDS["verb"] else 2) for word in record.words), record
 
 
+@pytest.mark.slow
 def test_a_sketch_is_a_short_story_with_the_same_character_words_and_mood(some: list[EmbeddedStory]):
     closings = {True: LINES["happy_closings"], False: LINES["sad_closings"]}
     for story in some[:200]:

@@ -105,6 +105,7 @@ def test_workers_end_with_the_iterator(source):
     assert multiprocessing.active_children() == before
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_a_killed_parent(chat_data, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(f"""

@@ -181,6 +181,7 @@ def test_the_last_row_and_the_last_conversation_are_there(data, capsys):
     assert f"conversation {last:,} " in shown(capsys, f"--data={data}", f"--conversation={last}")
 
 
+@pytest.mark.slow
 def test_the_command_in_a_pipe_that_knows_only_ascii(data):
     command = [sys.executable, "-m", "tinysft_jax.data.inspect", f"--data={data}"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}

@@ -61,6 +61,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path: Path, capsys):
     assert list(tmp_path.iterdir()) == [] and not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_aside_goes_with_the_next_one(tmp_path: Path):
     process = start(tmp_path / "data")
     wait_for_work(process, tmp_path / "data")

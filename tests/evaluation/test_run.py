@@ -89,6 +89,7 @@ def test_the_same_seed_gives_the_same_report_and_another_one_other_cases(evaluat
     assert content(tmp_path / "other")["answers.jsonl"] != content(output)["answers.jsonl"]
 
 
+@pytest.mark.slow
 def test_drawn_answers_follow_the_seed(evaluated, tmp_path):
     output, flags = evaluated
     for name in ("once", "twice"):
@@ -192,6 +193,7 @@ def test_a_diverged_model_ends_the_run(models, chat_data, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_exit_code_of_a_mistake(tmp_path):
     command = [sys.executable, "-m", "tinysft_jax.evaluation.run", f"--output={tmp_path / 'out'}"]
     done = subprocess.run([*command, "--checkpoint=x", "--data=nowhere"], capture_output=True, text=True, check=False)

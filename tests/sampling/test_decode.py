@@ -233,6 +233,7 @@ def test_top_k_over_the_vocabulary_is_off(decoder, prompts):
         assert decoder.generate(prompts, SamplingOptions(N_NEW, 1.0, top_k)) == whole
 
 
+@pytest.mark.slow
 def test_half_precision_generates(model, decoder, prompts):
     """Weights are cast once, norms are not; the loop's state keeps its types."""
     half = decoder_of(model, jnp.bfloat16)

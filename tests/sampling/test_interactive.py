@@ -143,6 +143,7 @@ class Terminal:
         os.close(self._master)
 
 
+@pytest.mark.slow
 def test_a_chat_at_a_terminal(tmp_path):
     """Answers of up to 4,000 tokens, of which a context of 4,096 holds one."""
     model = make_model_directory(tmp_path / "model", "control", context=4096, ends=False)
@@ -183,6 +184,7 @@ def test_a_chat_at_a_terminal(tmp_path):
     assert [message["content"] for message in transcript if message["role"] == "user"] == ["Hi", "Ho"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_piped_session(tmp_path):
     model = make_model_directory(tmp_path / "model", "control", context=4096, ends=False)
     options = ["--interactive", f"--checkpoint={model}", "--system=s", "--max_new_tokens=4000"]

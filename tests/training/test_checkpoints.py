@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import assert_same_bits, tiny_config
+from tiers import slow
 
 from tinysft_jax import files
 from tinysft_jax.console import RunError, UserError
@@ -79,11 +80,13 @@ def killed(chat_data, tmp_path_factory) -> dict[str, Path]:
 
 
 MOMENTS = [
-    "after the link to the best model",
-    "after the copy to host memory",
     "before the manifest",
-    "after the manifest",
-    "amid the removal of an old checkpoint",
+    *slow(
+        "after the link to the best model",
+        "after the copy to host memory",
+        "after the manifest",
+        "amid the removal of an old checkpoint",
+    ),
 ]
 
 
@@ -196,6 +199,7 @@ def files_no_larger_than(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_intact(chat_data, finished, tmp_path, monkeypatch):
     save, limit = Checkpoints.save, contextlib.ExitStack()
 

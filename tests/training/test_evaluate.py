@@ -134,6 +134,7 @@ def test_a_run_evaluates_one_sample_and_at_the_end_the_kept_model(chat_data, fin
     assert final_lines(finished) == {12: (2, pytest.approx(final, rel=1e-6))}
 
 
+@pytest.mark.slow
 def test_the_final_evaluation_is_done_once(chat_data, finished, tmp_path, monkeypatch, capfd):
     """By a run that was killed before it, and one that was stopped amid it; then again only for another sample."""
     shutil.copytree(finished, tmp_path / "work", symlinks=True)
@@ -166,6 +167,7 @@ def test_the_final_evaluation_is_done_once(chat_data, finished, tmp_path, monkey
     }
 
 
+@pytest.mark.slow
 def test_a_longer_run_keeps_its_sample_unless_another_is_asked_for(chat_data, finished, tmp_path, capfd):
     shutil.copytree(finished, tmp_path / "work", symlinks=True)
     longer = {"train__max_steps": 14, "train__eval_interval": 14}  # of which 3 rows would be evaluated by default

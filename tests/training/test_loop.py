@@ -141,6 +141,7 @@ def test_a_longer_run_says_what_becomes_of_the_schedule(chat_data, finished, tmp
     assert rates[12] < 1e-3 and rates[13] == pytest.approx(4.13e-3, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_longer_run_does_not_take_models_of_the_shorter_one_for_its_own(chat_data, finished, tmp_path, monkeypatch):
     """Killed after its best model and before the next checkpoint."""
     shutil.copytree(finished, tmp_path / "work", symlinks=True)
@@ -164,6 +165,7 @@ def test_a_longer_run_does_not_take_models_of_the_shorter_one_for_its_own(chat_d
     assert not np.array_equal(load_model(tmp_path / "work").ln_f.scale[...], seen[0])
 
 
+@pytest.mark.slow
 def test_an_evaluation_made_good_counts_after_a_kill(chat_data, tmp_path, monkeypatch):
     """Stopped amid the evaluation of step 5, which was done at the next start, and killed before a checkpoint."""
 
@@ -224,6 +226,7 @@ def test_a_resumed_run_remembers_its_best_model(chat_data, finished, tmp_path, m
     assert losses(tmp_path, "sft/final_val_loss") == {12: pytest.approx(losses(finished, "sft/val_loss")[5], rel=1e-6)}
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_cut_short_is_done_again(chat_data, finished, tmp_path, monkeypatch):
     def interrupted(evaluator, *_):
         os.kill(os.getpid(), signal.SIGINT)
@@ -237,12 +240,14 @@ def test_an_evaluation_that_was_cut_short_is_done_again(chat_data, finished, tmp
     assert losses(tmp_path, "sft/val_loss") == losses(finished, "sft/val_loss")
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_says_so(chat_data, tmp_path):
     with pytest.raises(RunError, match=r"has diverged: .* of 10 steps in a row.*lower optimizer.learning_rate"):
         loop.train(tiny_config(chat_data, optimizer__learning_rate=1e30, optimizer__grad_clip=0.0), tmp_path)
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_one_line(chat_data, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -283,6 +288,7 @@ def test_the_functions_of_a_run_are_compiled_once(finished_run):
     assert (finished_run.steps.train._cache_size(), finished_run.steps.evaluate._cache_size()) == (1, 1)
 
 
+@pytest.mark.slow
 def test_a_run_may_go_over_several_epochs(chat_data, tmp_path):
     split = PreparedData(chat_data).split("train")
     rows = [len(plan_epoch(split.lengths, 64, 0, epoch)) for epoch in range(2)]
@@ -297,6 +303,7 @@ def test_what_it_starts_from_may_be_another_runs_best(chat_data, finished, tmp_p
     assert losses(tmp_path, "sft/val_loss")[0] == pytest.approx(best, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_window_of_steps_is_traced(chat_data, tmp_path):
     loop.train(tiny_config(chat_data, train__max_steps=4, profile="1:3"), tmp_path)
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")

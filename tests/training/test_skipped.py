@@ -47,6 +47,7 @@ def test_skipped_steps_are_counted_and_logged_with_their_conversations(chat_data
     assert f"step 3 skipped: its loss is nan, its gradient norm nan; conversations {expected[0]}, " in said
 
 
+@pytest.mark.slow
 def test_a_run_with_skipped_steps_resumes_exactly(chat_data, tmp_path, poison, monkeypatch):
     """The count in a row as well: 4 and 5 were skipped before the stop at 5, 6 after."""
     poison(4, 5, 6)

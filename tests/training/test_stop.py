@@ -22,6 +22,7 @@ def busy(seconds: float) -> None:
         turns = max(1, int(turns * (until - time.monotonic()) / (time.monotonic() - began)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_signal_is_noted_and_the_second_leaves_at_once(monkeypatch, capfd, number, code):
     """Even while the main thread is deep in a compiler."""

@@ -63,6 +63,7 @@ def test_two_processes_train_as_one_device_does(chat_data, alone, tmp_path):
         np.testing.assert_allclose(one[path], other[path], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_process_asked_to_stop_stops_both_and_one_device_goes_on(chat_data, alone, tmp_path):
     """With parameters divided over both processes."""
     # An evaluation at each step, so that there is time to ask.
@@ -83,6 +84,7 @@ def test_one_process_asked_to_stop_stops_both_and_one_device_goes_on(chat_data, 
     np.testing.assert_allclose([*losses(tmp_path).values()], [*losses(alone).values()], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_a_kept_model_that_is_in_no_memory(chat_data, tmp_path):
     """Without a learning rate the first model is kept, and read again at the end, by both."""
     changes = {"optimizer__learning_rate": 0, "train__max_steps": 2, "train__eval_interval": 1}

@@ -38,6 +38,7 @@ def kill_at(step: int, monkeypatch) -> None:
     monkeypatch.setattr(RunLog, "write", write_or_die)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{}, {"optimizer__learning_rate": 1e-3}])
 def test_models_of_a_run_without_checkpoint_are_not_the_next_runs(chat_data, tmp_path, monkeypatch, change):
     """Killed after its first evaluation; the next run in the directory may have other settings, or the same."""
@@ -65,6 +66,7 @@ def test_models_of_a_run_without_checkpoint_are_not_the_next_runs(chat_data, tmp
             np.testing.assert_array_equal(leaf, old[path])
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_until_the_first_is_gone(chat_data, tmp_path):
     work = tmp_path / "work"
     arguments = [f"--workdir={work}", *settings(chat_data, "train.max_steps=100000", "train.eval_interval=50000")]
@@ -110,6 +112,7 @@ def test_a_path_that_would_be_taken_for_a_pattern_is_refused(chat_data, tmp_path
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_a_user_put_between_checkpoints_and_models_stays(chat_data, finished, tmp_path, monkeypatch):
     work = shutil.copytree(finished, tmp_path / "work", symlinks=True)
     places = ("checkpoints/notes", "checkpoints/.git", "checkpoints/2 copy", "models/best", "models/.keep", "models/1a")
@@ -129,6 +132,7 @@ def test_what_a_user_put_between_checkpoints_and_models_stays(chat_data, finishe
     assert {path.name for path in (work / "models").iterdir()} == {"10", "best", ".keep", "1a"}
 
 
+@pytest.mark.slow
 def test_the_same_start_may_be_written_otherwise(chat_data, finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "start", symlinks=True)
     monkeypatch.chdir(tmp_path)
@@ -141,6 +145,7 @@ def test_the_same_start_may_be_written_otherwise(chat_data, finished, tmp_path, 
         train(tiny_config(chat_data, init_from="other", train__max_steps=2), tmp_path / "work")
 
 
+@pytest.mark.slow
 def test_a_home_directory_is_found_in_every_path(chat_data, tmp_path):
     """A shell leaves the `~` of `--workdir=~/work` to the program."""
     (tmp_path / "data").symlink_to(chat_data)
@@ -152,6 +157,7 @@ def test_a_home_directory_is_found_in_every_path(chat_data, tmp_path):
     assert (tmp_path / "work" / "model").is_symlink() and not (root / "~").exists()
 
 
+@pytest.mark.slow
 def test_it_runs_from_a_checkout_that_is_not_installed(chat_data, tmp_path, monkeypatch):
     version = importlib.metadata.version
 
@@ -164,6 +170,7 @@ def test_it_runs_from_a_checkout_that_is_not_installed(chat_data, tmp_path, monk
     train(tiny_config(chat_data, train__max_steps=1, optimizer__warmup_steps=1), tmp_path / "work")
 
 
+@pytest.mark.slow
 def test_a_run_that_diverged_is_no_finished_one_for_wandb(chat_data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
     changes = {"wandb__mode": "offline", "optimizer__grad_clip": 0.0}

@@ -7,36 +7,44 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 STORIES := 6000
 CASES := 60
+MINUTES := 10
+
+# Says what comes next, and how long the rest of the demo takes: $(2) is its share in percent.
+stage = @echo "$(DEMO): $(1); about $$(( ($(MINUTES) * $(2) + 99) / 100 )) minutes to go on two fast CPU cores, twice as long on slow ones"
 
 .PHONY: demo demo-full test test-all soak lint clean
 
-# Make again after an interruption, and it goes on where it was.
-# The embedded corpus, a small model pretrained on its stories, the same model taught to answer, and what each can do.
+# The embedded corpus, a small model pretrained on its stories, the same model fine-tuned, and what each can do. After an
+# interruption the same command resumes.
 demo: $(DEMO)/sft.done
+	$(call stage,evaluating both models,10)
 	$(BIN)/python -m tinysft_jax.evaluation.run --checkpoint=$(DEMO)/sft --baseline=$(DEMO)/pretrain \
 		--data=$(DEMO)/tasks --output=$(DEMO)/evaluation --overwrite --cases=$(CASES) --show=8
 
 demo-full:
-	$(MAKE) demo DEMO=runs/demo-full STORIES=20000 CASES=100 \
+	$(MAKE) demo DEMO=runs/demo-full STORIES=20000 CASES=100 MINUTES=37 \
 		PRETRAIN_FLAGS=--config.train.max_steps=2000 SFT_FLAGS=--config.train.max_steps=4500
 
 $(DEMO)/sft.done: $(DEMO)/pretrain.done $(DEMO)/tasks/data.json
+	$(call stage,fine-tuning,80)
 	$(BIN)/python train.py --config=configs/sft.py:demo --workdir=$(DEMO)/sft \
 		--config.init_from=$(DEMO)/pretrain --config.data.path=$(DEMO)/tasks $(SFT_FLAGS)
 	@touch $@
 
 $(DEMO)/pretrain.done: $(DEMO)/stories/data.json
+	$(call stage,pretraining,98)
 	$(BIN)/python train.py --config=configs/pretrain.py:demo --workdir=$(DEMO)/pretrain \
 		--config.data.path=$(DEMO)/stories $(PRETRAIN_FLAGS)
 	@touch $@
 
 $(DEMO)/stories/data.json: | $(VENV)/demo.stamp
+	$(call stage,writing the corpus,100)
 	$(BIN)/python -m tinysft_jax.data.prepare --embedded=$(STORIES) --output=$(DEMO)/stories --bpe_ranks=8192 --format=text
 
 $(DEMO)/tasks/data.json: | $(VENV)/demo.stamp
 	$(BIN)/python -m tinysft_jax.data.prepare --embedded=$(STORIES) --output=$(DEMO)/tasks --bpe_ranks=8192
 
-# What guards the design, in minutes; and all of it.
+# The quick tier and all tests: docs/development.md.
 test: $(VENV)/dev.stamp lint
 	@$(call pytest,)
 

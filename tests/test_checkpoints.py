@@ -51,6 +51,17 @@ def test_what_is_saved_is_loaded(saved, params):
     assert load_model(saved).config == CONFIG
 
 
+def test_version_1_is_read(fixtures):
+    """Written by version 0.1.0; each array counts from 0."""
+    description = load_description(fixtures / "model_version_1")
+    assert description.chat_template == "control" and description.trained_length == 32
+    params = load_params(fixtures / "model_version_1", description.config)
+    embedding = params["tok_emb"]["embedding"]
+    assert not embedding[260:].any()
+    params["tok_emb"]["embedding"] = embedding[:260]
+    jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf.ravel(), np.arange(leaf.size)), params)
+
+
 def test_padding_rows_are_not_stored(saved):
     from orbax.checkpoint import v1 as ocp
 

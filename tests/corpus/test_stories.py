@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import pytest
+from tiers import slow
 
 from tinysft_jax.corpus.stories import (
     BEINGS,
@@ -89,9 +90,9 @@ def test_another_process_makes_the_same_stories():
     assert output.splitlines() == [str(story) for story in embedded_stories(40, "valid", 7)]
 
 
-@pytest.mark.slow
-def test_as_many_stories_as_the_demo_has_are_distinct():
-    assert len({story.record.story for story in embedded_stories(6000)}) == 6000
+@pytest.mark.parametrize("n", slow(6000, 20_000))
+def test_as_many_stories_as_the_demos_have_are_distinct(n: int):
+    assert len({story.record.story for story in embedded_stories(n)}) == n
 
 
 @pytest.mark.slow
@@ -189,8 +190,9 @@ def test_dialogue_is_quoted_speech(train: list[EmbeddedStory]):
         assert story.record.features is None or ("Dialogue" in story.record.features) == story.dialogue
 
 
-def test_the_ending_and_the_features_are_those_of_the_events(some: list[EmbeddedStory]):
-    for story in some[:300]:
+@pytest.mark.parametrize("part", [slice(100), *slow(slice(100, None))])
+def test_the_ending_and_the_features_are_those_of_the_events(some: list[EmbeddedStory], part: slice):
+    for story in some[part]:
         plot, text = PLOT[story.plot], story.record.story
         ending = next(ending for ending in plot["endings"] if is_told(ending["lines"], text))
         assert ending["happy"] == story.happy_ending, text
@@ -240,10 +242,10 @@ def test_the_words_are_in_the_story(some: list[EmbeddedStory]):
         assert all(told[word] >= (1 if word in WORDS["verb"] else 2) for word in record.words), record
 
 
-@pytest.mark.slow
-def test_a_sketch_is_a_short_story_with_the_same_character_words_and_mood(some: list[EmbeddedStory]):
+@pytest.mark.parametrize("part", [slice(50), *slow(slice(50, None))])
+def test_a_sketch_is_a_short_story_with_the_same_character_words_and_mood(some: list[EmbeddedStory], part: slice):
     closings = {True: LINES["happy_closings"], False: LINES["sad_closings"]}
-    for story in some[:200]:
+    for story in some[part]:
         sketch = story.sketch
         assert len(sketch.story.split()) < 90 and len(sketch.story) < len(story.record.story)
         assert not GLITCH.search(sketch.story) and "\n" not in sketch.story, sketch.story

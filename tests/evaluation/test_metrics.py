@@ -117,12 +117,13 @@ APPLIES = {
     "main_character": {"character_correct"},
     "happy_ending": {"yes_no_correct"},
     "dialogue": {"yes_no_correct"},
+    "words": {"words_used", "words_used_inflected", "all_words_used"},
 }
 
 
 @pytest.mark.parametrize("task", APPLIES)
 def test_metrics_apply_to_their_tasks(task):
-    case = Case(task, "?", "A ground truth.")
+    case = Case(task, "?", "A ground truth.", WORDS.conditions if task == "words" else {})
     assert {name for name, metric in metrics.CORRECTNESS.items() if metric(case, "Yes.") is not None} == APPLIES[task]
 
 

@@ -1,6 +1,7 @@
 """The command, from models and prepared data to a report."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 from tiny_model import make_model_directory, save_model
 
+from tinysft_jax import files
 from tinysft_jax.checkpoints import load_model
 from tinysft_jax.console import RunError, UserError
 from tinysft_jax.data import prepare
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation import metrics, run
-from tinysft_jax.evaluation.cases import Answer, Case, draw_cases
+from tinysft_jax.evaluation.cases import Answer, Case, draw_cases, write_answers
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.state import starting_model
 
@@ -205,6 +207,28 @@ def test_a_missing_library_is_said_before_the_work(monkeypatch, tmp_path):
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs simplemma; pip install 'tinysft-jax\[eval\]'"):
         run.main(["--checkpoint=x", "--data=nowhere", f"--output={tmp_path / 'out'}"])
+
+
+def test_chats_of_version_1_can_be_evaluated(models, chat_data, evaluated, tmp_path):
+    """It differs from version 2 in the requests, which chats don't have."""
+    data = shutil.copytree(chat_data, tmp_path / "data")
+    description = json.loads((data / "data.json").read_text()) | {"format_version": 1}
+    del description["dtype"], description["tokenizer_hash"]
+    files.write_json(data / "data.json", description)
+    files.write_manifest(data)
+    flags = [f"--checkpoint={models / 'ends'}", f"--data={data}", f"--output={tmp_path / 'out'}", "--cases=6"]
+    run.main([*flags, "--batch_size=4"])
+    assert answers(tmp_path / "out", "model") == answers(evaluated[0], "model")
+
+
+def test_answers_survive_the_file(tmp_path):
+    """Also where they hold what some take for the end of a line."""
+    said, case = 'a\n"\u2028\x85ü', Case("chat", "?\u2028", "truth", target=[1, 2])
+    write_answers(tmp_path / "answers.jsonl", [case] * 2, {"model": [Answer(said, True, 1.5)] * 2})
+    lines = files.read_json_lines(tmp_path / "answers.jsonl")
+    answer = {"text": said, "stopped": True, "nll": 1.5}
+    asked = {"task": "chat", "question": "?\u2028", "conditions": {}, "ground_truth": "truth", "tokens": 2}
+    assert lines == [asked | {"model": answer}] * 2
 
 
 def test_examples_come_round_by_round():

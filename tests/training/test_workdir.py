@@ -147,14 +147,15 @@ def test_the_same_start_may_be_written_otherwise(chat_data, finished, tmp_path, 
 
 @pytest.mark.slow
 def test_a_home_directory_is_found_in_every_path(chat_data, tmp_path):
-    """A shell leaves the `~` of `--workdir=~/work` to the program."""
+    """A shell leaves the `~` of `--workdir=~/work` to the program. At its end, the run exports."""
     (tmp_path / "data").symlink_to(chat_data)
     arguments = ["train.py", "--config=configs/sft.py", "--workdir=~/work", *settings(Path("~/data"))]
-    arguments += ["--config.train.max_steps=1", "--config.optimizer.warmup_steps=1"]
+    arguments += ["--config.train.max_steps=1", "--config.optimizer.warmup_steps=1", "--config.export=torch"]
     root, environ = Path(__file__).parents[2], os.environ | {"HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, *arguments], cwd=root, env=environ, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "work" / "model").is_symlink() and not (root / "~").exists()
+    assert (tmp_path / "work" / "model.pt").is_file() and result.stderr.splitlines()[-1].startswith("exported: ")
 
 
 @pytest.mark.slow

@@ -1,46 +1,28 @@
 """Generates text: answers to a prompt or to a file of them, a chat, or one request of each kind it should know."""
 
 import os
-import sys
 from argparse import Namespace
 
-import jax
-
-from tinysft_jax import console, distributed
+from tinysft_jax import console
 from tinysft_jax.chat import check_not_blank
-from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import UserError
-from tinysft_jax.model import default_dtype
-from tinysft_jax.sampling.batch import answer_file, read_requests
-from tinysft_jax.sampling.chat import Session, Shell
-from tinysft_jax.sampling.decode import Decoder
-from tinysft_jax.sampling.filters import SamplingOptions
-from tinysft_jax.sampling.text import AnswerStream, encode_request, text_options
-from tinysft_jax.sharding import make_mesh
-from tinysft_jax.tokenizer import ChatTokenizer
-
-KITE = (
-    "Mia had a red kite. One windy day the string broke, and the kite flew far over the hill. Mia was sad. Her friend "
-    'Leo said, "Let us look for it together." They walked and walked, and at last they saw the kite in a small tree. '
-    "Leo held Mia up, and she took it down. Mia was so happy that she let Leo fly the kite all afternoon."
-)
-COOKIES = (
-    "Tim saw a jar of cookies on the table. Mom said he could have one after dinner, but Tim did not want to wait. He "
-    "ate five cookies, and then he told Mom that the dog did it. Soon his tummy hurt. Tim cried and told the truth. "
-    'Mom hugged him and said, "Thank you for telling me." After that day Tim did not lie again.'
-)
-# What the model should have learned, one request of each kind.
-CAPABILITIES = {
-    "summary": f"Please provide a brief summary of the following story: {KITE}",
-    "moral": f"What is the moral lesson of this story? {COOKIES}",
-    "use the words": "Write a short story that uses all of these words: boat, sing, brave",
-    "main character": f"Based on this story, who is the main character? {COOKIES}",
-    "happy ending": f"Does this story have a happy ending? {KITE}",
-}
 
 
 def main() -> None:
     flags = _parse()
+    import jax  # after the flags, because this takes a second
+
+    from tinysft_jax import distributed
+    from tinysft_jax.checkpoints import open_model
+    from tinysft_jax.model import default_dtype
+    from tinysft_jax.sampling.batch import answer_file, read_requests
+    from tinysft_jax.sampling.chat import Session, Shell
+    from tinysft_jax.sampling.decode import Decoder
+    from tinysft_jax.sampling.filters import SamplingOptions
+    from tinysft_jax.sampling.text import print_answers, print_capabilities
+    from tinysft_jax.sharding import make_mesh
+    from tinysft_jax.tokenizer import ChatTokenizer
+
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_length", "seed")
     options = SamplingOptions(**{name: getattr(flags, name) for name in names})
     distributed.check_devices()
@@ -53,54 +35,11 @@ def main() -> None:
         requests = read_requests(flags.input, tokenizer, description.config, flags.system, length)
         answer_file(decoder, tokenizer, options, requests, flags.output, flags.num_samples, flags.batch_size)
     elif flags.prompt is not None:
-        print_answers(decoder, tokenizer, options, flags)
+        print_answers(decoder, tokenizer, options, flags.prompt, flags.system, flags.num_samples)
     elif flags.test:
         print_capabilities(decoder, tokenizer, options, flags.system)
     else:
         Shell(Session(decoder, tokenizer, options, flags.system)).run()
-
-
-def print_answers(decoder: Decoder, tokenizer: ChatTokenizer, options: SamplingOptions, flags: Namespace) -> None:
-    """Prints the answer to `--prompt` as it is generated; several answers, generated together, with numbers.
-
-    A model without a chat template continues the prompt, which is printed before its continuation.
-    """
-    options = text_options(options, tokenizer, decoder.config)
-    ids = encode_request(tokenizer, flags.prompt, flags.system)
-    opening = flags.prompt if tokenizer.template is None else ""
-    if flags.num_samples == 1:
-        answer = AnswerStream(tokenizer, decoder.stream(ids, options))
-        print(opening, end="")
-        for text in answer:
-            print(text, end="", flush=True)
-        print(flush=True)
-        lengths = [len(ids) + answer.n_tokens]
-    else:
-        answers = decoder.generate([ids] * flags.num_samples, options)
-        for number, answer in enumerate(answers, start=1):
-            print(f"[{number}] {opening}{tokenizer.decode(answer)}")
-        lengths = [len(ids) + len(answer) for answer in answers]
-    if note := decoder.note_on_length(lengths, options):
-        print(note, file=sys.stderr)
-
-
-def print_capabilities(
-    decoder: Decoder, tokenizer: ChatTokenizer, options: SamplingOptions, system: str | None
-) -> None:
-    """Prints a request of each kind, and its answer."""
-    options = text_options(options, tokenizer, decoder.config)
-    requests = {kind: encode_request(tokenizer, text, system) for kind, text in CAPABILITIES.items()}
-    length = decoder.max_length(options)
-    fitting = [kind for kind, ids in requests.items() if len(ids) < length]
-    answers = dict(zip(fitting, decoder.generate([requests[kind] for kind in fitting], options), strict=True))
-    for kind, text in CAPABILITIES.items():
-        answer = f"({len(requests[kind])} tokens leave no room for an answer: {length} are the most)"
-        if kind in answers:
-            answer = tokenizer.decode(answers[kind])
-        print(f"--- {kind}\nUser: {text}\nAssistant: {answer}\n")
-    lengths = [len(requests[kind]) + len(answer) for kind, answer in answers.items()]
-    if note := decoder.note_on_length(lengths, options):
-        print(note, file=sys.stderr)
 
 
 def _parse(arguments: list[str] | None = None) -> Namespace:

@@ -1,7 +1,8 @@
-"""Text in, text out: requests as ids, and answers as text while they are generated."""
+"""Text in, text out: requests as ids, answers as text while they are generated, and their printing."""
 
 import codecs
 import dataclasses
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,10 +10,30 @@ from typing import Any
 from tinysft_jax.chat import check_not_blank
 from tinysft_jax.console import UserError
 from tinysft_jax.model import GPTConfig
+from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.tokenizer import ChatTokenizer
 
 Messages = list[dict[str, Any]]
+
+KITE = (
+    "Mia had a red kite. One windy day the string broke, and the kite flew far over the hill. Mia was sad. Her friend "
+    'Leo said, "Let us look for it together." They walked and walked, and at last they saw the kite in a small tree. '
+    "Leo held Mia up, and she took it down. Mia was so happy that she let Leo fly the kite all afternoon."
+)
+COOKIES = (
+    "Tim saw a jar of cookies on the table. Mom said he could have one after dinner, but Tim did not want to wait. He "
+    "ate five cookies, and then he told Mom that the dog did it. Soon his tummy hurt. Tim cried and told the truth. "
+    'Mom hugged him and said, "Thank you for telling me." After that day Tim did not lie again.'
+)
+# What the model should have learned, one request of each kind.
+CAPABILITIES = {
+    "summary": f"Please provide a brief summary of the following story: {KITE}",
+    "moral": f"What is the moral lesson of this story? {COOKIES}",
+    "use the words": "Write a short story that uses all of these words: boat, sing, brave",
+    "main character": f"Based on this story, who is the main character? {COOKIES}",
+    "happy ending": f"Does this story have a happy ending? {KITE}",
+}
 
 
 def text_options(options: SamplingOptions, tokenizer: ChatTokenizer, config: GPTConfig) -> SamplingOptions:
@@ -63,3 +84,48 @@ class AnswerStream:
                 yield text
         if text := utf8.decode(b"", final=True):  # U+FFFD for part of a character
             yield text
+
+
+def print_answers(
+    decoder: Decoder, tokenizer: ChatTokenizer, options: SamplingOptions, prompt: str, system: str | None, n: int
+) -> None:
+    """Prints an answer as it is generated, or `n` answers, which are generated together, with numbers.
+
+    A model without a chat template continues the prompt, which is printed before its continuation.
+    """
+    options = text_options(options, tokenizer, decoder.config)
+    ids = encode_request(tokenizer, prompt, system)
+    opening = prompt if tokenizer.template is None else ""
+    if n == 1:
+        answer = AnswerStream(tokenizer, decoder.stream(ids, options))
+        print(opening, end="")
+        for text in answer:
+            print(text, end="", flush=True)
+        print(flush=True)
+        lengths = [len(ids) + answer.n_tokens]
+    else:
+        answers = decoder.generate([ids] * n, options)
+        for number, answer in enumerate(answers, start=1):
+            print(f"[{number}] {opening}{tokenizer.decode(answer)}")
+        lengths = [len(ids) + len(answer) for answer in answers]
+    if note := decoder.note_on_length(lengths, options):
+        print(note, file=sys.stderr)
+
+
+def print_capabilities(
+    decoder: Decoder, tokenizer: ChatTokenizer, options: SamplingOptions, system: str | None
+) -> None:
+    """Prints a request of each kind, and its answer."""
+    options = text_options(options, tokenizer, decoder.config)
+    requests = {kind: encode_request(tokenizer, text, system) for kind, text in CAPABILITIES.items()}
+    length = decoder.max_length(options)
+    fitting = [kind for kind, ids in requests.items() if len(ids) < length]
+    answers = dict(zip(fitting, decoder.generate([requests[kind] for kind in fitting], options), strict=True))
+    for kind, text in CAPABILITIES.items():
+        answer = f"({len(requests[kind])} tokens leave no room for an answer: {length} are the most)"
+        if kind in answers:
+            answer = tokenizer.decode(answers[kind])
+        print(f"--- {kind}\nUser: {text}\nAssistant: {answer}\n")
+    lengths = [len(requests[kind]) + len(answer) for kind, answer in answers.items()]
+    if note := decoder.note_on_length(lengths, options):
+        print(note, file=sys.stderr)

@@ -51,7 +51,7 @@ test: $(VENV)/dev.stamp lint
 test-all: $(VENV)/dev.stamp lint
 	@$(call pytest,-m 'not soak')
 
-pytest = start=$$(date +%s); $(BIN)/python -m pytest $(1); code=$$?; echo "tests: $$(( $$(date +%s) - start )) s"; exit $$code
+pytest = start=$$(date +%s); $(BIN)/python -m pytest -n 2 $(1); code=$$?; echo "tests: $$(( $$(date +%s) - start )) s"; exit $$code
 
 # Kills, damage and a long run: an hour or two on two cores. Prints its figures; docs/reliability.md has the last ones.
 soak: $(VENV)/dev.stamp

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
@@ -200,8 +200,9 @@ def plot_loss(workdir: Path) -> None:
     for key in sorted({key for line in lines for key in line if key.startswith(f"{ALL_TASKS}/")}):
         axes.plot(*_series(lines, key), linewidth=1, linestyle="--", label=key.removeprefix(f"{ALL_TASKS}/"))
     axes.set(xlabel="step", ylabel="loss (nats per supervised token)", yscale="log")
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
     if axes.lines:
         axes.legend(fontsize="small")

@@ -1,4 +1,4 @@
-"""Generates text: answers to a prompt or to a file of them, a chat, or one request of each kind it should know."""
+"""Generates text: answers to a prompt or to a file of them, a chat, or five sample requests."""
 
 import os
 from argparse import Namespace
@@ -51,7 +51,7 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
     mode.add_argument("--prompt", help="answer this; a model without a chat template continues it")
     mode.add_argument("--interactive", action="store_true", help="chat, line by line; /help lists the commands")
     mode.add_argument("--input", type=console.path, metavar="FILE", help="answer its conversations or prompts, in JSON")
-    mode.add_argument("--test", action="store_true", help="answer one request of each kind that it should know")
+    mode.add_argument("--test", action="store_true", help="answer five sample requests")
     add = parser.add_argument
     add("--output", type=console.path, metavar="FILE", help="where the answers to --input go")
     add("--system", help="the system message (default: the one the model was trained with)")

@@ -58,15 +58,15 @@ def tiny_config(data: Path, **changes):
 
 
 def stop_at(step: int, monkeypatch, number=signal.SIGINT) -> None:
-    """Sends this process a signal once the given step has been accounted for."""
-    account = loop.account
+    """Sends this process a signal once the given step has been logged."""
+    log_metrics = loop.log_metrics
 
-    def account_and_interrupt(run, done, metrics):
-        account(run, done, metrics)
+    def log_and_interrupt(run, done, metrics):
+        log_metrics(run, done, metrics)
         if done == step:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(loop, "account", account_and_interrupt)
+    monkeypatch.setattr(loop, "log_metrics", log_and_interrupt)
 
 
 def losses(workdir: Path, key: str = "sft/train_loss") -> dict[int, float]:

@@ -132,7 +132,7 @@ def _backward(residuals, d_out):
     first = first_key_blocks(segments)
     scale = q.shape[-1] ** -0.5
     # Σ over keys of weight · its gradient, which the softmax's gradient subtracts.
-    mean = (d_out.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
+    delta = (d_out.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
 
     def product(equation: str, one, other):
         return jnp.einsum(equation, one.astype(q.dtype), other, preferred_element_type=jnp.float32)
@@ -142,7 +142,7 @@ def _backward(residuals, d_out):
             d_q, d_k, d_v = carry
             weights = jnp.exp(_scores(q, k, segments, j, i) - log_sums[j])
             d_weights = jnp.einsum("bhqd,bhkd->bhqk", d_out[j], v[i], preferred_element_type=jnp.float32)
-            d_scores = scale * weights * (d_weights - mean[j])
+            d_scores = scale * weights * (d_weights - delta[j])
             return (
                 d_q + product("bhqk,bhkd->bhqd", d_scores, k[i]),
                 d_k.at[i].add(product("bhqk,bhqd->bhkd", d_scores, q[j])),

@@ -105,8 +105,8 @@ class Linear(nnx.Module):
         return checkpoint_name(_matmul(x, self.kernel[...]), LINEAR_OUTPUT)
 
 
-def _norm(config: GPTConfig, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """The norm of blocks and head. For RMSNorm, return nnx.RMSNorm and delete its biases from `conversion/names.py`."""
+def _norm(config: GPTConfig, dtype, rngs: nnx.Rngs) -> nnx.Module:
+    """The norm of blocks and head; its parameters' names in foreign formats are in `conversion/names.py`."""
     return nnx.LayerNorm(config.dim, epsilon=1e-5, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 

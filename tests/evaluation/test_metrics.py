@@ -129,5 +129,5 @@ def test_metrics_apply_to_their_tasks(task):
 
 def test_a_missing_library_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs simplemma; pip install 'tinysft-jax\[eval\]'"):
+    with pytest.raises(UserError, match=r"needs simplemma; pip install -e '.\[eval\]'"):
         metrics.require_libraries()

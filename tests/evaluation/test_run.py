@@ -205,7 +205,7 @@ def test_the_exit_code_of_a_mistake(tmp_path):
 
 def test_a_missing_library_is_said_before_the_work(monkeypatch, tmp_path):
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs simplemma; pip install 'tinysft-jax\[eval\]'"):
+    with pytest.raises(UserError, match=r"needs simplemma; pip install -e '.\[eval\]'"):
         run.main(["--checkpoint=x", "--data=nowhere", f"--output={tmp_path / 'out'}"])
 
 

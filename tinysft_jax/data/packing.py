@@ -52,7 +52,7 @@ class Packing:
             )
         demand = {length: count for length, count in enumerate(counts.tolist()) if count}
         rows = sorted(fill_rows(demand, seq_len).items())
-        # Of the patterns. If it is the same, so are the rows of an epoch.
+        # Equal fingerprints, data and seeds give equal rows.
         self.fingerprint = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
         self._row_counts = np.array([n for _, n in rows], np.int64)
         self._pattern_sizes = np.array([len(pattern) for pattern, _ in rows], np.int64)
@@ -90,7 +90,7 @@ def plan_epoch(lengths: Int[np.ndarray, " n"], seq_len: int, seed: int = 0, epoc
     return Packing(lengths, seq_len).epoch(seed, epoch)
 
 
-# The search ends at so many rows, as a share, above the lower bound.
+# The search ends when the rows exceed the lower bound by at most this share.
 TOLERANCE = 0.002
 
 

@@ -119,7 +119,7 @@ def require_libraries() -> None:
     """Raises: UserError, if a library of the extra "eval" is missing."""
     for name in ("simplemma", "rouge_score"):
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"this needs {name}; pip install 'tinysft-jax[eval]'")
+            raise UserError(f"this needs {name}; pip install -e '.[eval]'")
 
 
 def words_of(text: str) -> list[str]:

@@ -26,7 +26,7 @@ COOKIES = (
     "ate five cookies, and then he told Mom that the dog did it. Soon his tummy hurt. Tim cried and told the truth. "
     'Mom hugged him and said, "Thank you for telling me." After that day Tim did not lie again.'
 )
-# What the model should have learned, one request of each kind.
+# Sample requests of what the model should have learned.
 CAPABILITIES = {
     "summary": f"Please provide a brief summary of the following story: {KITE}",
     "moral": f"What is the moral lesson of this story? {COOKIES}",

@@ -179,12 +179,12 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
                 break
             state, metrics = run.steps.train(state, global_batch(run.mesh, batch))
             if pending:
-                account(run, *pending)
+                log_metrics(run, *pending)
             status.step += 1
             pending = status.step, metrics
             evaluates, saves = is_due(train.eval_interval), is_due(train.save_interval)
             if evaluates or saves or status.step == 1:
-                account(run, *pending)
+                log_metrics(run, *pending)
                 pending = None
             with run.log.rates.paused():
                 if evaluates:
@@ -192,7 +192,7 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
                 if saves:
                     run.checkpoints.save(state, status)
         if pending:
-            account(run, *pending)
+            log_metrics(run, *pending)
     if stop.exit_code is None and failure is None:
         return state
     run.checkpoints.save(state, status)
@@ -203,7 +203,7 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
     raise Interrupted(message, stop.exit_code)
 
 
-def account(run: Run, step: int, metrics: Metrics) -> None:
+def log_metrics(run: Run, step: int, metrics: Metrics) -> None:
     """Fetches the metrics of a finished step from the device, and logs them."""
     values = {key: float(value) for key, value in jax.device_get(metrics).items()}
     (total, in_a_row), most = run.status.skipped_steps, run.config.train.max_skipped_steps

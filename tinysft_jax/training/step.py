@@ -213,7 +213,7 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         metrics = {
             "loss": loss,
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm,  # before clipping
             "skipped": ~finite,
             "lr": schedule(state["step"]),
             "supervised_tokens": supervised,
@@ -223,8 +223,8 @@ def make_train_step(
         new_state = {"params": params, "opt_state": opt_state, "step": step}
         if "average" in state:
             # As in TensorFlow's `ExponentialMovingAverage`: a short memory at first forgets the start.
-            kept = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
-            new_state["average"] = jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, state["average"], params)
+            decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
+            new_state["average"] = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state["average"], params)
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state), metrics
 
     return train_step

@@ -1,6 +1,7 @@
 """The command itself, in processes of its own."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -181,3 +182,33 @@ def test_a_checkpoint_that_is_damaged_beyond_help_is_exit_code_3(chat_data, tmp_
     result = run("--config=configs/sft.py", f"--workdir={tmp_path}", *settings(chat_data))
     assert result.returncode == 3 and result.stderr.count("\n") == 1
     assert "no sound checkpoint in" in result.stderr and "checkpoint 10 is damaged" in result.stderr
+
+
+# Thirty threads that live and allocate at the same time; then malloc says what it has.
+THREADS = """
+import ctypes, sys, threading
+from train import use_few_arenas
+if sys.argv[1] == "few":
+    assert use_few_arenas()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+barrier = threading.Barrier(30)
+def work():
+    barrier.wait()
+    libc.malloc(1000)
+    barrier.wait()
+threads = [threading.Thread(target=work) for _ in range(30)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+libc.malloc_stats()
+"""
+
+
+def arenas(how: str) -> int:
+    process = subprocess.run([sys.executable, "-c", THREADS, how], cwd=ROOT, capture_output=True, text=True, check=True)
+    return len(re.findall(r"^Arena \d+:", process.stderr, re.MULTILINE))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_threads_share_two_arenas():
+    assert arenas("few") <= 2 < arenas("as many as malloc likes")

@@ -10,7 +10,7 @@ CASES := 60
 MINUTES := 10
 
 # Says what comes next, and how long the rest of the demo takes: $(2) is its share in percent.
-stage = @echo "$(DEMO): $(1); about $$(( ($(MINUTES) * $(2) + 99) / 100 )) minutes to go on two fast CPU cores, twice as long on slow ones"
+stage = @echo "$(DEMO): $(1); about $$(( ($(MINUTES) * $(2) + 99) / 100 )) min to go on two fast CPU cores, twice that on slow ones"
 
 .PHONY: demo demo-full test test-all soak lint clean
 

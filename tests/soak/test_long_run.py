@@ -59,6 +59,7 @@ def cpu_seconds_a_step(samples: list[Sample], start: float, stop: float) -> floa
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_a_long_run_neither_grows_nor_slows_down(demo_data, tmp_path, figures):
     settings = {f"model.{key}": value for key, value in MODEL.items()} | {
+        "init_from": "random",
         "data.path": demo_data,
         "train.max_steps": STEPS,
         "train.eval_interval": 100,

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.soak
 def start(data: Path, workdir: Path) -> subprocess.Popen:
     model = {"dim": 128, "n_layers": 4, "n_heads": 4, "max_seq_len": 1024}
     flags = [f"--config.model.{key}={value}" for key, value in model.items()]
-    flags += [f"--config.data.path={data}", "--config.train.log_interval=1"]
+    flags += ["--config.init_from=random", f"--config.data.path={data}", "--config.train.log_interval=1"]
     return subprocess.Popen(
         [sys.executable, "train.py", "--config=configs/sft.py:demo", f"--workdir={workdir}", *flags],
         cwd=ROOT,

@@ -42,7 +42,8 @@ def main() -> None:
         data = f"{directory}/data"
         prepare.main([f"--embedded={flags.stories}", f"--output={data}"])
         lengths = {"embedded corpus": PreparedData(data).split("train").lengths, "drawn": drawn_lengths()}
-        fills = {f"{name}, {n:,}": fill(each, n) for name, each in lengths.items() for n in (512, 1024, 2048)}
+        rows = [(name, n) for name, each in lengths.items() for n in (512, 1024, 2048) if each.max() <= n]
+        fills = {f"{name}, {n:,}": fill(lengths[name], n) for name, n in rows}
         many = np.resize(lengths["embedded corpus"], flags.conversations)
         setting = (data, flags.batch_size, flags.seq_len)
         results = {

@@ -1,4 +1,4 @@
-"""Preparing data: tokens a second and a CPU second, and the peak memory of the largest process, by size and workers.
+"""Preparing data: its size, tokens a second and a CPU second, and the largest process, by size of text and workers.
 
 `python benchmarks/prepare.py [--megabytes 50,1000 --workers 1,2]`
 """
@@ -20,6 +20,7 @@ from rich.table import Table
 
 from tinysft_jax import console
 from tinysft_jax.corpus.stories import embedded_stories, record_text
+from tinysft_jax.data.store import SPLITS
 from tinysft_jax.data.workers import usable_cpus
 
 MB = 1e6
@@ -75,6 +76,8 @@ def measure(text: Path, output: Path, workers: int) -> dict[str, Any]:
     tokens = sum(split["tokens"] for split in json.loads((output / "data.json").read_text())["splits"].values())
     cpu_seconds = usage.ru_utime + usage.ru_stime
     return {
+        "records": sum(json.loads((output / "ledger.json").read_text())["splits"][split]["read"] for split in SPLITS),
+        "prepared_mb": sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) / MB,
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,

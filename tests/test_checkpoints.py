@@ -189,6 +189,14 @@ def test_what_takes_a_model_takes_it_in_every_form(forms, chat_data, tmp_path, e
     jax.tree.map(np.testing.assert_array_equal, use(forms / form, chat_data, tmp_path / "out"), expected[use])
 
 
+def test_a_folder_of_an_old_transformers_is_no_run(tmp_path):
+    """Its config.json, like a run's, has no model_type."""
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match="a model of type None; only 'stablelm'"):
+        open_model(tmp_path)
+
+
 @pytest.mark.parametrize("use", USES)
 def test_a_folder_with_only_pickled_weights_is_refused_as_that(forms, chat_data, tmp_path, use):
     with pytest.raises(UserError, match=r"pickled: it has no model.safetensors; pickled weights are not read"):

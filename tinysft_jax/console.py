@@ -161,6 +161,8 @@ def _open_standard_streams(needs_stdout: bool) -> None:
 class Progress:
     """Progress of long work, used in a `with` block: a live bar in a terminal, elsewhere a line every ten seconds.
 
+    The time left is estimated from the first update on: what precedes it (compiling, say) takes another time.
+
     `done` goes from its value at the start, positive where work is resumed, to `total`. It is shown as a count, or in
     `percent`. `quiet` shows nothing.
     """
@@ -203,10 +205,6 @@ class Progress:
             seconds = self._bar.tasks[0].time_remaining
             left = f"{timedelta(seconds=seconds)} left" if seconds else ""
             self.say("  ".join(filter(None, (f"{self._what} {count}", text, left))))
-
-    def restart_clock(self, done: float) -> None:
-        """Estimates the time left from here on: what came before (compiling) took a different time."""
-        self._bar.reset(self._task, completed=done)
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""

@@ -55,6 +55,8 @@ def test_a_run_with_skipped_steps_resumes_exactly(chat_data, tmp_path, poison, m
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(5, patch)
         loop.train(tiny_config(chat_data, train__max_skipped_steps=4), tmp_path / "stopped")
+    with (tmp_path / "stopped" / "skipped_steps.jsonl").open("a") as file:
+        file.write('{"step": 6}\n')  # as of a run that was killed after its checkpoint
     loop.train(tiny_config(chat_data, train__max_skipped_steps=4), tmp_path / "stopped")
     assert_same_bits(tmp_path / "stopped", tmp_path / "whole")
     files = [(tmp_path / name / "skipped_steps.jsonl").read_text() for name in ("whole", "stopped")]

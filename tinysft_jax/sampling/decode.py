@@ -16,11 +16,11 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from tinysft_jax.console import UserError
 from tinysft_jax.model import GPT, GPTConfig, LayerCache, cached_hidden, head_logits
+from tinysft_jax.parameters import Params
 from tinysft_jax.sampling.filters import Knobs, SamplingOptions, draw, penalize
 from tinysft_jax.sharding import batch_sharding, batch_shards
 
 Prompt = Sequence[int] | np.ndarray
-Params = dict[str, Any]
 
 # Steps of one call to `advance`, at most; and while someone reads the answer as it is generated.
 CHUNK, STREAM_CHUNK = 64, 8

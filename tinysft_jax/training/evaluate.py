@@ -15,7 +15,7 @@ from tinysft_jax.sharding import batch_shards, global_batch, process_part
 from tinysft_jax.training.log import ALL_TASKS
 
 # Upper limits, in percent of the rows that a run trains on: all periodic evaluations together, and the final one.
-# Evaluating a row costs about a third of training on it.
+# An evaluated row needs no backward pass: about a third of the FLOPs.
 PERIODIC_PERCENT = 7
 FINAL_PERCENT = 3
 

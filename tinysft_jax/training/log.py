@@ -136,8 +136,6 @@ class RunLog(contextlib.ExitStack):
 
     def step(self, step: int, values: dict[str, float], skipped_steps: int, is_due: bool) -> None:
         """Counts a finished step with its metrics `values`, shows it, and logs it if it is due or was skipped."""
-        if self.rates.started is None:
-            self._progress.restart_clock(step)
         self.rates.count(values["tokens"], values["supervised_tokens"])
         line = {"sft/skipped_steps": skipped_steps}
         is_due = is_due and not values["skipped"]

@@ -12,9 +12,8 @@ def main() -> None:
     flags = _parse()
     import jax  # after the flags, because this takes a second
 
-    from tinysft_jax import distributed
+    from tinysft_jax import accelerator, distributed
     from tinysft_jax.checkpoints import open_model
-    from tinysft_jax.model import default_dtype
     from tinysft_jax.sampling.batch import answer_file, read_requests
     from tinysft_jax.sampling.chat import Session, Shell
     from tinysft_jax.sampling.decode import Decoder
@@ -26,10 +25,11 @@ def main() -> None:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_length", "seed")
     options = SamplingOptions(**{name: getattr(flags, name) for name in names})
     distributed.check_devices()
+    accelerator.keep_compiled()
     description, params = open_model(flags.checkpoint)
     tokenizer = ChatTokenizer.from_description(description.to_json())
     mesh = make_mesh() if flags.input is not None and jax.device_count() > 1 else None
-    decoder = Decoder(description.config, params, default_dtype(), description.trained_length, mesh)
+    decoder = Decoder(description.config, params, accelerator.default_dtype(), description.trained_length, mesh)
     if flags.input is not None:
         length = decoder.max_length(options)
         requests = read_requests(flags.input, tokenizer, description.config, flags.system, length)

@@ -42,13 +42,14 @@ def main() -> None:
     file = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
     if not file.is_file():
         raise UserError(f"there is no configuration {file}; this project's are configs/sft.py and configs/pretrain.py")
-    from tinysft_jax import distributed  # after the flags, because importing JAX takes seconds
+    from tinysft_jax import accelerator, distributed  # after the flags, because importing JAX takes seconds
     from tinysft_jax.export import export_run, parse_export
     from tinysft_jax.training.loop import train
 
     config, workdir = CONFIG.value, Path(WORKDIR.value).expanduser()
     parse_export(config.get("export", ""))
     distributed.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    accelerator.keep_compiled()
     train(config, workdir, ACCEPT_CHANGES.value, VERIFY.value)
 
     def export() -> None:

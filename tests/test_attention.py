@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiers import slow
 
-from tinysft_jax import attention as block_attention
-from tinysft_jax.attention import choose_backend, segment_attention
+from tinysft_jax.attention import blocks as block_attention
+from tinysft_jax.attention.backends import choose_backend, segment_attention
 from tinysft_jax.console import UserError
 
 
@@ -98,12 +98,12 @@ def test_blocks_of_other_segments_are_not_visited(small_blocks):
     assert block_attention.first_key_blocks(jnp.asarray(both)).tolist() == [0] * 5
 
 
-@pytest.mark.parametrize("backend", ["xla", "cudnn"])
+@pytest.mark.parametrize("backend", ["xla", "cudnn", "tokamax"])
 def test_neighbours_in_a_row_are_never_seen(backend):
     """For every backend that can run here: whatever another conversation holds changes no bit."""
-    dtype = jnp.bfloat16 if backend == "cudnn" else jnp.float32
+    dtype = jnp.float32 if backend == "xla" else jnp.bfloat16
     try:
-        choose_backend(backend, dtype, 64, 300)
+        choose_backend(backend, 300, 2, 64, dtype)
     except UserError as error:
         pytest.skip(str(error))
     q, k, v = (jnp.asarray(array, dtype) for array in random_qkv(1, 300, 2, 64))
@@ -127,5 +127,5 @@ def test_a_backend_that_cannot_run_here_refuses():
     q = jnp.zeros((1, 4, 2, 8))
     with pytest.raises(UserError, match="cudnn can't run here: there is no NVIDIA GPU"):
         segment_attention(q, q, q, jnp.ones((1, 4), jnp.int32), "cudnn")
-    with pytest.raises(UserError, match="'flash' is not one of auto, xla, cudnn"):
+    with pytest.raises(UserError, match="'flash' is not one of auto, tokamax, cudnn, xla"):
         segment_attention(q, q, q, jnp.ones((1, 4), jnp.int32), "flash")

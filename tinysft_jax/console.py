@@ -46,6 +46,26 @@ class _ShortRepr(reprlib.Repr):
         return super().repr_int(x, level) if abs(x) < 10**100 else "a number of over 100 digits"
 
 
+# In the errors of XLA and CUDA where a device has too little free memory. The last is of the compiler's autotuner, which
+# finds no configuration that it has the memory to try.
+_SHORTAGES = ("RESOURCE_EXHAUSTED", "out of memory", "OUT_OF_MEMORY", "FissionBackend does not support a default config")
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error of JAX says that a device has too little free memory."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORTAGES)
+
+
+def shortage(error: Exception) -> str:
+    """An error that `lacks_memory`, in a line."""
+    import jax  # which raised it
+
+    line = f"not enough memory: {reason(error)}"
+    if jax.default_backend() == "gpu":
+        line += "; if another process holds the GPU's memory (see nvidia-smi), stop it or set CUDA_VISIBLE_DEVICES"
+    return line
+
+
 def shown(value: object) -> str:
     """`repr` of a value from the user's input, short enough for one line."""
     short = _ShortRepr()
@@ -97,6 +117,10 @@ def run(main: Callable[[], None], needs_stdout: bool = False) -> NoReturn:
         _exit(f"error: {error}", error.exit_code)
     except MemoryError as error:
         _exit(f"error: not enough memory: {reason(error)}", 3)
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        _exit(f"error: {shortage(error)}", 3)
     except Interrupted as interruption:
         _exit(str(interruption), interruption.exit_code)
     except KeyboardInterrupt:

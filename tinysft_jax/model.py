@@ -10,7 +10,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
-from tinysft_jax.attention import cached_attention, segment_attention
+from tinysft_jax import accelerator
+from tinysft_jax.accelerator import product
+from tinysft_jax.attention.backends import segment_attention
+from tinysft_jax.attention.cached import cached_attention
 from tinysft_jax.console import UserError, shown
 from tinysft_jax.sharding import constrain
 
@@ -19,6 +22,8 @@ VOCAB_MULTIPLE = 128
 # Positions and ids are 32-bit integers.
 LARGEST_SIZE = 2**31 - 1
 REMAT_POLICIES = ("none", "dots", "full")
+SCAN_LAYERS = ("auto", "on", "off")
+MOST_UNROLLED = 24  # layers that are compiled one by one: 12 take 16 s on a GPU, where a scan takes 9
 LINEAR_OUTPUT = "linear_output"  # the name of what remat "dots" saves
 
 Ints = Int32[Array, "B T"]  # token ids, segment ids or positions
@@ -71,14 +76,9 @@ class GPTConfig:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def default_dtype() -> jnp.dtype:
-    """bfloat16 on accelerators; float32 on a CPU, which computes no faster in half precision."""
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-
-
 @jax.custom_vjp
 def _matmul(x: Float[Array, "N n_in"], kernel: Float[Array, "n_in n_out"]) -> Float[Array, "N n_out"]:
-    return x @ kernel.astype(x.dtype)
+    return product("ni,io->no", x, kernel.astype(x.dtype))
 
 
 def _matmul_forward(x, kernel):
@@ -88,8 +88,8 @@ def _matmul_forward(x, kernel):
 def _matmul_backward(residuals, d_out):
     x, kernel = residuals
     # By default, JAX would return the kernel's gradient in x's dtype, and so sum it over devices and micro-batches.
-    d_kernel = jnp.einsum("ni,no->io", x, d_out, preferred_element_type=jnp.float32)
-    return d_out @ kernel.astype(x.dtype).T, d_kernel.astype(kernel.dtype)
+    d_kernel = product("ni,no->io", x, d_out, jnp.float32)
+    return product("no,io->ni", d_out, kernel.astype(x.dtype)), d_kernel.astype(kernel.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -132,11 +132,14 @@ def rotate(x: Float[Array, "B T H D"], rotation: Rotation) -> Float[Array, "B T 
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: GPTConfig, backend: str, rngs: nnx.Rngs):
-        linear = functools.partial(Linear, config.dim, config.dim, rngs=rngs)
-        self.wq, self.wk, self.wv = linear(), linear(), linear()
-        self.wo = linear(std=_residual_std(config))
-        self.n_heads, self.backend = config.n_heads, backend
+    def __init__(self, config: GPTConfig, backend: str, rngs: nnx.Rngs, fused: bool = False):
+        linear = functools.partial(Linear, config.dim, rngs=rngs)
+        if fused:
+            self.wqkv = linear(3 * config.dim)
+        else:
+            self.wq, self.wk, self.wv = linear(config.dim), linear(config.dim), linear(config.dim)
+        self.wo = linear(config.dim, std=_residual_std(config))
+        self.n_heads, self.backend, self.fused = config.n_heads, backend, fused
 
     def __call__(
         self,
@@ -146,40 +149,56 @@ class Attention(nnx.Module):
         segment_ids: Ints | None,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "N dim"], LayerCache | None]:
-        q, k, v = (w(x).reshape(*positions.shape, self.n_heads, -1) for w in (self.wq, self.wk, self.wv))
+        qkv = jnp.split(self.wqkv(x), 3, axis=-1) if self.fused else (self.wq(x), self.wk(x), self.wv(x))
+        q, k, v = (part.reshape(*positions.shape, self.n_heads, -1) for part in qkv)
         q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is None:
             out = segment_attention(q, k, v, segment_ids, self.backend)
         else:
-            rows = jnp.arange(len(positions))[:, None]
-            cache = tuple(part.at[rows, :, positions].set(new) for part, new in zip(cache, (k, v), strict=True))
+            cache = _write(cache[0], k, positions), _write(cache[1], v, positions)
             out = cached_attention(q, *cache, positions)
         return self.wo(out.reshape(x.shape)), cache
+
+
+def _write(
+    slots: Float[Array, "B H S D"], new: Float[Array, "B T H D"], positions: Ints
+) -> Float[Array, "B H S D"]:
+    """A cache with the slots at `positions`, which follow each other in a row, set."""
+    if len(positions) == 1:  # a slice is faster than a scatter, which each row of several needs for its own positions
+        return jax.lax.dynamic_update_slice(slots, new.swapaxes(1, 2), (0, 0, positions[0, 0], 0))
+    rows = jnp.arange(len(positions))[:, None]
+    return slots.at[rows, :, positions].set(new, unique_indices=True)
 
 
 class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202): w2(silu(w1 x) * w3 x)."""
 
-    def __init__(self, config: GPTConfig, rngs: nnx.Rngs):
-        self.w1 = Linear(config.dim, config.hidden_dim, rngs=rngs)
-        self.w3 = Linear(config.dim, config.hidden_dim, rngs=rngs)
+    def __init__(self, config: GPTConfig, rngs: nnx.Rngs, fused: bool = False):
+        linear = functools.partial(Linear, config.dim, rngs=rngs)
+        if fused:
+            self.w13 = linear(2 * config.hidden_dim)
+        else:
+            self.w1, self.w3 = linear(config.hidden_dim), linear(config.hidden_dim)
         self.w2 = Linear(config.hidden_dim, config.dim, std=_residual_std(config), rngs=rngs)
+        self.fused = fused
 
     def __call__(self, x: Float[Array, "N dim"]) -> Float[Array, "N dim"]:
+        gate, up = jnp.split(self.w13(x), 2, axis=-1) if self.fused else (self.w1(x), self.w3(x))
         # Of the four activations of the hidden width, two are stored and two recomputed.
-        return _recomputed(lambda gate, up: self.w2(nnx.silu(gate) * up))(self.w1(x), self.w3(x))
+        return _recomputed(lambda gate, up: self.w2(nnx.silu(gate) * up))(gate, up)
 
 
 class Block(nnx.Module):
     """One layer; its activations are `[N, dim]` with N = B × T.
 
     On a CPU, XLA contracts one axis of positions much faster than rows and columns as two (the weights' gradients).
+    With `fused`, matrices that multiply the same input are stored side by side, as `fuse_projections` lays them.
     """
 
-    def __init__(self, config: GPTConfig, dtype, backend: str, rngs: nnx.Rngs):
+    def __init__(self, config: GPTConfig, dtype, backend: str, rngs: nnx.Rngs, fused: bool = False):
         self.ln_1, self.ln_2 = _norm(config, dtype, rngs), _norm(config, dtype, rngs)
-        self.attn = Attention(config, backend, rngs)
-        self.mlp = MLP(config, rngs)
+        self.attn = Attention(config, backend, rngs, fused)
+        self.mlp = MLP(config, rngs, fused)
 
     def __call__(self, x, rotation, positions, segment_ids, cache=None):
         """`[N, dim]` → the same shape, and the layer's cache with these positions written (None without one)."""
@@ -189,6 +208,33 @@ class Block(nnx.Module):
         return x, cache
 
 
+def fuse_projections(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer's parameters for decoding: wq, wk, wv and w1, w3 side by side, as one matrix each.
+
+    A step of one token multiplies a vector by each matrix: on a GPU fewer and larger products take less time.
+    """
+
+    def side_by_side(part: dict[str, Any], *names: str) -> dict[str, Any]:
+        return {"kernel": jnp.concatenate([part[name]["kernel"] for name in names], axis=-1)}
+
+    attn, mlp = layer["attn"], layer["mlp"]
+    return layer | {
+        "attn": {"wqkv": side_by_side(attn, "wq", "wk", "wv"), "wo": attn["wo"]},
+        "mlp": {"w13": side_by_side(mlp, "w1", "w3"), "w2": mlp["w2"]},
+    }
+
+
+def scans_layers(scan_layers: str, remat: str, n_layers: int) -> bool:
+    """Whether training loops over the layers, or compiles them one by one; `scan_layers` is "auto", "on" or "off".
+
+    On a GPU a loop copies all that the backward pass needs of each layer into stacks: a tenth of a step. On a CPU it
+    costs nothing and compiles faster. And XLA largely undoes rematerialisation outside of a loop.
+    """
+    if scan_layers == "auto":
+        return not accelerator.is_present() or remat != "none" or n_layers > MOST_UNROLLED
+    return scan_layers == "on"
+
+
 class GPT(nnx.Module):
     """A decoder-only transformer with float32 parameters; those of the blocks are stacked along a leading layer axis.
 
@@ -196,8 +242,9 @@ class GPT(nnx.Module):
       config: the shape.
       rngs: with a `params` stream.
       dtype: of matmuls and activations; norms, softmax and logits are float32 all the same.
-      attention: "auto", "xla" or "cudnn"; see `attention.segment_attention`.
+      attention: "auto" or a backend; see `attention.backends`.
       remat: what the backward pass recomputes of each block: "none"; "dots": all but matmuls; "full": all.
+      scan_layers: "auto", "on" or "off"; see `scans_layers`.
       trained_length: tokens of the longest training sequence, where generation stops; None: the context.
     """
 
@@ -209,13 +256,16 @@ class GPT(nnx.Module):
         dtype=jnp.float32,
         attention: str = "auto",
         remat: str = "none",
+        scan_layers: str = "auto",
         trained_length: int | None = None,
     ):
         if jax.config.jax_enable_x64:
             raise UserError("JAX's 64-bit mode (JAX_ENABLE_X64) is on: this model computes in 32 bits; turn it off")
         if remat not in REMAT_POLICIES:
             raise UserError(f"train.remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
-        self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
+        if scan_layers not in SCAN_LAYERS:
+            raise UserError(f"train.scan_layers {scan_layers!r} is not one of {', '.join(SCAN_LAYERS)}")
+        self.config, self.dtype, self.remat, self.scan_layers = config, jnp.dtype(dtype), remat, scan_layers
         self.trained_length = trained_length or config.max_seq_len
         init = functools.partial(_embedding_init, vocab_size=config.vocab_size)
         self.tok_emb = nnx.Embed(config.padded_vocab_size, config.dim, embedding_init=init, rngs=rngs)
@@ -250,12 +300,13 @@ class GPT(nnx.Module):
             x, _ = nnx.merge(graph, layer)(x, rotation, positions, segment_ids)
             return x, None
 
+        scans = scans_layers(self.scan_layers, self.remat, self.config.n_layers)
         if self.remat != "none":
             saved = jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT) if self.remat == "dots" else None
             # A scan already keeps XLA from merging the recomputation with the forward pass.
-            apply = jax.checkpoint(apply, policy=saved, prevent_cse=False)
+            apply = jax.checkpoint(apply, policy=saved, prevent_cse=not scans)
         x = constrain(embed(tokens, self.tok_emb.embedding[...], self.dtype), "batch", None)
-        x, _ = jax.lax.scan(apply, x, layers)
+        x, _ = jax.lax.scan(apply, x, layers, unroll=1 if scans else self.config.n_layers)
         return self.ln_f(x).reshape(*tokens.shape, -1)
 
 
@@ -268,7 +319,7 @@ def head_logits(
     hidden: Float[Array, "*N dim"], embedding: Float[Array, "V dim"], vocab_size: int
 ) -> Float[Array, "*N V"]:
     """The tied head: float32 logits of matmuls in `hidden`'s dtype; -inf at padding rows."""
-    logits = jnp.einsum("...d,vd->...v", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = product("...d,vd->...v", hidden, embedding.astype(hidden.dtype), jnp.float32)
     is_padding = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) >= vocab_size
     return jnp.where(is_padding, -jnp.inf, logits)
 
@@ -287,10 +338,11 @@ def cached_hidden(
     (of a prompt's padding, say) is never read, and is overwritten when its position comes.
 
     Parameters and cache are a list with one entry per layer, where training has stacked layers: a cache carried
-    through a scan would be copied at each step. The cache's dtype is that of matmuls and activations.
+    through a scan would be copied at each step. A layer's parameters are laid out by `fuse_projections`. The cache's
+    dtype is that of matmuls and activations.
     """
     dtype = cache[0][0].dtype
-    block, _ = nnx.split(nnx.eval_shape(lambda: Block(config, dtype, "auto", nnx.Rngs(0))))
+    block, _ = nnx.split(nnx.eval_shape(lambda: Block(config, dtype, "auto", nnx.Rngs(0), fused=True)))
     norm, _ = nnx.split(nnx.eval_shape(lambda: _norm(config, dtype, nnx.Rngs(0))))
     rotation = rotary_angles(positions, config)
     x, updated = embed(tokens, params["tok_emb"]["embedding"], dtype), []

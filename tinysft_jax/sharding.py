@@ -1,11 +1,11 @@
 """One mesh, and one table of how every array is sharded over it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tinysft_jax.console import UserError
 
@@ -52,7 +52,7 @@ def mesh_sizes(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> 
     return tuple(sizes)
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """The number of shards of the batch dimension."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
@@ -119,13 +119,12 @@ def batch_axes() -> tuple[str, ...]:
     return tuple(axis for axis in RULES["batch"] if mesh.shape.get(axis, 1) > 1)
 
 
-def over_batch_shards(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """`function(*arrays)`, run by each shard on its own rows; the leading dimension is the batch.
-
-    So what depends on the rows at run time (the number of iterations of a loop) needs no communication.
-    """
-    axes = batch_axes()
-    if not axes:
-        return function(*arrays)
-    rows = PartitionSpec(axes)
-    return jax.shard_map(function, in_specs=rows, out_specs=rows, axis_names=set(axes), check_vma=False)(*arrays)
+def over_shards(
+    function: Callable[..., jax.Array], in_axes: Sequence[Sequence[str | None]], out_axes: Sequence[str | None]
+) -> Callable[..., jax.Array]:
+    """`function`, run by each shard of the current mesh on its own part of the arrays, which have these logical axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    in_specs = tuple(spec(*axes) for axes in in_axes)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=spec(*out_axes), check_vma=False)

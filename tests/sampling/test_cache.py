@@ -52,12 +52,21 @@ def test_the_last_token_of_a_prompt_is_always_computed():
 
 
 def test_only_what_is_new_is_computed(decoder, fed):
-    kept, prompt = KeptCache(), list(range(40))
+    kept, prompt = KeptCache(), list(range(20))
     answer = stream(decoder, prompt, kept)
-    assert fed == [(0, 32), (32, 8)] and kept.ids == prompt + answer
+    assert fed == [(0, 20)] and kept.ids == prompt + answer
     longer = [*prompt, *answer, 1, 2, 3]
     again = stream(decoder, longer, kept)
-    assert fed[2:] == [(74, 3)]
+    assert fed[1:] == [(54, 3)]
+    assert again == stream(decoder, longer)
+
+
+def test_near_the_end_of_the_cache_a_piece_begins_earlier(decoder, fed):
+    """Its padding would reach beyond the cache: tokens that are held are fed again in its place."""
+    kept, prompt = KeptCache(), list(range(40))
+    longer = [*prompt, *stream(decoder, prompt, kept), 1, 2, 3]
+    again = stream(decoder, longer, kept)
+    assert fed == [(0, 32), (32, 8), (45, 32)]
     assert again == stream(decoder, longer)
 
 

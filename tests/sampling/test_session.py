@@ -260,7 +260,7 @@ def test_a_turn_computes_only_what_is_new(speaker, monkeypatch):
         return prefill(params, state, tokens, lengths, config)
 
     monkeypatch.setattr(decode, "prefill", spy)
-    session = Session(speaker, TOKENIZER, SamplingOptions(20, temperature=0), system="s")
+    session = Session(speaker, TOKENIZER, SamplingOptions(12, temperature=0), system="s")
     say(session, "abc")
     n_prompt, n_answer = 7, session.last.n_tokens
     say(session, "what")

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 from runs import load_config
 
-from tinysft_jax.attention import ATTENTION_BACKENDS
+from tinysft_jax.attention.backends import CHOICES
 from tinysft_jax.console import UserError
 from tinysft_jax.model import REMAT_POLICIES
 from tinysft_jax.training.config import SETTINGS, check_config, flat
@@ -75,7 +75,7 @@ def test_a_float_may_be_written_as_an_int_and_epochs_may_be_unset():
 
 
 def test_choices_are_those_of_the_model():
-    assert SETTINGS["train.attention"].choices == ATTENTION_BACKENDS
+    assert SETTINGS["train.attention"].choices == CHOICES
     assert SETTINGS["train.remat"].choices == REMAT_POLICIES
 
 

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from tinysft_jax import console, distributed, files
+from tinysft_jax import accelerator, console, distributed, files
 from tinysft_jax.console import RunError, UserError, reason
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation import metrics
 from tinysft_jax.evaluation import report as reports
 from tinysft_jax.evaluation.cases import Answer, Answers, Case, draw_cases, write_answers
-from tinysft_jax.model import GPT, default_dtype
+from tinysft_jax.model import GPT
 from tinysft_jax.parameters import ModelDescription, Params, make_model
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
@@ -39,6 +39,7 @@ def evaluate(flags: Namespace) -> tuple[dict[str, Any], list[Case], Answers]:
     # Room for the longest conversation of the data.
     options = SamplingOptions(data.description["max_tokens"], flags.temperature, seed=flags.seed)
     distributed.check_devices()
+    accelerator.keep_compiled()
     checkpoints = {"model": flags.checkpoint} | ({"baseline": flags.baseline} if flags.baseline else {})
     models = {speaker: load(path, data, cases) for speaker, path in checkpoints.items()}
     answers = {
@@ -76,11 +77,11 @@ def answer(
     """
     description, params = model
     config, mesh = description.config, make_mesh() if jax.device_count() > 1 else None
-    decoder = Decoder(config, params, default_dtype(), description.trained_length, mesh)
+    decoder = Decoder(config, params, accelerator.default_dtype(), description.trained_length, mesh)
     options = text_options(options, tokenizer, config)
     batch_size = min(batch_size, len(cases))
     length = min(-(-_longest(cases) // 64) * 64, config.max_seq_len)
-    losses = _make_losses(make_model(config, params, dtype=default_dtype()), batch_size, length)
+    losses = _make_losses(make_model(config, params, dtype=accelerator.default_dtype()), batch_size, length)
     order = sorted(range(len(cases)), key=lambda i: len(cases[i].prompt))  # a batch has cases of similar lengths
     answers: dict[int, Answer] = {}
     with console.Progress(f"{name}: answers", len(cases)) as progress:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
 from tinysft_jax.console import UserError
-from tinysft_jax.model import GPT, GPTConfig, LayerCache, cached_hidden, head_logits
+from tinysft_jax.model import GPT, GPTConfig, LayerCache, cached_hidden, fuse_projections, head_logits
 from tinysft_jax.parameters import Params
 from tinysft_jax.sampling.filters import Knobs, SamplingOptions, draw, penalize
 from tinysft_jax.sharding import batch_sharding, batch_shards
@@ -181,6 +181,7 @@ class Decoder:
         self.config, self.trained_length = config, trained_length or config.max_seq_len
         self._dtype, self._mesh, self._shards = jnp.dtype(dtype), mesh, 1 if mesh is None else batch_shards(mesh)
         layers = [jax.tree.map(operator.itemgetter(i), params["blocks"]) for i in range(config.n_layers)]
+        layers = [fuse_projections(layer) for layer in layers]
         # Vectors (the norms' scales and biases) stay float32, as they take part in float32 arithmetic.
         params = params | {"blocks": layers}
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, self._dtype if leaf.ndim > 1 else None), params)
@@ -232,7 +233,13 @@ class Decoder:
 
     def _stream(self, ids: list[int], options: SamplingOptions, knobs: Knobs, kept: KeptCache, row: int) -> Iterator:
         """A generator, which begins at its first chunk; `stream` raises errors at once."""
-        start, cache = kept.take(ids, self._slots(self._limit(len(ids), options)))
+        n_slots = self._slots(self._limit(len(ids), options))
+        start, cache = kept.take(ids, n_slots)
+        padding = (start - len(ids)) % PIECES[-1]
+        if len(ids) + padding > n_slots:
+            # A piece that reached beyond the cache would be written before its place: feed a part of what was kept
+            # again, in its padding's place.
+            start -= min(start, padding)
         state = self._begin([ids], [row], options, start, cache)
         while start < len(ids):
             size = next((size for size in PIECES if size <= len(ids) - start), PIECES[-1])
@@ -323,8 +330,9 @@ class Decoder:
         return min(n_prompt + options.max_new_tokens, self.max_length(options))
 
     def _slots(self, n: int) -> int:
-        """`n` positions, rounded up so that few shapes are compiled."""
-        return min(max(_bucket(n), SHORTEST_BUCKET), self.config.max_seq_len)
+        """`n` positions, rounded up so that few shapes are compiled, to whole pieces."""
+        context = -(-self.config.max_seq_len // SHORTEST_BUCKET) * SHORTEST_BUCKET
+        return min(max(_bucket(n), SHORTEST_BUCKET), context)
 
 
 def _bucket(n: int) -> int:

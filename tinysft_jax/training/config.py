@@ -70,9 +70,16 @@ SETTINGS = {
     "train.dtype": Setting(
         "auto", "of matmuls; auto: float32 on CPUs, else bfloat16", choices=("auto", "bfloat16", "float32")
     ),
-    "train.attention": Setting("auto", "auto: cudnn where it can run, else xla", choices=("auto", "xla", "cudnn")),
+    "train.attention": Setting(
+        "auto", "auto: the first that can run here", choices=("auto", "tokamax", "cudnn", "xla")
+    ),
     "train.remat": Setting(
         "none", "recomputed in the backward pass: nothing, all but matmuls, all", choices=("none", "dots", "full")
+    ),
+    "train.scan_layers": Setting(
+        "auto",
+        "a loop over the layers, or each compiled by itself: faster on a GPU; auto: by device, remat and depth",
+        choices=("auto", "on", "off"),
     ),
     "mesh.data": Setting(-1, "devices with rows of their own; -1: what is left", -1),
     "mesh.fsdp": Setting(1, "devices that divide parameters and rows", -1),

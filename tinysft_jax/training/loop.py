@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from tinysft_jax import distributed, files
 from tinysft_jax.checkpoints import load_params
-from tinysft_jax.console import Interrupted, RunError, UserError, reason
+from tinysft_jax.console import Interrupted, RunError, UserError, lacks_memory, shortage
 from tinysft_jax.data.batches import Batch, BatchSource, epoch_batches
 from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.store import PreparedData, Split
@@ -56,10 +56,10 @@ def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verif
     except OSError as error:
         raise RunError(f"can't write {workdir}: {error.strerror or error}") from None
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not lacks_memory(error):
             raise
         raise RunError(
-            f"not enough memory: {reason(error)}; raise train.grad_accumulation_steps, set train.remat=full or lower "
+            f"{shortage(error)}; raise train.grad_accumulation_steps, set train.remat=full or lower "
             "train.eval_batch_size"
         ) from None
 
@@ -155,8 +155,7 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
     status, stop, train = run.status, run.stop, run.config.train
     total_steps, window = run.batches.total_steps, parse_window(run.config.profile)
     first_traced = max(window.start, status.step)  # a run may resume within the window
-    pending: tuple[int, Metrics] | None = None  # of the step before, fetched while the device computes the next one
-    failure: UserError | RunError | None = None
+    pending: tuple[int, Metrics] | None = None  # of the step before, read while the devices compute the next one
 
     def is_due(interval: int) -> bool:
         return status.step % interval == 0 or status.step == total_steps
@@ -164,23 +163,19 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
     if is_due(train.eval_interval) and status.evaluated_step != status.step:
         evaluate(run, state)
     with contextlib.closing(run.batches.after(status.step)) as batches, contextlib.ExitStack() as profiler:
-        while status.step < total_steps and not stop.agreed():
+        batch, failure = next_batch(run, batches)
+        while batch is not None and not stop.agreed():
             if status.step == first_traced and status.step in window:
                 profiler.enter_context(jax.profiler.trace(run.workdir / "profile"))
             if status.step == window.stop:
                 profiler.close()
-            try:
-                batch = next(batches)
-            except (UserError, RunError) as error:
-                if jax.process_count() > 1:  # the others wait for this process's rows
-                    raise
-                stop.agreed()  # a signal may have ended the workers that build batches
-                failure = error
-                break
-            state, metrics = run.steps.train(state, global_batch(run.mesh, batch))
+            state, metrics = run.steps.train(state, batch)
+            for value in metrics.values():
+                value.copy_to_host_async()
+            status.step += 1
+            batch, failure = next_batch(run, batches)  # is sent to the devices while they compute
             if pending:
                 log_metrics(run, *pending)
-            status.step += 1
             pending = status.step, metrics
             evaluates, saves = is_due(train.eval_interval), is_due(train.save_interval)
             if evaluates or saves or status.step == 1:
@@ -193,7 +188,9 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
                     run.checkpoints.save(state, status)
         if pending:
             log_metrics(run, *pending)
-    if stop.exit_code is None and failure is None:
+    if failure:
+        stop.agreed()  # a signal may have ended the workers that build batches
+    elif stop.exit_code is None:
         return state
     run.checkpoints.save(state, status)
     run.checkpoints.wait()
@@ -201,6 +198,20 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
         raise type(failure)(f"{failure}; step {status.step:,} is saved, the same command resumes") from None
     message = f"stopped after step {status.step:,} of {total_steps:,}, checkpoint saved; run the same command to resume"
     raise Interrupted(message, stop.exit_code)
+
+
+def next_batch(
+    run: Run, batches: Iterator[Batch]
+) -> tuple[dict[str, jax.Array] | None, UserError | RunError | None]:
+    """The next step's batch on the devices, None after the last step; or the error, if the data can't be read."""
+    if run.status.step == run.batches.total_steps:
+        return None, None
+    try:
+        return global_batch(run.mesh, next(batches)), None
+    except (UserError, RunError) as error:
+        if jax.process_count() > 1:  # the others wait for this process's rows
+            raise
+        return None, error
 
 
 def log_metrics(run: Run, step: int, metrics: Metrics) -> None:

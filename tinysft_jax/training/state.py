@@ -13,11 +13,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from tinysft_jax.attention import choose_backend
+from tinysft_jax.accelerator import default_dtype
+from tinysft_jax.attention.backends import choose_backend
 from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import UserError
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.model import GPT, GPTConfig, default_dtype
+from tinysft_jax.model import GPT, GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params, pad_vocabulary, trim_vocabulary
 from tinysft_jax.sharding import batch_sharding, state_sharding
 from tinysft_jax.tokenizer import ChatTokenizer
@@ -147,8 +148,9 @@ def steps_of(config: ConfigDict, shape: GPTConfig, total_steps: int, n_tasks: in
     """The steps of a configuration. Raises: UserError, if the model does not fit it, or attention can't run here."""
     check_model(config.data.seq_len, shape.max_seq_len, shape.n_heads, mesh.shape["tensor"])
     dtype = default_dtype() if config.train.dtype == "auto" else jnp.dtype(config.train.dtype)
-    choose_backend(config.train.attention, dtype, shape.head_dim, config.data.seq_len)
-    options = {"dtype": dtype, "attention": config.train.attention, "remat": config.train.remat}
+    attention = choose_backend(config.train.attention, config.data.seq_len, shape.n_heads, shape.head_dim, dtype)
+    options = {"dtype": dtype, "attention": attention, "remat": config.train.remat}
+    options |= {"scan_layers": config.train.scan_layers}
     model = nnx.eval_shape(lambda: GPT(shape, rngs=nnx.Rngs(0), **options))
     settings = config.optimizer.to_dict()
     ema_decay = settings.pop("ema_decay")

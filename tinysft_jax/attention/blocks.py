@@ -1,90 +1,56 @@
-"""Causal attention within segments, by backend, and attention over a cache of keys and values."""
+"""Causal attention within segments in plain JAX, block by block: for CPUs, and for what no fused kernel takes."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from tinysft_jax.console import UserError
-from tinysft_jax.sharding import over_batch_shards
-
-ATTENTION_BACKENDS = ("auto", "xla", "cudnn")
+from tinysft_jax.accelerator import product
 
 # Queries, and keys, in a block. Measured on a CPU, 4 rows of 1024, 12 heads of 64, conversations of 60 to 350 tokens,
 # forward and backward: 133 ms with 64, 140 with 128, 347 with 256; without skipping any block 266, 235 and 277.
 BLOCK = 128
+MOST_QUERY_BLOCKS = 8  # of `static_block_attention`, which is compiled block by block
 SCOPE = "key_blocks"  # names the loops whose number of iterations depends on the rows, for profiles and counts
 # A masked score. Finite: a block of nothing but masked scores adds weights that the diagonal block, which comes last
 # and always has the query's own key, scales down to 0.
 MASKED = -1e30
 
 Heads = Float[Array, "B T H D"]
-Slots = Float[Array, "B H S D"]  # a cache of S positions
 Blocks = Float[Array, "N B H C D"]  # N blocks of C positions
 SegmentBlocks = Int32[Array, "N B C"]
 
 
-def segment_attention(q: Heads, k: Heads, v: Heads, segment_ids: Int32[Array, "B T"], backend: str = "auto") -> Heads:
-    """Softmax(q kᵀ / √D) v over the earlier positions of each query's segment, and itself; padding is a segment, too.
+def static_block_attention(q: Heads, k: Heads, v: Heads, segment_ids: Int32[Array, "B T"]) -> Heads:
+    """`segment_attention` without a loop: the formula itself, for a block of queries and all keys up to its end.
 
-    No backend ignores segments. Raises a UserError if the backend is unknown or can't run here.
+    Scores are float32, and exist for a block at a time; the backward pass recomputes them.
     """
-    if choose_backend(backend, q.dtype, q.shape[-1], q.shape[1]) == "cudnn":
-        return _cudnn_attention(q, k, v, segment_ids)
-    return over_batch_shards(block_attention, q, k, v, segment_ids)
+    length = q.shape[1]
+    block = max(BLOCK, -(-length // MOST_QUERY_BLOCKS))
 
+    @functools.partial(jax.checkpoint, prevent_cse=True)
+    def attend(q, k, v, mask):
+        scores = product("bqhd,bkhd->bhqk", q, k, jnp.float32) * q.shape[-1] ** -0.5
+        weights = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1)
+        return product("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
 
-def choose_backend(backend: str, dtype, head_dim: int, seq_len: int) -> str:
-    """The backend that will run; a UserError if the one asked for is unknown or can't run here."""
-    if backend not in ATTENTION_BACKENDS:
-        raise UserError(f"attention backend {backend!r} is not one of {', '.join(ATTENTION_BACKENDS)}")
-    if backend == "xla":
-        return "xla"
-    obstacle = _cudnn_obstacle(dtype, head_dim, seq_len)
-    if backend == "cudnn" and obstacle:
-        raise UserError(f"attention=cudnn can't run here: {obstacle}; use attention=auto or xla")
-    return "xla" if obstacle else "cudnn"
-
-
-def _cudnn_obstacle(dtype, head_dim: int, seq_len: int) -> str:
-    """Why cuDNN's attention can't run in this process; empty if it can."""
-    device = jax.devices()[0]
-    if device.platform != "gpu" or not hasattr(device, "compute_capability"):
-        return "there is no NVIDIA GPU"
-    if float(device.compute_capability) < 8:
-        return f"it needs compute capability 8.0, this GPU has {device.compute_capability}"
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it takes bfloat16 or float16, not {dtype}"
-    if head_dim > 128 or head_dim % 8:
-        return f"it takes heads of a multiple of 8 up to 128, not {head_dim}"
-    return f"it takes rows of even length, not {seq_len}" if seq_len % 2 else ""
-
-
-def _cudnn_attention(q, k, v, segment_ids):
-    """Segments go in as a mask: with cuDNN's causal flag alone, conversations in a row would see each other."""
-    positions = jnp.arange(q.shape[1])
-    causal = positions[:, None] >= positions[None, :]
-    mask = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]) & causal[None, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-
-
-def cached_attention(q: Heads, k: Slots, v: Slots, positions: Int32[Array, "B T"]) -> Heads:
-    """Attention of queries at `positions` over cache slots 0..position, where slot i holds position i.
-
-    The heads' axis comes before the slots': each head's slots are contiguous, where `jax.nn.dot_product_attention`
-    would transpose the whole cache at every step (on a CPU, 16 rows of 512 slots, 4 layers: 7 ms a step, not 1.7).
-    """
-    scores = jnp.einsum("bthd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    mask: Bool[Array, "B 1 T S"] = positions[:, None, :, None] >= jnp.arange(k.shape[2])[None, None, None, :]
-    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bhts,bhsd->bthd", weights.astype(v.dtype), v)
+    out = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        is_earlier = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
+        mask = (segment_ids[:, start:stop, None] == segment_ids[:, None, :stop]) & is_earlier[None]
+        out.append(attend(q[:, start:stop], k[:, :stop], v[:, :stop], mask))
+    return jnp.concatenate(out, axis=1)
 
 
 def block_attention(q: Heads, k: Heads, v: Heads, segment_ids: Int32[Array, "B T"]) -> Heads:
-    """`segment_attention` in plain JAX, block by block (FlashAttention-2, https://arxiv.org/abs/2307.08691).
+    """`segment_attention` in loops over blocks (FlashAttention-2, https://arxiv.org/abs/2307.08691).
 
     Scores and sums are float32; the backward pass recomputes the scores. Blocks of keys that share no segment with a
-    block of queries are not visited.
+    block of queries are not visited, so loops end where the rows' segments tell.
     """
     n_rows, length, n_heads, head_dim = q.shape
     block = min(BLOCK, length)
@@ -114,7 +80,7 @@ def _forward(q, k, v, segments):
             scores = _scores(q, k, segments, j, i)
             new_highest = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
             weights, shrink = jnp.exp(scores - new_highest), jnp.exp(highest - new_highest)
-            added = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v[i], preferred_element_type=jnp.float32)
+            added = product("bhqk,bhkd->bhqd", weights.astype(v.dtype), v[i], jnp.float32)
             return out * shrink + added, new_highest, total * shrink + weights.sum(axis=-1, keepdims=True)
 
         none = jnp.zeros((*q.shape[1:-1], 1), jnp.float32)
@@ -134,19 +100,16 @@ def _backward(residuals, d_out):
     # Σ over keys of weight · its gradient, which the softmax's gradient subtracts.
     delta = (d_out.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
 
-    def product(equation: str, one, other):
-        return jnp.einsum(equation, one.astype(q.dtype), other, preferred_element_type=jnp.float32)
-
     def query_block(d_keys_values, j):
         def key_block(i, carry):
             d_q, d_k, d_v = carry
             weights = jnp.exp(_scores(q, k, segments, j, i) - log_sums[j])
-            d_weights = jnp.einsum("bhqd,bhkd->bhqk", d_out[j], v[i], preferred_element_type=jnp.float32)
-            d_scores = scale * weights * (d_weights - delta[j])
+            d_weights = product("bhqd,bhkd->bhqk", d_out[j], v[i], jnp.float32)
+            d_scores = (scale * weights * (d_weights - delta[j])).astype(q.dtype)
             return (
-                d_q + product("bhqk,bhkd->bhqd", d_scores, k[i]),
-                d_k.at[i].add(product("bhqk,bhqd->bhkd", d_scores, q[j])),
-                d_v.at[i].add(product("bhqk,bhqd->bhkd", weights, d_out[j])),
+                d_q + product("bhqk,bhkd->bhqd", d_scores, k[i], jnp.float32),
+                d_k.at[i].add(product("bhqk,bhqd->bhkd", d_scores, q[j], jnp.float32)),
+                d_v.at[i].add(product("bhqk,bhqd->bhkd", weights.astype(q.dtype), d_out[j], jnp.float32)),
             )
 
         start = jnp.zeros(q.shape[1:], jnp.float32)
@@ -180,5 +143,5 @@ def _scores(q: Blocks, k: Blocks, segments: SegmentBlocks, j, i) -> Float[Array,
     positions = jnp.arange(segments.shape[-1])
     is_earlier = (i < j) | (positions[:, None] >= positions[None, :])
     mask: Bool[Array, "B C C"] = (segments[j][:, :, None] == segments[i][:, None, :]) & is_earlier[None]
-    scores = jnp.einsum("bhqd,bhkd->bhqk", q[j], k[i], preferred_element_type=jnp.float32)
+    scores = product("bhqd,bhkd->bhqk", q[j], k[i], jnp.float32)
     return jnp.where(mask[:, None], q.shape[-1] ** -0.5 * scores, MASKED)

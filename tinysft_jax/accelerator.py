@@ -1,0 +1,39 @@
+"""What differs on an accelerator: whether there is one, full precision, compiled programs that are kept."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def is_present() -> bool:
+    """Whether programs run on a GPU or TPU, and not on a CPU."""
+    return jax.default_backend() != "cpu"
+
+
+def default_dtype() -> jnp.dtype:
+    """bfloat16 on accelerators; float32 on a CPU, which computes no faster in half precision."""
+    return jnp.dtype(jnp.bfloat16 if is_present() else jnp.float32)
+
+
+def product(equation: str, one: Float[Array, "..."], other: Float[Array, "..."], dtype=None) -> Float[Array, "..."]:
+    """`jnp.einsum` of two arrays of one dtype, in which float32 means float32.
+
+    By default, a GPU would multiply float32 in TF32, and a TPU in bfloat16. `dtype` is that of sums and result.
+    """
+    precision = jax.lax.Precision.HIGHEST if one.dtype == jnp.float32 else None
+    return jnp.einsum(equation, one, other, precision=precision, preferred_element_type=dtype)
+
+
+def keep_compiled() -> None:
+    """On an accelerator, keeps compiled programs for the next process; call it before anything is compiled.
+
+    They go to a directory of the user's cache. JAX's own variables change that: JAX_COMPILATION_CACHE_DIR, and
+    JAX_ENABLE_COMPILATION_CACHE=false. Not on a CPU: a program with collectives can hang there once it comes from the
+    disk, and one that was compiled on another machine may use instructions that this one lacks.
+    """
+    if is_present() and not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "tinysft-jax" / "compiled"))

@@ -1,0 +1,39 @@
+"""Attention over a cache of keys and values."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from tinysft_jax.accelerator import product
+
+# Queries whose scores exist at a time. All scores of 32 prompts of 1024 tokens, 12 heads, would take 1.6 GB.
+QUERIES = 128
+
+Heads = Float[Array, "B T H D"]
+Slots = Float[Array, "B H S D"]  # a cache of S positions
+
+
+def cached_attention(q: Heads, k: Slots, v: Slots, positions: Int32[Array, "B T"]) -> Heads:
+    """Attention of queries at `positions` over cache slots 0..position, where slot i holds position i.
+
+    The heads' axis comes before the slots': each head's slots are contiguous, where `jax.nn.dot_product_attention`
+    would transpose the whole cache at every step (on a CPU, 16 rows of 512 slots, 4 layers: 7 ms a step, not 1.7).
+    """
+    if q.shape[1] <= QUERIES:
+        return _attend(q, k, v, positions)
+    block = math.gcd(q.shape[1], QUERIES)
+
+    def blocks(x):
+        return x.reshape(x.shape[0], -1, block, *x.shape[2:]).swapaxes(0, 1)
+
+    out = jax.lax.map(lambda each: _attend(each[0], k, v, each[1]), (blocks(q), blocks(positions)))
+    return out.swapaxes(0, 1).reshape(q.shape)
+
+
+def _attend(q: Heads, k: Slots, v: Slots, positions: Int32[Array, "B T"]) -> Heads:
+    scores = product("bthd,bhsd->bhts", q, k, jnp.float32) * q.shape[-1] ** -0.5
+    mask = positions[:, None, :, None] >= jnp.arange(k.shape[2])[None, None, None, :]
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    return product("bhts,bhsd->bthd", weights.astype(v.dtype), v)

@@ -1,6 +1,7 @@
 """Attention within segments, against softmax written out, and what its blocks leave out."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import mesh_of
 from tiers import slow
 
+from tinysft_jax import accelerator
+from tinysft_jax.attention import backends, tokamax
 from tinysft_jax.attention import blocks as block_attention
-from tinysft_jax.attention.backends import choose_backend, segment_attention
+from tinysft_jax.attention.backends import TOLERANCE, choose_backend, relative_errors, segment_attention
+from tinysft_jax.attention.tokamax import segment_starts, tokamax_attention
 from tinysft_jax.console import UserError
 
 
@@ -45,11 +50,11 @@ def value_and_gradients(attend, q, k, v, segments):
     return jax.value_and_grad(lambda q, k, v: jnp.sum(places * attend(q, k, v, segments)), argnums=(0, 1, 2))(q, k, v)
 
 
-def check_against_the_formula(segments: np.ndarray) -> None:
+def check_against_the_formula(segments: np.ndarray, attend=segment_attention) -> None:
     """Output and gradients."""
     qkv, segments = random_qkv(*segments.shape, 2, 4), jnp.asarray(segments, jnp.int32)
-    np.testing.assert_allclose(segment_attention(*qkv, segments), plain_attention(*qkv, segments), atol=2e-6)
-    ours, plain = (value_and_gradients(attend, *qkv, segments) for attend in (segment_attention, plain_attention))
+    np.testing.assert_allclose(attend(*qkv, segments), plain_attention(*qkv, segments), atol=2e-6)
+    ours, plain = (value_and_gradients(function, *qkv, segments) for function in (attend, plain_attention))
     np.testing.assert_allclose(ours[0], plain[0], atol=1e-4)
     for gradient, expected in zip(ours[1], plain[1], strict=True):
         np.testing.assert_allclose(gradient, expected, atol=2e-5)
@@ -129,3 +134,106 @@ def test_a_backend_that_cannot_run_here_refuses():
         segment_attention(q, q, q, jnp.ones((1, 4), jnp.int32), "cudnn")
     with pytest.raises(UserError, match="'flash' is not one of auto, tokamax, cudnn, xla"):
         segment_attention(q, q, q, jnp.ones((1, 4), jnp.int32), "flash")
+
+
+@pytest.fixture
+def not_proven():
+    """No backend is proven, or found wrong, yet; afterwards what this test made them do is forgotten."""
+
+    def forget() -> None:
+        backends._best_backend.cache_clear()
+        backends._fault.cache_clear()
+        backends._relative_errors.clear_cache()
+
+    forget()
+    yield
+    forget()
+
+
+def ignores_segments(q, k, v, segment_ids):
+    return plain_attention(q, k, v, jnp.zeros_like(segment_ids))
+
+
+@jax.custom_vjp
+def has_no_gradient(q, k, v, segment_ids):
+    return plain_attention(q, k, v, segment_ids)
+
+
+has_no_gradient.defvjp(
+    lambda *arrays: (has_no_gradient(*arrays), arrays), lambda arrays, d_out: (*(jnp.zeros_like(x) for x in arrays[:3]), None)
+)
+
+
+def does_not_compile(q, k, v, segment_ids):
+    raise NotImplementedError("not on this GPU")
+
+
+@pytest.mark.parametrize(
+    ("attend", "complaint"),
+    [
+        (ignores_segments, r"differs from the formula, out by 0\.\d+, dq by"),
+        (has_no_gradient, "differs from the formula, dq by 1, dk by 1, dv by 1 of its norm"),
+        (does_not_compile, "not on this GPU"),
+    ],
+)
+def test_a_backend_that_is_wrong_is_dropped(not_proven, monkeypatch, capsys, attend, complaint):
+    """Also where the model is traced before anything is computed; with a line, once."""
+    monkeypatch.setitem(backends._ATTEND, "tokamax", attend)
+    monkeypatch.setattr(backends, "obstacle", lambda backend, *_: "no cuDNN" if backend == "cudnn" else "")
+    q, k, v = random_qkv(2, 40, 2, 8)
+    segments = jnp.arange(40)[None] // 15 + jnp.zeros((2, 1), jnp.int32)
+    for _ in range(2):
+        out = jax.jit(lambda *arrays: segment_attention(*arrays))(q, k, v, segments)
+    np.testing.assert_allclose(out, plain_attention(q, k, v, segments), atol=2e-6)
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"attention=tokamax is wrong here, and not used: .*{complaint}.*\n", said)
+    with pytest.raises(UserError, match=f"attention=tokamax is wrong here: .*{complaint}"):
+        segment_attention(q, k, v, segments, "tokamax")
+
+
+@pytest.mark.parametrize("mesh_sizes", [(1, 1, 1), (2, 2, 2)])
+def test_a_backend_that_is_right_is_used(not_proven, monkeypatch, capsys, mesh_sizes):
+    monkeypatch.setitem(backends._ATTEND, "tokamax", backends._by_shards(plain_attention))
+    monkeypatch.setattr(backends, "obstacle", lambda *_: "")
+    q, segments = jnp.ones((4, 40, 2, 8), jnp.bfloat16), jnp.ones((4, 40), jnp.int32)
+    with jax.set_mesh(mesh_of(*mesh_sizes)):
+        jax.jit(lambda q: segment_attention(q, q, q, segments))(q)
+        assert choose_backend("auto", 40, 2, 8, jnp.bfloat16) == "tokamax"
+        errors = relative_errors("tokamax", 4, 40, 2, 8, jnp.bfloat16)
+    assert errors.keys() == {"out", "dq", "dk", "dv"} and 1e-4 < max(errors.values()) < TOLERANCE
+    assert capsys.readouterr().err == ""
+
+
+def test_too_little_memory_is_no_fault_of_the_backend(not_proven, monkeypatch):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setitem(backends._ATTEND, "tokamax", exhausted)
+    monkeypatch.setattr(backends, "obstacle", lambda *_: "")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        choose_backend("auto", 40, 2, 8, jnp.bfloat16)
+
+
+@settings(max_examples=10)
+@given(rows_of_segments(40))
+def test_blocks_without_loops_equal_the_formula(segments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_attention, "BLOCK", 8)
+        patch.setattr(accelerator, "is_present", lambda: True)
+        check_against_the_formula(segments)
+
+
+@settings(max_examples=10)
+@given(rows_of_segments(40))
+def test_tokamax_gets_the_right_mask(segments):
+    """Its reference implementation, which runs on a CPU, with the mask that its kernels get."""
+    pytest.importorskip("tokamax")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokamax, "KERNEL", "xla")
+        check_against_the_formula(segments, tokamax_attention)
+
+
+@given(rows_of_segments(12))
+def test_a_segment_starts_where_its_id_first_occurs(segments):
+    expected = [[row.tolist().index(id_) for id_ in row] for row in segments]
+    assert segment_starts(jnp.asarray(segments)).tolist() == expected

@@ -1,7 +1,7 @@
-import math
+import contextlib
+import re
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +9,8 @@ from flax import nnx
 from runs import mesh_of
 from tiers import slow
 
+from tinysft_jax import accelerator
+from tinysft_jax.attention import backends
 from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.packing import PackingPlan, plan_epoch
 from tinysft_jax.data.store import PreparedData
@@ -81,14 +83,16 @@ def test_a_batch_without_targets_is_harmless(split):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def losses_on(mesh_sizes, split, n_steps: int, evaluates=False, dtype=jnp.float32) -> tuple[list[float], list[int]]:
+def losses_on(
+    mesh_sizes, split, n_steps: int, evaluates=False, dtype=jnp.float32, **options
+) -> tuple[list[float], list[int]]:
     """Losses of the first steps of a run on a mesh, and how often the train and evaluation step were compiled."""
     mesh = mesh_of(*mesh_sizes)
     source = BatchSource(split, plan_epoch(split.lengths, 128), 8, 128)
     with jax.set_mesh(mesh):
         schedule = warmup_cosine(1e-3, 2, 40)
         optimizer = make_optimizer(schedule, 0.01, 0.9, 0.95, 1.0)
-        model = nnx.eval_shape(lambda: GPT(CONFIG, rngs=nnx.Rngs(0), dtype=dtype))
+        model = nnx.eval_shape(lambda: GPT(CONFIG, rngs=nnx.Rngs(0), dtype=dtype, **options))
         steps = make_steps(mesh, model, optimizer, schedule, n_tasks=2)
         state, losses = steps.create(PARAMS, 0), []
         for index in range(n_steps):
@@ -138,21 +142,74 @@ def test_bfloat16_gives_the_losses_of_float32_within_a_hundredth(split, single_l
     np.testing.assert_allclose(halves, single_losses, rtol=0.01)
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("mesh_sizes", [(1, 1, 1), (2, 2, 2)])
-def test_the_step_lowers_for_accelerators(platform, mesh_sizes):
-    """Everything that runs on a GPU or TPU, up to what their compilers do; cuDNN's attention apart."""
-    mesh = mesh_of(*mesh_sizes)
+def lowered_step(mesh_sizes, platform: str, accumulation: int = 1, **options) -> str:
+    """The train step for a platform that need not be there, up to what its compiler does."""
+    mesh, config = mesh_of(*mesh_sizes), GPTConfig(vocab_size=260, dim=128, n_layers=3, n_heads=2, max_seq_len=128)
     with jax.set_mesh(mesh):
-        options = {"dtype": jnp.bfloat16, "attention": "xla", "remat": "full"}
-        model = nnx.eval_shape(lambda: GPT(CONFIG, rngs=nnx.Rngs(0), **options))
-        steps = make_steps(mesh, model, OPTIMIZER, warmup_cosine(1e-3, 2, 40), accumulation=2)
+        model = nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), **options))
+        steps = make_steps(mesh, model, OPTIMIZER, warmup_cosine(1e-3, 2, 40), accumulation=accumulation)
         kinds = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "targets": jnp.int32}
         kinds["weights"] = jnp.float32
         batch = {key: jax.ShapeDtypeStruct((8, 128), dtype) for key, dtype in kinds.items()}
-        exported = jax.export.export(steps.train, platforms=[platform])(steps.shapes, batch)
-    assert exported.platforms == (platform,) and exported.nr_devices == math.prod(mesh_sizes)
-    assert "bf16" in exported.mlir_module()
+        return steps.train.trace(steps.shapes, batch).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Choices are made as on a Hopper GPU. The libraries ask private functions, which no GPU answers here."""
+    monkeypatch.setattr(accelerator, "is_present", lambda: True)
+    monkeypatch.setattr(backends, "obstacle", lambda *_: "")
+    monkeypatch.setattr(backends, "_fault", lambda *_: "")
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
+    with contextlib.suppress(ImportError):
+        from tokamax._src import gpu_utils
+
+        monkeypatch.setattr(gpu_utils, "_compute_capability", lambda *_: 9.0)
+        monkeypatch.setattr(gpu_utils, "has_mosaic_gpu_support", lambda *_: True)
+
+
+@pytest.mark.parametrize(("attention", "kernel"), [("xla", ""), ("cudnn", "cudnn|CustomSPMDPartitioning"), ("tokamax", "mosaic_gpu")])
+@pytest.mark.parametrize("mesh_sizes", [(1, 1, 1), (2, 2, 2)])
+def test_the_step_on_a_gpu_has_no_loop_but_the_heads(as_on_a_gpu, attention, kernel, mesh_sizes):
+    """A loop whose length is data is read by the host at each iteration; the head's has one per chunk."""
+    if attention == "tokamax":
+        pytest.importorskip("tokamax")
+    step = lowered_step(mesh_sizes, "cuda", dtype=jnp.bfloat16, attention=attention)
+    assert "bf16" in step and re.search(kernel, step)
+    assert step.count("stablehlo.while") == 1
+    assert not re.search(r"stablehlo\.(case|if)\b", step)
+
+
+@pytest.mark.parametrize("mesh_sizes", [(1, 1, 1), (2, 2, 2)])
+def test_the_step_lowers_for_a_tpu(mesh_sizes, monkeypatch):
+    monkeypatch.setattr(accelerator, "is_present", lambda: True)
+    assert "bf16" in lowered_step(mesh_sizes, "tpu", 2, dtype=jnp.bfloat16, attention="xla", remat="full")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_float32_is_multiplied_as_float32_on_a_gpu(as_on_a_gpu, dtype):
+    """There, the default is TF32. In bfloat16 all products are, also those of the backward pass."""
+    products = re.findall(r"stablehlo\.dot_general .*", lowered_step((1, 1, 1), "cuda", dtype=dtype, attention="xla"))
+    assert len(products) > 30
+    for product in products:
+        assert (re.search(r": \(tensor<\S*xf32>", product) is not None) == (dtype == jnp.float32), product
+        assert ("precision = [HIGHEST, HIGHEST]" in product) == (dtype == jnp.float32), product
+
+
+@pytest.mark.parametrize("remat", ["none", *slow("dots", "full")])
+def test_layers_that_are_not_a_loop_give_the_same_losses(split, single_losses, remat):
+    losses = losses_on((1, 1, 1), split, 20, scan_layers="off", remat=remat)[0]
+    np.testing.assert_allclose(losses, single_losses[:20], rtol=1e-5)
+
+
+def test_larger_chunks_and_blocks_without_loops_give_the_same_losses(split, single_losses, monkeypatch):
+    """What an accelerator computes in other parts than a CPU."""
+    monkeypatch.setattr(accelerator, "is_present", lambda: True)
+    np.testing.assert_allclose(losses_on((1, 1, 1), split, 20)[0], single_losses[:20], rtol=1e-5)
 
 
 def test_the_step_compiles_once(split):

@@ -1,7 +1,5 @@
 """Causal attention within segments in plain JAX, block by block: for CPUs, and for what no fused kernel takes."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,27 +21,48 @@ Blocks = Float[Array, "N B H C D"]  # N blocks of C positions
 SegmentBlocks = Int32[Array, "N B C"]
 
 
+@jax.custom_vjp
 def static_block_attention(q: Heads, k: Heads, v: Heads, segment_ids: Int32[Array, "B T"]) -> Heads:
     """`segment_attention` without a loop: the formula itself, for a block of queries and all keys up to its end.
 
-    Scores are float32, and exist for a block at a time; the backward pass recomputes them.
+    Scores and sums are float32, and scores exist for a block at a time; the backward pass recomputes them.
     """
-    length = q.shape[1]
-    block = max(BLOCK, -(-length // MOST_QUERY_BLOCKS))
-
-    @functools.partial(jax.checkpoint, prevent_cse=True)
-    def attend(q, k, v, mask):
-        scores = product("bqhd,bkhd->bhqk", q, k, jnp.float32) * q.shape[-1] ** -0.5
-        weights = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1)
-        return product("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
-
     out = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        is_earlier = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
-        mask = (segment_ids[:, start:stop, None] == segment_ids[:, None, :stop]) & is_earlier[None]
-        out.append(attend(q[:, start:stop], k[:, :stop], v[:, :stop], mask))
+    for start, stop in _query_blocks(q.shape[1]):
+        weights = _weights(q, k, segment_ids, start, stop)
+        out.append(product("bhqk,bkhd->bqhd", weights.astype(v.dtype), v[:, :stop]))
     return jnp.concatenate(out, axis=1)
+
+
+def _static_backward(residuals, d_out):
+    q, k, v, segment_ids = residuals
+    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for start, stop in _query_blocks(q.shape[1]):
+        weights, d_block = _weights(q, k, segment_ids, start, stop), d_out[:, start:stop]
+        d_weights = product("bqhd,bkhd->bhqk", d_block, v[:, :stop], jnp.float32)
+        delta = (weights * d_weights).sum(axis=-1, keepdims=True)
+        d_scores = (q.shape[-1] ** -0.5 * weights * (d_weights - delta)).astype(q.dtype)
+        d_q.append(product("bhqk,bkhd->bqhd", d_scores, k[:, :stop]))
+        d_k = d_k.at[:, :stop].add(product("bhqk,bqhd->bkhd", d_scores, q[:, start:stop], jnp.float32))
+        d_v = d_v.at[:, :stop].add(product("bhqk,bqhd->bkhd", weights.astype(v.dtype), d_block, jnp.float32))
+    return jnp.concatenate(d_q, axis=1), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+static_block_attention.defvjp(lambda *arrays: (static_block_attention(*arrays), arrays), _static_backward)
+
+
+def _query_blocks(length: int) -> list[tuple[int, int]]:
+    """Where each block of queries starts and stops."""
+    block = max(BLOCK, -(-length // MOST_QUERY_BLOCKS))
+    return [(start, min(start + block, length)) for start in range(0, length, block)]
+
+
+def _weights(q: Heads, k: Heads, segment_ids: Int32[Array, "B T"], start: int, stop: int) -> Float[Array, "B H C S"]:
+    """Softmax weights of a block of queries, over all keys up to its end."""
+    is_earlier = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
+    mask = (segment_ids[:, start:stop, None] == segment_ids[:, None, :stop]) & is_earlier[None]
+    scores = product("bqhd,bkhd->bhqk", q[:, start:stop], k[:, :stop], jnp.float32) * q.shape[-1] ** -0.5
+    return jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1)
 
 
 def block_attention(q: Heads, k: Heads, v: Heads, segment_ids: Int32[Array, "B T"]) -> Heads:

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import decoder_of
 
+from tinysft_jax import accelerator
 from tinysft_jax.checkpoints import load_model
 from tinysft_jax.console import UserError
-from tinysft_jax.model import cached_hidden, head_logits
+from tinysft_jax.model import GPT, GPTConfig, cached_hidden, head_logits
 from tinysft_jax.sampling import decode
-from tinysft_jax.sampling.decode import Decoder, generate
+from tinysft_jax.sampling.decode import Decoder, KeptCache, generate
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sharding import make_mesh, state_sharding
 
@@ -313,3 +314,31 @@ def test_a_prompt_that_cannot_be_continued_is_refused(decoder, prompt, message):
 def test_options_out_of_range_are_refused(model, bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         generate(model, [[1, 2, 3]], **bad)
+
+
+def test_an_accelerators_loop_gives_the_same_answers(decoder, prompts, monkeypatch):
+    """It makes all steps of a call, also after the rows' ends; where an answer fills its cache to the last slot, too."""
+    stop = decoder.generate(prompts, SamplingOptions(N_NEW, temperature=0))[0][5]
+    for options in (SamplingOptions(N_NEW, temperature=0, stop_ids=(stop,)), SamplingOptions(N_NEW, max_length=64)):
+        expected = decoder.generate(prompts, options)
+        alone = [decoder.generate([prompt], options)[0] for prompt in prompts]
+        with monkeypatch.context() as patch:
+            patch.setattr(accelerator, "is_present", lambda: True)
+            assert decoder.generate(prompts, options) == expected
+            for prompt, answer in zip(prompts, alone, strict=True):
+                kept = KeptCache()
+                assert [id_ for new in decoder.stream(prompt, options, kept) for id_ in new] == answer
+                longer = [*prompt, *answer][:60]  # what follows is computed from the kept cache
+                again = [id_ for new in decoder.stream(longer, options, kept) for id_ in new]
+                assert again == decoder.generate([longer], options)[0]
+
+
+def test_a_long_prompt_needs_no_square_of_scores():
+    """Scores of 2 prompts of 512 tokens over 512 slots, 8 heads, would take 16 MB."""
+    config = GPTConfig(vocab_size=128, dim=64, n_layers=1, n_heads=8, max_seq_len=512)
+    decoder = decoder_of(GPT(config, rngs=nnx.Rngs(0)))
+    prompts = [np.zeros(500, np.int32)] * 2
+    state = decoder._begin(prompts, [0, 1], SamplingOptions(4))
+    tokens, lengths = np.zeros((2, 512), np.int32), np.array([500, 500], np.int32)
+    program = decode.prefill.lower(decoder._params, state, tokens, lengths, config).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 12e6

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
+from tinysft_jax import accelerator
 from tinysft_jax.console import UserError
 from tinysft_jax.model import GPT, GPTConfig, LayerCache, cached_hidden, fuse_projections, head_logits
 from tinysft_jax.parameters import Params
@@ -24,6 +25,8 @@ Prompt = Sequence[int] | np.ndarray
 
 # Steps of one call to `advance`, at most; and while someone reads the answer as it is generated.
 CHUNK, STREAM_CHUNK = 64, 8
+# On an accelerator all steps of a call are done, so a call is shorter; see `advance`.
+ACCELERATOR_CHUNK = 16
 # Lengths are rounded up to powers of two, from this one on.
 SHORTEST_BUCKET = 32
 # A stream's prompt is fed in pieces of two lengths: as many of the long ones as it fills, then short ones. That
@@ -99,20 +102,27 @@ def prefill(
     return state._replace(cache=cache, hidden=last, positions=state.positions + lengths)
 
 
-@functools.partial(jax.jit, static_argnames=("top_k", "config"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("top_k", "config", "all_steps"), donate_argnames="state")
 def advance(
-    params: Params, state: DecodeState, n_steps: Int32[Array, ""], knobs: Knobs, top_k: int, config: GPTConfig
+    params: Params,
+    state: DecodeState,
+    n_steps: Int32[Array, ""],
+    knobs: Knobs,
+    top_k: int,
+    config: GPTConfig,
+    all_steps: int = 0,
 ) -> tuple[DecodeState, Int32[Array, "B chunk"]]:
     """Draws up to `n_steps` (at most `CHUNK`) tokens a row; returns the state and the tokens, padded with -1.
 
     A token is fed as soon as it is drawn, so the cache always holds all that was returned. A row that draws a stop id
-    is finished.
+    is finished. The loop ends when all rows are; but with `all_steps` it makes that many steps, in place of `n_steps`:
+    on a GPU, the host would read after each step whether the loop goes on, and the GPU would wait. A finished row then
+    writes to the slot of its position, which may be one beyond its limit.
     """
     key = jax.random.key(knobs.seed, impl="threefry2x32")
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(state.rows)
 
-    def step(carry):
-        i, state, new = carry
+    def step(i, state, new):
         logits = head_logits(state.hidden, params["tok_emb"]["embedding"], config.vocab_size)
         logits = penalize(logits, state.seen, knobs.repetition_penalty)
         logits = jnp.where(knobs.forbidden[None], -jnp.inf, logits)
@@ -125,17 +135,19 @@ def advance(
             hidden=hidden[:, 0],
             positions=state.positions + active,
             limits=jnp.where(active, state.limits, state.positions),
-            seen=state.seen.at[jnp.arange(len(token)), token].set(True),
+            seen=state.seen.at[jnp.arange(len(token)), token].set(True, unique_indices=True),
         )
-        return i + 1, state, new.at[:, i].set(jnp.where(active, token, -1))
+        return state, new.at[:, i].set(jnp.where(active, token, -1))
 
     def unfinished(carry):
         i, state, _ = carry
         return (i < n_steps) & (state.positions < state.limits).any()
 
     new = jnp.full((len(state.positions), CHUNK), -1, jnp.int32)
-    _, state, new = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, new))
-    return state, new
+    if all_steps:
+        return jax.lax.fori_loop(0, all_steps, lambda i, carry: step(i, *carry), (state, new))
+    carry = jnp.int32(0), state, new
+    return jax.lax.while_loop(unfinished, lambda carry: (carry[0] + 1, *step(*carry)), carry)[1:]
 
 
 @dataclasses.dataclass
@@ -233,7 +245,7 @@ class Decoder:
 
     def _stream(self, ids: list[int], options: SamplingOptions, knobs: Knobs, kept: KeptCache, row: int) -> Iterator:
         """A generator, which begins at its first chunk; `stream` raises errors at once."""
-        n_slots = self._slots(self._limit(len(ids), options))
+        n_slots = self._cache_slots(self._limit(len(ids), options))
         start, cache = kept.take(ids, n_slots)
         padding = (start - len(ids)) % PIECES[-1]
         if len(ids) + padding > n_slots:
@@ -296,7 +308,7 @@ class Decoder:
             row[prompt] = True
         seen[:, [id_ for id_ in options.stop_ids if 0 <= id_ < config.vocab_size]] = False
         if not cache:
-            shape = (n_rows, config.n_heads, self._slots(max(limits)), config.head_dim)
+            shape = (n_rows, config.n_heads, self._cache_slots(max(limits)), config.head_dim)
             empty = functools.partial(jnp.zeros, shape, self._dtype, device=self._sharding(n_rows))
             cache = [(empty(), empty()) for _ in range(config.n_layers)]
         hidden = np.zeros((n_rows, config.dim), self._dtype)
@@ -317,7 +329,10 @@ class Decoder:
     ) -> tuple[DecodeState, list[list[int]], bool]:
         """Draws up to `n_steps` tokens: the new state, each row's new ids, and whether any row is unfinished."""
         top_k = top_k if top_k < self.config.vocab_size else 0
-        state, new = advance(self._params, state, np.int32(n_steps), knobs, top_k, self.config)
+        all_steps = 0
+        if accelerator.is_present():  # one length to read along, and one for batches: each is compiled by itself
+            all_steps = STREAM_CHUNK if n_steps <= STREAM_CHUNK else ACCELERATOR_CHUNK
+        state, new = advance(self._params, state, np.int32(n_steps), knobs, top_k, self.config, all_steps)
         new, positions, limits = jax.device_get((new, state.positions, state.limits))
         return state, [row[row >= 0].tolist() for row in new], bool((positions < limits).any())
 
@@ -333,6 +348,10 @@ class Decoder:
         """`n` positions, rounded up so that few shapes are compiled, to whole pieces."""
         context = -(-self.config.max_seq_len // SHORTEST_BUCKET) * SHORTEST_BUCKET
         return min(max(_bucket(n), SHORTEST_BUCKET), context)
+
+    def _cache_slots(self, limit: int) -> int:
+        """Of a cache for rows that end before position `limit`: that one has a slot, too, where `advance` needs it."""
+        return self._slots(limit) + (SHORTEST_BUCKET if accelerator.is_present() else 0)
 
 
 def _bucket(n: int) -> int:

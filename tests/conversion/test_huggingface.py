@@ -26,8 +26,7 @@ from tinysft_jax.conversion.huggingface import read_huggingface, write_huggingfa
 from tinysft_jax.conversion.names import STABLELM
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.model import GPTConfig
-from tinysft_jax.parameters import ModelDescription, Params, make_model, model_parameter_shapes
+from tinysft_jax.parameters import ModelDescription, Params, make_model
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.state import starting_model
 
@@ -169,13 +168,17 @@ def test_a_folder_of_before_the_pad_token_is_read(chat_folder, tmp_path):
 
 @pytest.mark.parametrize("template, bpe_ranks, unused", [("text", 300, 3), (None, 256, 1)])
 def test_a_folder_that_was_read_is_written_alike(make_folder, tmp_path, template, bpe_ranks, unused):
-    """With rows above the tokenizer's vocabulary; transformers has a token for each of them."""
+    """From a model directory, with rows above the tokenizer's vocabulary; transformers has a token for each of them."""
     folder = make_folder(template, bpe_ranks, unused)
     description, params = read_huggingface(folder)
+    save_model(tmp_path / "model", params, description)
+    description, params = open_model(tmp_path / "model")
     vocab_size = ChatTokenizer(template, bpe_ranks).vocab_size + unused
     assert description.config.vocab_size == vocab_size
-    write_huggingface(tmp_path, params, description)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+    output = tmp_path / "folder"
+    output.mkdir()
+    write_huggingface(output, params, description)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == {
         path.name: path.read_bytes() for path in folder.iterdir()
     }
     theirs = AutoTokenizer.from_pretrained(folder)
@@ -239,15 +242,6 @@ def test_what_transformers_saves_is_read(exported, tmp_path, dtype, sharded):
     assert description.config == exported.description.config
     rounded = jax.tree.map(lambda leaf: torch.from_numpy(leaf).to(dtype).float().numpy(), exported.params)
     jax.tree.map(np.testing.assert_array_equal, params, rounded)
-
-
-def test_features_are_reordered_head_by_head():
-    config = GPTConfig(vocab_size=4, dim=8, n_layers=1, n_heads=2)
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model_parameter_shapes(config))
-    params["blocks"]["attn"]["wq"]["kernel"][:] = np.arange(8)
-    tensors = STABLELM.export_tensors(params, config)
-    assert tensors["model.layers.0.self_attn.q_proj.weight"][:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    jax.tree.map(np.testing.assert_array_equal, STABLELM.import_tensors(tensors, config), params)
 
 
 # Each: what is changed in config.json, and what the error must name.

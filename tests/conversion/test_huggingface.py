@@ -69,7 +69,8 @@ def test_transformers_computes_the_golden_logits(exported, caplog):
     np.testing.assert_allclose(logits, exported.golden["logits"], rtol=0, atol=2e-5)
 
 
-def test_what_comes_back_is_the_same_bits(exported):
+def test_what_comes_back_is_the_same_bits(exported, tmp_path):
+    """As parameters, and as a folder that is written from a model directory."""
     description, params = read_huggingface(exported.folder)
     assert description.config == exported.description.config
     assert description.chat_template == exported.description.chat_template
@@ -77,6 +78,11 @@ def test_what_comes_back_is_the_same_bits(exported):
     jax.tree.map(np.testing.assert_array_equal, params, exported.params)
     logits = make_model(description.config, params, dtype=jnp.float32)(jnp.asarray(exported.golden["input_ids"]))
     np.testing.assert_allclose(logits, exported.golden["logits"], rtol=0, atol=2e-5)
+    save_model(tmp_path / "model", params, description)
+    (tmp_path / "folder").mkdir()
+    write_huggingface(tmp_path / "folder", open_model(tmp_path / "model")[1], description)
+    for path in (tmp_path / "folder").iterdir():
+        assert path.read_bytes() == (exported.folder / path.name).read_bytes()
 
 
 def test_sizes_agree_and_padding_is_not_exported(exported):
@@ -168,17 +174,13 @@ def test_a_folder_of_before_the_pad_token_is_read(chat_folder, tmp_path):
 
 @pytest.mark.parametrize("template, bpe_ranks, unused", [("text", 300, 3), (None, 256, 1)])
 def test_a_folder_that_was_read_is_written_alike(make_folder, tmp_path, template, bpe_ranks, unused):
-    """From a model directory, with rows above the tokenizer's vocabulary; transformers has a token for each of them."""
+    """With rows above the tokenizer's vocabulary; transformers has a token for each of them."""
     folder = make_folder(template, bpe_ranks, unused)
     description, params = read_huggingface(folder)
-    save_model(tmp_path / "model", params, description)
-    description, params = open_model(tmp_path / "model")
     vocab_size = ChatTokenizer(template, bpe_ranks).vocab_size + unused
     assert description.config.vocab_size == vocab_size
-    output = tmp_path / "folder"
-    output.mkdir()
-    write_huggingface(output, params, description)
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == {
+    write_huggingface(tmp_path, params, description)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
         path.name: path.read_bytes() for path in folder.iterdir()
     }
     theirs = AutoTokenizer.from_pretrained(folder)

@@ -8,7 +8,7 @@ from flax import nnx
 from tiers import slow
 
 from tinysft_jax.console import UserError
-from tinysft_jax.model import GPT, GPTConfig, Linear, embed, head_logits
+from tinysft_jax.model import GPT, GPTConfig, Linear, embed, head_logits, rotary_angles, rotate
 
 CONFIG = GPTConfig(vocab_size=200, dim=32, n_layers=2, n_heads=2, max_seq_len=512)
 
@@ -83,6 +83,15 @@ def test_a_segment_in_a_row_is_as_if_alone(model):
     positions = jnp.concatenate([jnp.arange(10), jnp.arange(20)])[None].astype(jnp.int32)
     packed = model(tokens, segments, positions)
     np.testing.assert_allclose(packed[:, 10:], model(tokens[:, 10:]), atol=1e-5)
+
+
+def test_rotary_positions_turn_the_halves_of_a_head_against_each_other():
+    x = np.random.default_rng(0).normal(size=(1, 5, 2, 16)).astype(np.float32)
+    positions = jnp.arange(5, dtype=jnp.int32)[None] + 100
+    frequencies = CONFIG.rope_theta ** -(np.arange(8) / 8)
+    expected = (x[..., :8] + 1j * x[..., 8:]) * np.exp(1j * np.outer(np.arange(5) + 100, frequencies))[:, None]
+    rotated = rotate(jnp.asarray(x), rotary_angles(positions, CONFIG))
+    np.testing.assert_allclose(rotated, np.concatenate([expected.real, expected.imag], -1), atol=1e-4)
 
 
 def test_bfloat16_computes_nearly_the_same():

@@ -51,9 +51,7 @@ def open_model(path: str | Path, n_heads: int | None = None) -> tuple[ModelDescr
         return read_torch_checkpoint(path, n_heads)
     if kind == "huggingface":
         return read_huggingface(path)
-    path = path / "model" if kind == "work" else path
-    description = load_description(path)
-    return description, load_params(path, description.config)
+    return _read_model_directory(path / "model" if kind == "work" else path)
 
 
 def load_tokenizer(path: str | Path) -> ChatTokenizer:
@@ -104,13 +102,28 @@ def write_model(directory: Path, params: Params, description: ModelDescription) 
 
 
 def load_description(path: Path) -> ModelDescription:
+    return _read_model_json(path)[0]
+
+
+def _read_model_json(path: Path) -> tuple[ModelDescription, int]:
+    """The description, and the format version."""
     where = Path(path) / "model.json"
-    return ModelDescription.from_json(files.read_json(where, "a model directory", parameters.FORMAT_VERSION), where)
+    content = files.read_json(where, "a model directory", parameters.FORMAT_VERSION)
+    return ModelDescription.from_json(content, where), content["format_version"]
 
 
-def load_params(path: Path, config: GPTConfig) -> Params:
-    """Reads a model directory's parameters, as `open_model` returns them. Each process reads for itself."""
-    directory = Path(path).resolve() / "params"
+def _read_model_directory(path: Path) -> tuple[ModelDescription, Params]:
+    """Each process reads for itself."""
+    description, format_version = _read_model_json(path)
+    params = _read_params(path, description.config)
+    if format_version == 1:
+        params = parameters.from_interleaved(params, description.config)
+    return description, parameters.pad_vocabulary(params, description.config)
+
+
+def _read_params(path: Path, config: GPTConfig) -> Params:
+    """What is in `params/`, as it is stored."""
+    directory = path.resolve() / "params"
     wanted = parameters.trim_vocabulary(parameters.model_parameter_shapes(config), config)
     try:
         with quiet_orbax(), alone():
@@ -121,10 +134,9 @@ def load_params(path: Path, config: GPTConfig) -> Params:
             if differing := [key for key in sorted(have | want) if have.get(key) != want.get(key)]:
                 parts = [f"{key} is {have.get(key, 'missing')}, not {want.get(key, 'expected')}" for key in differing]
                 raise UserError(f"{directory} does not fit model.json: {'; '.join(parts[:5])}")
-            params = ocp.load(directory, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
+            return ocp.load(directory, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
     except ORBAX_ERRORS as error:
         raise UserError(f"can't read {directory}: {reason(error)}") from None
-    return parameters.pad_vocabulary(params, config)
 
 
 def _shapes(tree: Params) -> dict[str, str]:

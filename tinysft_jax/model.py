@@ -1,4 +1,4 @@
-"""The GPT: pre-norm blocks, rotary positions on interleaved pairs, SwiGLU, a head tied to the embedding."""
+"""The GPT: pre-norm blocks, rotary positions on halves of heads, SwiGLU, a head tied to the embedding."""
 
 import dataclasses
 import functools
@@ -123,12 +123,14 @@ def rotary_angles(positions: Ints, config: GPTConfig) -> Rotation:
 
 
 def rotate(x: Float[Array, "B T H D"], rotation: Rotation) -> Float[Array, "B T H D"]:
-    """Rotates the interleaved pairs (x[2i], x[2i+1]) by their angles, in float32."""
+    """Rotates the features i and i + D/2 of each head by their angle, in float32.
+
+    Halves, because they are contiguous, where interleaved pairs need strided access.
+    """
     cos, sin = (part[:, :, None, :] for part in rotation)
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return rotated.reshape(x.shape).astype(x.dtype)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+    return rotated.astype(x.dtype)
 
 
 class Attention(nnx.Module):

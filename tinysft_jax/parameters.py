@@ -13,7 +13,7 @@ from tinysft_jax.console import UserError, shown
 from tinysft_jax.files import check
 from tinysft_jax.model import GPT, LARGEST_SIZE, GPTConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # version 1 had queries and keys interleaved, see `from_interleaved`
 
 Params = dict[str, Any]  # nested dicts of arrays, see `model_parameter_shapes`
 
@@ -109,3 +109,27 @@ def pad_vocabulary(params: Params, config: GPTConfig) -> Params:
     embedding = np.asarray(params["tok_emb"]["embedding"])
     rows = config.padded_vocab_size - len(embedding)
     return params | {"tok_emb": {"embedding": np.pad(embedding, ((0, rows), (0, 0)))}}
+
+
+def from_interleaved(params: Params, config: GPTConfig) -> Params:
+    """Reorders queries and keys from RoPE on the features 2i and 2i + 1 of a head to RoPE on i and i + half, as here.
+
+    Attention scores don't change, as both are reordered alike.
+    """
+    return _reorder_heads(params, (config.n_heads, config.head_dim // 2, 2))
+
+
+def to_interleaved(params: Params, config: GPTConfig) -> Params:
+    """The inverse of `from_interleaved`."""
+    return _reorder_heads(params, (config.n_heads, 2, config.head_dim // 2))
+
+
+def _reorder_heads(params: Params, shape: tuple[int, int, int]) -> Params:
+    """Reorders the features of queries and keys: `shape` splits them, and its last two axes are swapped."""
+
+    def reorder(kernel: np.ndarray) -> np.ndarray:
+        return kernel.reshape(*kernel.shape[:-1], *shape).swapaxes(-1, -2).reshape(kernel.shape)
+
+    attention = params["blocks"]["attn"]
+    reordered = {name: {"kernel": reorder(attention[name]["kernel"])} for name in ("wq", "wk")}
+    return params | {"blocks": params["blocks"] | {"attn": attention | reordered}}

@@ -26,8 +26,7 @@ from tinysft_jax.conversion.huggingface import read_huggingface, write_huggingfa
 from tinysft_jax.conversion.names import STABLELM
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.model import GPTConfig
-from tinysft_jax.parameters import ModelDescription, Params, make_model, model_parameter_shapes
+from tinysft_jax.parameters import ModelDescription, Params, make_model
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.state import starting_model
 
@@ -70,7 +69,8 @@ def test_transformers_computes_the_golden_logits(exported, caplog):
     np.testing.assert_allclose(logits, exported.golden["logits"], rtol=0, atol=2e-5)
 
 
-def test_what_comes_back_is_the_same_bits(exported):
+def test_what_comes_back_is_the_same_bits(exported, tmp_path):
+    """As parameters, and as a folder that is written from a model directory."""
     description, params = read_huggingface(exported.folder)
     assert description.config == exported.description.config
     assert description.chat_template == exported.description.chat_template
@@ -78,6 +78,11 @@ def test_what_comes_back_is_the_same_bits(exported):
     jax.tree.map(np.testing.assert_array_equal, params, exported.params)
     logits = make_model(description.config, params, dtype=jnp.float32)(jnp.asarray(exported.golden["input_ids"]))
     np.testing.assert_allclose(logits, exported.golden["logits"], rtol=0, atol=2e-5)
+    save_model(tmp_path / "model", params, description)
+    (tmp_path / "folder").mkdir()
+    write_huggingface(tmp_path / "folder", open_model(tmp_path / "model")[1], description)
+    for path in (tmp_path / "folder").iterdir():
+        assert path.read_bytes() == (exported.folder / path.name).read_bytes()
 
 
 def test_sizes_agree_and_padding_is_not_exported(exported):
@@ -239,15 +244,6 @@ def test_what_transformers_saves_is_read(exported, tmp_path, dtype, sharded):
     assert description.config == exported.description.config
     rounded = jax.tree.map(lambda leaf: torch.from_numpy(leaf).to(dtype).float().numpy(), exported.params)
     jax.tree.map(np.testing.assert_array_equal, params, rounded)
-
-
-def test_features_are_reordered_head_by_head():
-    config = GPTConfig(vocab_size=4, dim=8, n_layers=1, n_heads=2)
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model_parameter_shapes(config))
-    params["blocks"]["attn"]["wq"]["kernel"][:] = np.arange(8)
-    tensors = STABLELM.export_tensors(params, config)
-    assert tensors["model.layers.0.self_attn.q_proj.weight"][:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    jax.tree.map(np.testing.assert_array_equal, STABLELM.import_tensors(tensors, config), params)
 
 
 # Each: what is changed in config.json, and what the error must name.

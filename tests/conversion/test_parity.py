@@ -16,7 +16,7 @@ from tinysft_jax.conversion.names import TORCH
 from tinysft_jax.conversion.parity import measure_parity, torch_logits
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.model import GPTConfig
-from tinysft_jax.parameters import make_model, trim_vocabulary
+from tinysft_jax.parameters import make_model
 from tinysft_jax.training.step import make_optimizer, make_train_step, supervised_nll
 
 
@@ -48,8 +48,7 @@ class Golden(NamedTuple):
 
     def tensors(self, params) -> dict[str, np.ndarray]:
         """Parameters or gradients under PyTorch's names."""
-        params = trim_vocabulary(jax.tree.map(np.asarray, params), self.config)
-        return TORCH.views(params, self.config.n_layers)
+        return TORCH.export_tensors(params, self.config)
 
 
 @pytest.fixture(scope="module", params=["pretrained_small", "pretrained_compiled", "sft_small"])

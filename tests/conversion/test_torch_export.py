@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 from tiers import slow
-from tiny_model import make_model_directory
+from tiny_model import make_model_directory, save_model
 from torch_twin import TorchTwin, save
 
 from tinysft_jax.checkpoints import load_model, open_model
 from tinysft_jax.console import RunError, UserError
-from tinysft_jax.conversion.names import bare_name
+from tinysft_jax.conversion.names import TORCH, bare_name
 from tinysft_jax.conversion.parity import measure_parity
 from tinysft_jax.conversion.torch import LONGEST_CONTEXT, read_torch_checkpoint, write_torch_checkpoint
+from tinysft_jax.model import GPTConfig
+from tinysft_jax.parameters import model_parameter_shapes
 
 
 def write(path, description, params):
@@ -25,10 +27,11 @@ def write(path, description, params):
 
 @pytest.mark.parametrize("name", ["pretrained_small", "pretrained_compiled", "sft_small"])
 def test_checkpoint_comes_back_bit_by_bit(fixtures, tmp_path, name):
-    """Every key in its place, buffers included, and all that the file says of itself."""
+    """From a model directory: every key in its place, buffers included, and all that the file says of itself."""
     before = torch.load(fixtures / f"{name}.pt", weights_only=True)
     description, params = read_torch_checkpoint(fixtures / f"{name}.pt")
-    after = write(tmp_path / "a.pt", description, params)
+    save_model(tmp_path / "model", params, description)
+    after = write(tmp_path / "a.pt", *open_model(tmp_path / "model"))
     state = {bare_name(key): tensor for key, tensor in before["model_state_dict"].items()}
     assert list(after["model_state_dict"]) == list(state)
     for key, tensor in after["model_state_dict"].items():
@@ -40,6 +43,15 @@ def test_checkpoint_comes_back_bit_by_bit(fixtures, tmp_path, name):
     again, params_again = read_torch_checkpoint(tmp_path / "a.pt")
     assert (again.config, again.chat_template) == (description.config, description.chat_template)
     jax.tree.map(np.testing.assert_array_equal, params_again, params)
+
+
+def test_features_are_reordered_head_by_head():
+    config = GPTConfig(vocab_size=4, dim=12, n_layers=1, n_heads=2)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model_parameter_shapes(config))
+    params["blocks"]["attn"]["wq"]["kernel"][:] = np.arange(12)
+    tensors = TORCH.export_tensors(params, config)
+    assert tensors["blocks.0.attn.wq.weight"][:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    jax.tree.map(np.testing.assert_array_equal, TORCH.import_tensors(tensors, config), params)
 
 
 @pytest.mark.parametrize("hidden, theta, n_heads", [(64, 10000.0, 2), (41, 500.0, 4), (176, 123456.7, 1)])

@@ -261,8 +261,9 @@ def test_a_turn_computes_only_what_is_new(speaker, monkeypatch):
 
     monkeypatch.setattr(decode, "prefill", spy)
     session = Session(speaker, TOKENIZER, SamplingOptions(12, temperature=0), system="s")
-    say(session, "abc")
+    say(session, "cat")
     n_prompt, n_answer = 7, session.last.n_tokens
+    assert n_answer > 1
     say(session, "what")
     assert fed == [(0, n_prompt), (n_prompt + n_answer, 1 + 1 + 4 + 1)], "end-of-text, marker, what, marker"
     "".join(session.retry())

@@ -10,6 +10,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from runs import assert_same_bits, latest_checkpoint, losses, stop_at, tiny_config
 
+from tinysft_jax import files
 from tinysft_jax.checkpoints import load_description, load_model
 from tinysft_jax.console import Interrupted, RunError, UserError
 from tinysft_jax.data import prepare
@@ -41,7 +42,7 @@ def test_a_run_learns_and_leaves_what_it_should(finished):
     ("key", "value"),
     [
         ("format_version", "1"),
-        ("format_version", 2),
+        ("format_version", 3),
         ("run", None),
         ("run", {"steps": True}),
         ("best_loss", "low"),
@@ -60,6 +61,21 @@ def test_what_a_checkpoint_says_of_its_run_is_checked(chat_data, finished, monke
     with pytest.raises(RunError, match=rf"can't resume from .*checkpoints/12: .*({key}|newer program)"):
         loop.train(tiny_config(chat_data), finished)
     assert sorted(path.name for path in finished.rglob("*")) == before
+
+
+def test_a_checkpoint_of_version_1_is_refused_with_the_way_on(chat_data, finished, tmp_path):
+    """The moments in its optimizer state are interleaved; its best model can still be used."""
+    work = shutil.copytree(finished, tmp_path / "work", symlinks=True)
+    content = json.loads((work / "checkpoints" / "12" / "_CHECKPOINT_METADATA").read_text())
+    assert content["custom_metadata"]["format_version"] == 2
+    content["custom_metadata"]["format_version"] = 1
+    (work / "checkpoints" / "12" / "_CHECKPOINT_METADATA").write_text(json.dumps(content))
+    files.write_manifest(work / "checkpoints" / "12")
+    before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=rf"--config.init_from={work} --workdir=DIR$") as refusal:
+        loop.train(tiny_config(chat_data), work, accept_changes=True)
+    assert refusal.value.exit_code == 2 and "\n" not in str(refusal.value)
+    assert {path: path.read_bytes() for path in work.rglob("*") if path.is_file()} == before
 
 
 def test_model_is_a_link_to_the_best(chat_data, finished):

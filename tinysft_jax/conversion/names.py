@@ -13,7 +13,14 @@ import numpy as np
 
 from tinysft_jax.console import UserError
 from tinysft_jax.model import GPTConfig
-from tinysft_jax.parameters import Params, model_parameter_shapes, pad_vocabulary, trim_vocabulary
+from tinysft_jax.parameters import (
+    Params,
+    from_interleaved,
+    model_parameter_shapes,
+    pad_vocabulary,
+    to_interleaved,
+    trim_vocabulary,
+)
 
 # The key in exported files for entries of `ModelDescription` that their format has no place for.
 OWN_KEY = "tinysft_jax"
@@ -28,7 +35,7 @@ class Layout:
 
     names: dict[str, str]  # path in the parameters → name in the file; `{}` is the layer, the first axis in "blocks"
     head: str  # the output head's name; it is tied to the embedding, so a file need not hold it
-    rotates_halves: bool  # whether RoPE rotates features (i, i + half) of a head there; here it rotates (2i, 2i + 1)
+    interleaved: bool  # whether RoPE rotates features 2i and 2i + 1 of a head there; here it rotates i and i + half
 
     @property
     def embedding(self) -> str:
@@ -59,8 +66,8 @@ class Layout:
     def export_tensors(self, params: Params, config: GPTConfig) -> dict[str, np.ndarray]:
         """The model's tensors as a file holds them, without the head, which is the embedding."""
         params = jax.tree.map(np.asarray, trim_vocabulary(params, config))
-        if self.rotates_halves:
-            params = _reorder_heads(params, (config.n_heads, config.head_dim // 2, 2))
+        if self.interleaved:
+            params = to_interleaved(params, config)
         # Copied, because a view would be saved with all of the array behind it.
         return {name: np.array(view, order="C") for name, view in self.views(params, config.n_layers).items()}
 
@@ -83,8 +90,8 @@ class Layout:
                 raise UserError(f"{name} has {(~finite).sum()} values that are not finite, the first at {first}")
         if self.head in tensors and not np.array_equal(tensors[self.head], tensors[self.embedding]):
             raise UserError(f"{self.head} differs from {self.embedding}: an untied head, where this model ties the two")
-        if self.rotates_halves:
-            params = _reorder_heads(params, (config.n_heads, 2, config.head_dim // 2))
+        if self.interleaved:
+            params = from_interleaved(params, config)
         return pad_vocabulary(params, config)
 
     def check_names(self, found: Collection[str], n_layers: int) -> None:
@@ -98,20 +105,6 @@ class Layout:
             faults += [f"{fault}: {', '.join(name[:100] for name in names[:20])}{more}"] if names else []
         if faults:
             raise UserError(f"its tensors are not this model's; {'; '.join(faults)}")
-
-
-def _reorder_heads(params: Params, shape: tuple[int, int, int]) -> Params:
-    """Reorders the features of queries and keys in each head: `shape` splits them, and its last two axes are swapped.
-
-    Attention scores don't change, as queries and keys are reordered alike.
-    """
-
-    def reorder(kernel: np.ndarray) -> np.ndarray:
-        return kernel.reshape(*kernel.shape[:-1], *shape).swapaxes(-1, -2).reshape(kernel.shape)
-
-    attention = params["blocks"]["attn"]
-    reordered = {name: {"kernel": reorder(attention[name]["kernel"])} for name in ("wq", "wk")}
-    return params | {"blocks": params["blocks"] | {"attn": attention | reordered}}
 
 
 # Path in the parameters, name in the PyTorch project, name in Hugging Face's StableLM.
@@ -131,8 +124,8 @@ _TENSORS = (
     ("ln_f.scale", "ln_f.weight", "model.norm.weight"),
     ("ln_f.bias", "ln_f.bias", "model.norm.bias"),
 )
-TORCH = Layout({path: name for path, name, _ in _TENSORS}, head="head.weight", rotates_halves=False)
-STABLELM = Layout({path: name for path, _, name in _TENSORS}, head="lm_head.weight", rotates_halves=True)
+TORCH = Layout({path: name for path, name, _ in _TENSORS}, head="head.weight", interleaved=True)
+STABLELM = Layout({path: name for path, _, name in _TENSORS}, head="lm_head.weight", interleaved=False)
 
 
 def own_entries(content: Mapping[Any, Any]) -> dict[str, Any]:

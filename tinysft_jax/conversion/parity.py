@@ -49,8 +49,7 @@ def measure_parity(model: GPT, path: Path) -> Parity:
         expected = huggingface_logits(path, tokens)[..., : config.vocab_size]  # without the folder's pad token
     else:
         expected = torch_logits(path, tokens, config.n_heads, config.rope_theta)
-    with jax.default_matmul_precision("highest"):  # accelerators would multiply in less than float32
-        logits = np.asarray(model(jax.numpy.asarray(tokens)))
+    logits = np.asarray(model(jax.numpy.asarray(tokens)))
     difference = np.abs(logits - expected)
     return Parity(
         positions=tokens.size,

@@ -159,7 +159,7 @@ class RunStatus:
     skipped_steps: tuple[int, ...] | list[int] = (0, 0)  # in the run, and in a row up to now
 
 
-FORMAT_VERSION = 1  # of a checkpoint's JSON
+FORMAT_VERSION = 2  # of a checkpoint; version 1 had queries, keys and their moments interleaved
 _TWO_COUNTS: Kind = ("two whole numbers", lambda value: isinstance(value, list) and [*map(type, value)] == [int, int])
 _STATUS: Schema = {  # `RunStatus`, but for the step
     "run": {TOTAL_STEPS: COUNT},
@@ -209,7 +209,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     def resume(self, config: ConfigDict, identity: dict[str, Any], accept_changes: bool) -> tuple[RunStatus, list[str]]:
         """The status in the newest checkpoint, and notes about what the user has changed since.
 
-        Raises a RunError if it can't be read, a UserError if it is another run's, unless `accept_changes`.
+        Raises a RunError if it can't be read; a UserError if it is of an older format, or, unless `accept_changes`,
+        another run's.
         """
         where, workdir, total_steps = self._path(self.newest), self._directory.parent, identity[TOTAL_STEPS]
         with self._one_line("read"):
@@ -222,6 +223,11 @@ class Checkpoints(contextlib.AbstractContextManager):
             check(content, _STATUS)
         except UserError as error:
             raise RunError(f"can't resume from {where}: {error}") from None
+        if content["format_version"] < FORMAT_VERSION:
+            raise UserError(
+                f"{where} is of an older program, whose optimizer state this one can't use; start from the run's best "
+                f"model in a new work directory: --config.init_from={workdir} --workdir=DIR"
+            )
         changes, before = "; ".join(differences(content["run"], identity)), content["run"][TOTAL_STEPS]
         if changes and not accept_changes:
             raise UserError(f"{workdir} is another run: {changes}; choose another --workdir or add --accept_changes")

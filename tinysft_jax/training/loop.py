@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tinysft_jax import distributed, files
-from tinysft_jax.checkpoints import load_params
+from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import Interrupted, RunError, UserError, lacks_memory, shortage
 from tinysft_jax.data.batches import Batch, BatchSource, epoch_batches
 from tinysft_jax.data.packing import Packing
@@ -259,7 +259,7 @@ def finish(run: Run, state: TrainState) -> None:
     if distributed.first_decides(any(FINAL_ROWS in line for line in logs.read_metrics(run.workdir))):
         return
     if status.best_step != status.step:
-        params = jax.device_put(load_params(run.workdir / "model", status.model.config), run.steps.shardings["params"])
+        params = jax.device_put(open_model(run.workdir / "model")[1], run.steps.shardings["params"])
     losses = run.evaluator.losses(run.steps.evaluate, params, run.final_rows, run.stop.agreed)
     if run.stop.exit_code is not None:
         message = "stopped during the final evaluation; all steps are saved, run the same command to finish"

@@ -40,7 +40,7 @@ FULL = Size(
     steps=20,
     contrast_rows=32,
     train_rows=(4, 32),
-    train_lines=8,
+    train_lines=12,
     flags=("", DETERMINISTIC),
     starts=True,
     streams=(1, 16, 64, 256),
@@ -66,7 +66,7 @@ QUICK = dataclasses.replace(
 # Shows that everything runs; the figures mean nothing.
 CPU = Size(
     config=GPTConfig(1152, 32, 2, 2, 256),
-    data=("--embedded=60", "--bpe_ranks=1024", "--max_tokens=256"),
+    data=("--embedded=60", "--bpe_ranks=1024", "--max_tokens=256", "--workers=1"),
     matmul=256,
     attention_rows=2,
     rows=(2,),

@@ -27,7 +27,7 @@ from tinysft_jax.data.packing import plan_epoch
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.model import GPT
 from tinysft_jax.parameters import make_model
-from tinysft_jax.sampling.decode import Decoder
+from tinysft_jax.sampling.decode import CHUNK, Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sharding import global_batch, make_mesh
 from tinysft_jax.training.log import peak_flops, train_flops
@@ -215,17 +215,17 @@ def make_prompts(size: Size, n: int) -> list[list[int]]:
 
 
 def measure_streams(size: Size, decoder: Decoder, n: int) -> Row:
-    """A step's time is the difference of two lengths of answers in caches of the same length."""
-    prompts, fewer = make_prompts(size, n), size.new - size.new // 6
+    """A step's time is the difference of two lengths of answers, in caches of the same length."""
+    prompts, more = make_prompts(size, n), size.new + CHUNK  # on a GPU, steps are made by the chunk
     first_call, _ = timed(lambda: decoder.generate(prompts, SamplingOptions(size.new), n))
     times = {}
-    for n_new in (fewer, size.new):
+    for n_new in (size.new, more):
         call = functools.partial(decoder.generate, prompts, SamplingOptions(n_new), n)
         times[n_new] = statistics.median(timed(call)[0] for _ in range(size.repeats))
     answers = decoder.generate(prompts, SamplingOptions(size.new), n)
     return {
         "tokens_per_second": sum(map(len, answers)) / times[size.new],
-        "step_ms": 1e3 * (times[size.new] - times[fewer]) / (size.new - fewer),
+        "step_ms": 1e3 * (times[more] - times[size.new]) / CHUNK,
         "first_call_s": first_call,
     }
 

@@ -25,7 +25,7 @@ class Size:
     starts: bool  # whether to measure the time to the first step
     streams: tuple[int, ...]
     prompt: int
-    new: int
+    new: int  # tokens of an answer
     repeats: int
     resume: dict[str, int]  # settings of the runs that are compared
     torch_new: int
@@ -77,7 +77,7 @@ CPU = Size(
     flags=("",),
     starts=True,
     streams=(1,),
-    prompt=40,
+    prompt=130,
     new=20,
     repeats=1,
     resume={"model.n_layers": 4, "train.batch_size": 2, "train.max_steps": 30, "train.save_interval": 10},

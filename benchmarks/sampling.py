@@ -9,6 +9,7 @@ measurements counts, for both: what else runs on the machine only adds to them.
 
 import functools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -21,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tinysft_jax import console
+from tinysft_jax.accelerator import default_dtype
 from tinysft_jax.checkpoints import open_model
-from tinysft_jax.model import default_dtype
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
 
@@ -31,6 +32,7 @@ from torch_twin import TorchTwin  # the same model in PyTorch, with its fused at
 
 VOCAB_SIZE = 50_304
 TEMPERATURE, TOP_K = 0.7, 50
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # PyTorch's
 FILTERS = {
     "greedy": {"temperature": 0.0, "top_k": 0},
     "no filter": {"temperature": TEMPERATURE, "top_k": 0},
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="prompts at a time, beside one")
     parser.add_argument("--repeats", type=int, default=5, help="the fastest counts")
     flags = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is for PyTorch, too
     context = 1 << (flags.prompt + flags.new - 1).bit_length()
     twin = TorchTwin(VOCAB_SIZE, flags.dim, flags.n_layers, flags.n_heads, context)
     with tempfile.TemporaryDirectory() as directory:
@@ -59,6 +62,9 @@ def main() -> None:
         description, params = open_model(f"{directory}/twin.pt")
     decoder = Decoder(description.config, params, default_dtype())
     prompts = np.random.default_rng(0).integers(0, VOCAB_SIZE, (flags.batch, flags.prompt)).tolist()
+    twin = twin.to(DEVICE)
+    if DEVICE == "cuda":
+        twin = twin.bfloat16()  # as ours computes there
     results = {"torch": torch_rates(twin, prompts, flags.new)}
     results["ours"] = our_rates(decoder, prompts, flags.new, flags.repeats)
     results["step_ms"] = {
@@ -79,9 +85,10 @@ def torch_rates(model: TorchTwin, prompts: list[list[int]], n_new: int) -> dict[
     """Tokens a second: of one stream from the fastest token of each tenth of the answer, of the batch from the fastest
     token of the tenth in the middle, where a text has its mean length."""
     n_batch = max(n_new // 10, 1)
-    middle = torch.randint(VOCAB_SIZE, (len(prompts), (n_new - n_batch) // 2))
-    one = torch_token_seconds(model, torch.tensor(prompts[:1]), n_new)
-    batch = torch_token_seconds(model, torch.cat([torch.tensor(prompts), middle], dim=1), n_batch)
+    texts = torch.tensor(prompts, device=DEVICE)
+    middle = torch.randint(VOCAB_SIZE, (len(prompts), (n_new - n_batch) // 2), device=DEVICE)
+    one = torch_token_seconds(model, texts[:1], n_new)
+    batch = torch_token_seconds(model, torch.cat([texts, middle], dim=1), n_batch)
     tenths = np.array_split(one, min(10, n_new))
     return {
         "one_stream": 1 / float(np.mean([tenth.min() for tenth in tenths])),
@@ -94,10 +101,12 @@ def torch_token_seconds(model: TorchTwin, ids: torch.Tensor, n_new: int) -> list
     times = []
     for _ in range(n_new):
         start = time.perf_counter()
-        logits = model(ids)[:, -1] / TEMPERATURE
+        logits = model(ids)[:, -1].float() / TEMPERATURE
         kth = torch.topk(logits, TOP_K).values[:, -1:]
         probabilities = torch.softmax(logits.masked_fill(logits < kth, -torch.inf), dim=-1)
         ids = torch.cat([ids, torch.multinomial(probabilities, 1)], dim=1)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return times
 

@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from training import make_step
 
-from tinysft_jax import attention as block_attention
 from tinysft_jax import console
+from tinysft_jax.accelerator import default_dtype
+from tinysft_jax.attention import blocks
 from tinysft_jax.data import prepare
 from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.packing import plan_epoch
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.model import GPTConfig, default_dtype
+from tinysft_jax.model import GPTConfig
 from tinysft_jax.sharding import global_batch, make_mesh
 from tinysft_jax.training import step as loss
 
@@ -29,7 +30,7 @@ VOCAB_SIZE = 50_304
 # A part of the model, and what the name of its operations in JAX matches; the first that matches counts.
 PARTS = {
     "head and loss": loss.SCOPE,
-    "attention": block_attention.SCOPE,
+    "attention": blocks.SCOPE,
     "products with layers' weights": r"while/body.*(dot_general|ni,no->io)",
     "rest of the layers": r"while/body",
     "embedding": r"take|gather|scatter",

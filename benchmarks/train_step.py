@@ -9,7 +9,9 @@ The loops train the same model on the same machine, in turn, with the same numbe
 `python benchmarks/train_step.py [--dim 256 --n_layers 4 --n_heads 4 --seq_len 1024 --positions 4096 --seconds 30]`
 """
 
+import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -25,18 +27,20 @@ from torch.nn import functional as F
 from training import make_step
 
 from tinysft_jax import console
-from tinysft_jax.attention import BLOCK, first_key_blocks
+from tinysft_jax.accelerator import default_dtype
+from tinysft_jax.attention.blocks import BLOCK, first_key_blocks
 from tinysft_jax.data import prepare
 from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.packing import PackingPlan, plan_epoch
 from tinysft_jax.data.store import PreparedData, Split
-from tinysft_jax.model import GPTConfig, default_dtype
+from tinysft_jax.model import GPTConfig
 from tinysft_jax.sharding import global_batch, make_mesh
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from torch_twin import TorchTwin  # the same model in PyTorch, with its fused attention
 
 VOCAB_SIZE = 50_304
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # PyTorch's
 Result = dict[str, float]
 
 
@@ -50,6 +54,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30, help="to measure each loop, compilation apart")
     parser.add_argument("--remat", default="none")
     flags = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is for PyTorch, too
     rows = flags.positions // flags.seq_len
     config = GPTConfig(VOCAB_SIZE, flags.dim, flags.n_layers, flags.n_heads, flags.seq_len)
     with tempfile.TemporaryDirectory() as directory:
@@ -97,19 +102,34 @@ def our_loop(config: GPTConfig, source: BatchSource, seconds: float, remat: str,
 
 
 def torch_loop(config: GPTConfig, batches, seconds: float, peak: float) -> Result:
-    model = TorchTwin(config.vocab_size, config.dim, config.n_layers, config.n_heads, config.max_seq_len)
+    """In the dtype that ours computes in: bfloat16 on a GPU."""
+    model = TorchTwin(config.vocab_size, config.dim, config.n_layers, config.n_heads, config.max_seq_len).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    precision = torch.autocast("cuda", torch.bfloat16) if DEVICE == "cuda" else contextlib.nullcontext()
 
     def train(batch):
-        tokens, targets = (torch.from_numpy(batch[key]).long() for key in ("tokens", "targets"))
-        labels = torch.where(torch.from_numpy(batch["weights"]) > 0, targets, -100)
-        loss = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), ignore_index=-100)
+        tokens, labels = torch_batch(batch)
+        with precision:
+            loss = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), ignore_index=-100)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        synchronize()
 
     return measure(train, iter(batches), seconds, lambda batch: full_flops(config, batch), peak)
+
+
+def torch_batch(batch: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, and labels, which are -100 where nothing is supervised."""
+    tokens, targets = (torch.from_numpy(batch[key]).long().to(DEVICE) for key in ("tokens", "targets"))
+    return tokens, torch.where(torch.from_numpy(batch["weights"]).to(DEVICE) > 0, targets, -100)
+
+
+def synchronize() -> None:
+    """Waits until PyTorch's device has done what was queued."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def measure(train: Callable, batches: Iterator, seconds: float, flops: Callable, peak: float) -> Result:
@@ -157,10 +177,15 @@ def matmul_flops(config: GPTConfig, positions: int, scored: float, keys: float) 
 
 
 def matmul_peak(size: int = 4096) -> float:
-    """FLOP/s of a large float32 product, in PyTorch or JAX, whichever is faster: what this machine can do."""
-    ours, theirs = jax.jit(jax.numpy.matmul), torch.ones(size, size)
-    a, times = jax.numpy.ones((size, size)), []
-    for product in (lambda: theirs @ theirs, lambda: jax.block_until_ready(ours(a, a))):
+    """FLOP/s of a large product, in PyTorch or JAX, whichever is faster: what this machine can do."""
+    ours, a = jax.jit(jax.numpy.matmul), jax.numpy.ones((size, size), default_dtype())
+    theirs, times = torch.ones(size, size, dtype=getattr(torch, default_dtype().name), device=DEVICE), []
+
+    def torch_product() -> None:
+        theirs @ theirs
+        synchronize()
+
+    for product in (torch_product, lambda: jax.block_until_ready(ours(a, a))):
         product()
         for _ in range(3):
             start = time.perf_counter()

@@ -12,12 +12,13 @@ from tinysft_jax.training.step import TrainState, make_optimizer, warmup_cosine
 
 
 def make_step(
-    config: GPTConfig, mesh: Mesh, dtype, remat: str = "none"
+    config: GPTConfig, mesh: Mesh, dtype, remat: str = "none", attention: str = "auto", scan_layers: str = "auto"
 ) -> tuple[Callable, TrainState, Callable[[], TrainState]]:
     """Within `jax.set_mesh(mesh)`: the jitted step, the shapes of its state, and what creates that state at random."""
     schedule = warmup_cosine(2e-5, 500, 10_000)
     optimizer = make_optimizer(schedule, 0.01, 0.9, 0.95, 1.0)
-    model = nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
+    options = {"dtype": dtype, "remat": remat, "attention": attention, "scan_layers": scan_layers}
+    model = nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), **options))
     steps = make_steps(mesh, model, optimizer, schedule)
     shapes = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), steps.shapes, steps.shardings)
     return steps.train, shapes, lambda: steps.create(None, 0)

@@ -1,4 +1,4 @@
-"""A PyTorch model of the same architecture, to make checkpoints from: the tests' own, small and slow."""
+"""A PyTorch model of the same architecture: tests make checkpoints from it, benchmarks train it."""
 
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,15 @@ class Attention(nn.Module):
         angles = torch.arange(max_seq_len).float()[:, None] * frequencies
         self.register_buffer("freqs_cis", torch.polar(torch.ones_like(angles), angles))
         self.register_buffer("mask", torch.ones(max_seq_len, max_seq_len).tril())
+        # Files hold the complex table. What computes is real: torch.compile and bfloat16 can't do complex numbers.
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * self.freqs_cis[: x.shape[-2]]
-        return torch.view_as_real(turned).flatten(-2)
+        cos, sin = self.cos[: x.shape[-2]].float(), self.sin[: x.shape[-2]].float()
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        return turned.flatten(-2).type_as(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (w(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))

@@ -6,7 +6,6 @@ import math
 import jax
 import numpy as np
 import pytest
-import torch
 from tiers import slow
 from tiny_model import make_model_directory
 from torch_twin import TorchTwin, save
@@ -16,6 +15,8 @@ from tinysft_jax.console import RunError, UserError
 from tinysft_jax.conversion.names import bare_name
 from tinysft_jax.conversion.parity import measure_parity
 from tinysft_jax.conversion.torch import LONGEST_CONTEXT, read_torch_checkpoint, write_torch_checkpoint
+
+torch = pytest.importorskip("torch")
 
 
 def write(path, description, params):

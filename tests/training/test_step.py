@@ -97,6 +97,7 @@ def losses_on(mesh_sizes, split, n_steps: int, evaluates=False, dtype=jnp.float3
             if evaluates:
                 batch = source[0]
                 steps.evaluate(state["params"], global_batch(mesh, batch | {"tasks": batch["segment_ids"] % 2}))
+    # Private: nothing public counts the programs that a function was compiled to.
     return losses, [steps.train._cache_size(), steps.evaluate._cache_size()]
 
 

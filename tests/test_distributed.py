@@ -135,7 +135,7 @@ def test_jax_itself_does_not_find_these(monkeypatch, environ, detected):
     try:
         *_, local_device_ids = found = ClusterEnv.auto_detect_unset_distributed_params(*[None] * 5, 300)
     except RuntimeError as error:
-        assert environ is OPEN_MPI and "requires mpi4py" in str(error)  # since JAX 0.12
+        assert environ is OPEN_MPI and "requires mpi4py" in str(error)  # newer JAX
     else:
         assert local_device_ids == detected and (detected or found == (None, None, None, None))
 

@@ -1,7 +1,13 @@
-# From nothing to a working system: Python 3.11 or newer and make are all that these need.
+# From nothing to a working system: Python 3.11 or newer and make are all that these need. Each Python has its environment.
 PYTHON ?= python3
-VENV := .venv
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+$(if $(VERSION),,$(error $(PYTHON) does not run))
+VENV := .venv-$(VERSION)
 BIN := $(VENV)/bin
+
+# 1: with torch. Gigabytes from PyPI, it is tested on the oldest supported Python; elsewhere its tests are skipped.
+TORCH ?= $(if $(filter 3.11,$(VERSION)),1,0)
+DEV := $(VENV)/dev-torch$(TORCH).stamp
 
 # Minutes; `make demo-full` is the same at greater length.
 DEMO := runs/demo
@@ -12,7 +18,7 @@ MINUTES := 10
 # Says what comes next, and how long the rest of the demo takes: $(2) is its share in percent.
 stage = @echo "$(DEMO): $(1); about $$(( ($(MINUTES) * $(2) + 99) / 100 )) min to go on two fast CPU cores, twice that on slow ones"
 
-.PHONY: demo demo-full test test-all soak lint clean
+.PHONY: demo demo-full chat test test-all soak lint clean
 
 # The embedded corpus, a small model pretrained on its stories, the same model fine-tuned, and what each can do. After an
 # interruption the same command resumes.
@@ -24,6 +30,10 @@ demo: $(DEMO)/sft.done
 demo-full:
 	$(MAKE) demo DEMO=runs/demo-full STORIES=20000 CASES=100 MINUTES=37 \
 		PRETRAIN_FLAGS=--config.train.max_steps=2000 SFT_FLAGS=--config.train.max_steps=4500
+
+# Talks to the demo's model.
+chat: $(DEMO)/sft.done | $(VENV)/demo.stamp
+	@$(BIN)/python sample.py --checkpoint=$(DEMO)/sft --interactive
 
 $(DEMO)/sft.done: $(DEMO)/pretrain.done $(DEMO)/tasks/data.json
 	$(call stage,fine-tuning,80)
@@ -45,31 +55,31 @@ $(DEMO)/tasks/data.json: | $(VENV)/demo.stamp
 	$(BIN)/python -m tinysft_jax.data.prepare --embedded=$(STORIES) --output=$(DEMO)/tasks --bpe_ranks=8192
 
 # The quick tier and all tests: docs/development.md.
-test: $(VENV)/dev.stamp lint
+test: $(DEV) lint
 	@$(call pytest,)
 
-test-all: $(VENV)/dev.stamp lint
+test-all: $(DEV) lint
 	@$(call pytest,-m 'not soak')
 
 pytest = start=$$(date +%s); $(BIN)/python -m pytest -n 2 $(1); code=$$?; echo "tests: $$(( $$(date +%s) - start )) s"; exit $$code
 
 # Kills, damage and a long run: an hour or two on two cores. Prints its figures; docs/reliability.md has the last ones.
-soak: $(VENV)/dev.stamp
+soak: $(DEV)
 	$(BIN)/python -m pytest -m soak -s
 
-lint: $(VENV)/dev.stamp
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs/demo runs/demo-full
+	rm -rf .venv-3.* runs/demo runs/demo-full
 
 # What running needs, and what developing needs on top of it: exact versions, so that all run the same.
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	@$(call install,.[eval])
 
-$(VENV)/dev.stamp: pyproject.toml constraints.txt
-	@$(call install,.[dev$(comma)eval$(comma)hf$(comma)torch])
+$(DEV): pyproject.toml constraints.txt
+	@$(call install,.[dev$(comma)eval$(comma)hf$(comma)tokamax$(if $(filter 1,$(TORCH)),$(comma)torch)])
 
 comma := ,
 define install

@@ -160,7 +160,8 @@ def has_no_gradient(q, k, v, segment_ids):
 
 
 has_no_gradient.defvjp(
-    lambda *arrays: (has_no_gradient(*arrays), arrays), lambda arrays, d_out: (*(jnp.zeros_like(x) for x in arrays[:3]), None)
+    lambda *arrays: (has_no_gradient(*arrays), arrays),
+    lambda arrays, d_out: (*(jnp.zeros_like(x) for x in arrays[:3]), None),
 )
 
 

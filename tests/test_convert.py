@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 from tiers import slow
 from tiny_model import make_model_directory
@@ -19,6 +18,8 @@ from torch_twin import TorchTwin, save, without_buffers
 
 from tinysft_jax.checkpoints import load_description, load_model, open_model
 from tinysft_jax.conversion import parity
+
+torch = pytest.importorskip("torch")
 
 COMMAND = Path(__file__).parents[1] / "convert_torch_weights.py"
 

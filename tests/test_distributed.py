@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from jax._src.clusters import ClusterEnv
+from jax._src.clusters import ClusterEnv  # private: nothing public tells what JAX would detect
 from launch import free_address
 
 from tinysft_jax.console import UserError
@@ -132,8 +132,12 @@ def test_jax_itself_does_not_find_these(monkeypatch, environ, detected):
     """Once it does, the table of launchers can go: a process that has a node for itself must get all of its GPUs."""
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    *_, local_device_ids = found = ClusterEnv.auto_detect_unset_distributed_params(*[None] * 5, 300)
-    assert local_device_ids == detected and (detected or found == (None, None, None, None))
+    try:
+        *_, local_device_ids = found = ClusterEnv.auto_detect_unset_distributed_params(*[None] * 5, 300)
+    except RuntimeError as error:
+        assert environ is OPEN_MPI and "requires mpi4py" in str(error)  # newer JAX
+    else:
+        assert local_device_ids == detected and (detected or found == (None, None, None, None))
 
 
 SETTLE = """

@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torch
 
 from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import UserError
@@ -17,6 +16,8 @@ from tinysft_jax.conversion.huggingface import read_huggingface
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.export import check_output, export_run, parse_export
 from tinysft_jax.training import loop
+
+torch = pytest.importorskip("torch")
 
 CONFIG = Path(__file__).parents[1] / "configs" / "sft.py"
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from tiny_model import make_config, make_tokenizer, save_model
 from torch_twin import TorchTwin, save
@@ -31,6 +30,8 @@ from tinysft_jax.sampling import chat as interactive
 from tinysft_jax.sampling.batch import read_requests
 from tinysft_jax.sampling.chat import Session, Shell, load_transcript
 from tinysft_jax.tokenizer import LONGEST_BLANK, ChatTokenizer
+
+torch = pytest.importorskip("torch")
 
 PACKAGE = Path(tinysft_jax.__file__).parent
 MARKERS = "<|system|><|user|><|assistant|><|endoftext|>"

@@ -114,6 +114,7 @@ def test_no_system_message_without_a_template(sample, text_model):
 
 
 def test_a_model_whose_tokenizer_is_unknown_is_refused(sample, fixtures):
+    pytest.importorskip("torch")
     code, out, err = sample(f"--checkpoint={fixtures / 'sft_small.pt'}", "--prompt=Hi")
     assert (code, out) == (2, "") and "tokenizer" in err and err.count("\n") == 1
 

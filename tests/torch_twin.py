@@ -1,11 +1,15 @@
-"""A PyTorch model of the same architecture: tests make checkpoints from it, benchmarks train it."""
+"""A PyTorch model of the same architecture: tests make checkpoints from it, benchmarks train it.
+
+Where torch is not installed, tests that import this are skipped.
+"""
 
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.nn import functional as F
+import pytest
+
+torch = pytest.importorskip("torch")
+nn, F = torch.nn, torch.nn.functional
 
 
 class Attention(nn.Module):

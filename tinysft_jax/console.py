@@ -46,9 +46,14 @@ class _ShortRepr(reprlib.Repr):
         return super().repr_int(x, level) if abs(x) < 10**100 else "a number of over 100 digits"
 
 
-# In the errors of XLA and CUDA where a device has too little free memory. The last is of the compiler's autotuner, which
-# finds no configuration that it has the memory to try.
-_SHORTAGES = ("RESOURCE_EXHAUSTED", "out of memory", "OUT_OF_MEMORY", "FissionBackend does not support a default config")
+# In the errors of XLA and CUDA where a device has too little free memory. The last is of the compiler's autotuner,
+# which finds no configuration that it has the memory to try.
+_SHORTAGES = (
+    "RESOURCE_EXHAUSTED",
+    "out of memory",
+    "OUT_OF_MEMORY",
+    "FissionBackend does not support a default config",
+)
 
 
 def lacks_memory(error: Exception) -> bool:

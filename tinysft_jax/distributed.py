@@ -42,8 +42,8 @@ class _Launcher(NamedTuple):
     local_size: str = ""  # number of processes on this node
 
 
-# JAX's own detection is not enough: under SLURM, it gives the only process of a node just one of its GPUs, it does not
-# know Open MPI 5 and MPICH, and for Kubernetes it asks the cluster's API. See the tests.
+# JAX's own detection is not enough: under SLURM, it gives the only process of a node just one of its GPUs, it knows
+# Open MPI 5 only with mpi4py, and MPICH not at all, and for Kubernetes it asks the cluster's API. See the tests.
 _LAUNCHERS = (
     _Launcher("SLURM", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     _Launcher("Open MPI", *(f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE"))),

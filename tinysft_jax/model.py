@@ -162,9 +162,7 @@ class Attention(nnx.Module):
         return self.wo(out.reshape(x.shape)), cache
 
 
-def _write(
-    slots: Float[Array, "B H S D"], new: Float[Array, "B T H D"], positions: Ints
-) -> Float[Array, "B H S D"]:
+def _write(slots: Float[Array, "B H S D"], new: Float[Array, "B T H D"], positions: Ints) -> Float[Array, "B H S D"]:
     """A cache with the slots at `positions`, which follow each other in a row, set."""
     if len(positions) == 1:  # a slice is faster than a scatter, which each row of several needs for its own positions
         return jax.lax.dynamic_update_slice(slots, new.swapaxes(1, 2), (0, 0, positions[0, 0], 0))

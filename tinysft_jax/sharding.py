@@ -122,7 +122,7 @@ def batch_axes() -> tuple[str, ...]:
 def over_shards(
     function: Callable[..., jax.Array], in_axes: Sequence[Sequence[str | None]], out_axes: Sequence[str | None]
 ) -> Callable[..., jax.Array]:
-    """`function`, run by each shard of the current mesh on its own part of the arrays, which have these logical axes."""
+    """`function`, run by each shard of the current mesh on its own part of the arrays, given their logical axes."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 from safetensors.numpy import load_file
 from tiny_model import make_model_directory
 
@@ -25,6 +26,7 @@ def test_model_directory_is_read_with_orbax_and_json(tmp_path, monkeypatch, caps
 
 
 def test_chat_through_transformers_and_the_folder_for_llama_cpp(tmp_path, chat_folder, monkeypatch, capsys):
+    pytest.importorskip("torch")
     (tmp_path / "stories").symlink_to(chat_folder)
     monkeypatch.chdir(tmp_path)
     chat, llama = code_blocks("export.md")[0], code_blocks("export.md")[2]

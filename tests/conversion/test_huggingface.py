@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 from tiny_model import make_model_directory, make_tokenizer, save_model
@@ -29,6 +28,8 @@ from tinysft_jax.data.store import PreparedData
 from tinysft_jax.parameters import ModelDescription, Params, make_model
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.state import starting_model
+
+torch = pytest.importorskip("torch")
 
 transformers.utils.logging.disable_progress_bar()
 

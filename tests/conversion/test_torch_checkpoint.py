@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch_twin import TorchTwin, save, without_buffers
@@ -21,6 +20,8 @@ from tinysft_jax.console import UserError
 from tinysft_jax.conversion.names import TORCH, mlp_ratio
 from tinysft_jax.conversion.torch import open_torch_file, read_torch_checkpoint, rope_theta
 from tinysft_jax.parameters import make_model, model_parameter_shapes, trim_vocabulary
+
+torch = pytest.importorskip("torch")
 
 
 def assert_same_params(actual, expected):

@@ -6,7 +6,6 @@ import math
 import jax
 import numpy as np
 import pytest
-import torch
 from tiers import slow
 from tiny_model import make_model_directory, save_model
 from torch_twin import TorchTwin, save
@@ -18,6 +17,8 @@ from tinysft_jax.conversion.parity import measure_parity
 from tinysft_jax.conversion.torch import LONGEST_CONTEXT, read_torch_checkpoint, write_torch_checkpoint
 from tinysft_jax.model import GPTConfig
 from tinysft_jax.parameters import model_parameter_shapes
+
+torch = pytest.importorskip("torch")
 
 
 def write(path, description, params):

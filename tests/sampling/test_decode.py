@@ -58,6 +58,7 @@ def compilations():
 
 
 def compiled() -> int:
+    # Private: nothing public counts the programs that a function was compiled to.
     return decode.prefill._cache_size() + decode.advance._cache_size()
 
 
@@ -96,6 +97,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(model, prompts, full_logits):
 
 @pytest.mark.parametrize("name", ["pretrained_small", "sft_small"])
 def test_greedy_is_what_pytorch_generates(fixtures, name):
+    pytest.importorskip("torch")
     golden = np.load(fixtures / f"{name}.golden.npz")["greedy"][0].tolist()
     model = load_model(fixtures / f"{name}.pt")
     assert generate(model, [golden[:8]], max_new_tokens=16, temperature=0) == [golden[8:]]
@@ -317,7 +319,7 @@ def test_options_out_of_range_are_refused(model, bad):
 
 
 def test_an_accelerators_loop_gives_the_same_answers(decoder, prompts, monkeypatch):
-    """It makes all steps of a call, also after the rows' ends; where an answer fills its cache to the last slot, too."""
+    """It makes all steps of a call, also after the rows' ends, and where an answer fills its cache to the last slot."""
     stop = decoder.generate(prompts, SamplingOptions(N_NEW, temperature=0))[0][5]
     for options in (SamplingOptions(N_NEW, temperature=0, stop_ids=(stop,)), SamplingOptions(N_NEW, max_length=64)):
         expected = decoder.generate(prompts, options)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_model import make_config, make_tokenizer
@@ -35,6 +34,8 @@ from tinysft_jax.sampling.chat import load_transcript
 from tinysft_jax.tasks.make import TASK_NAMES, make_tasks
 from tinysft_jax.tasks.records import parse_record, split_records
 from tinysft_jax.tokenizer import ChatTokenizer
+
+torch = pytest.importorskip("torch")
 
 pytestmark = pytest.mark.soak
 

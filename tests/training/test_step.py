@@ -101,6 +101,7 @@ def losses_on(
             if evaluates:
                 batch = source[0]
                 steps.evaluate(state["params"], global_batch(mesh, batch | {"tasks": batch["segment_ids"] % 2}))
+    # Private: nothing public counts the programs that a function was compiled to.
     return losses, [steps.train._cache_size(), steps.evaluate._cache_size()]
 
 
@@ -172,7 +173,9 @@ def as_on_a_gpu(monkeypatch):
         monkeypatch.setattr(gpu_utils, "has_mosaic_gpu_support", lambda *_: True)
 
 
-@pytest.mark.parametrize(("attention", "kernel"), [("xla", ""), ("cudnn", "cudnn|CustomSPMDPartitioning"), ("tokamax", "mosaic_gpu")])
+@pytest.mark.parametrize(
+    ("attention", "kernel"), [("xla", ""), ("cudnn", "cudnn|CustomSPMDPartitioning"), ("tokamax", "mosaic_gpu")]
+)
 @pytest.mark.parametrize("mesh_sizes", [(1, 1, 1), (2, 2, 2)])
 def test_the_step_on_a_gpu_has_no_loop_but_the_heads(as_on_a_gpu, attention, kernel, mesh_sizes):
     """A loop whose length is data is read by the host at each iteration; the head's has one per chunk."""

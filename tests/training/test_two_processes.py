@@ -1,5 +1,6 @@
 """Two processes of two devices on one machine, against one process with one device."""
 
+import importlib.util
 import os
 import signal
 import time
@@ -50,11 +51,12 @@ def assert_same_run(workdir: Path, alone: Path) -> None:
 
 def test_two_processes_train_as_one_device_does(chat_data, alone, tmp_path):
     """Each reads its own part of the rows; the first alone writes logs; both write the checkpoint."""
-    (first, spoken), (second, silent) = run(chat_data, tmp_path, export="huggingface,torch")
+    exports = {"huggingface": tmp_path / "huggingface", "torch": tmp_path / "model.pt"}
+    if not importlib.util.find_spec("torch"):
+        del exports["torch"]
+    (first, spoken), (second, silent) = run(chat_data, tmp_path, export=",".join(exports))
     assert (first, second) == (0, 0), (spoken, silent)
-    exports = [tmp_path / "huggingface", tmp_path / "model.pt"]
-    assert [path.exists() for path in exports] == [True, True]
-    assert all(f"exported: {path}" in spoken for path in exports)
+    assert all(path.exists() and f"exported: {path}" in spoken for path in exports.values())
     assert "step 20: validation loss" in spoken and "loss" not in silent
     assert len(losses(alone)) == 20 and losses(alone)[20] < losses(alone)[1] - 0.1
     assert_same_run(tmp_path, alone)

@@ -148,6 +148,7 @@ def test_the_same_start_may_be_written_otherwise(chat_data, finished, tmp_path, 
 @pytest.mark.slow
 def test_a_home_directory_is_found_in_every_path(chat_data, tmp_path):
     """A shell leaves the `~` of `--workdir=~/work` to the program. At its end, the run exports."""
+    pytest.importorskip("torch")
     (tmp_path / "data").symlink_to(chat_data)
     arguments = ["train.py", "--config=configs/sft.py", "--workdir=~/work", *settings(Path("~/data"))]
     arguments += ["--config.train.max_steps=1", "--config.optimizer.warmup_steps=1", "--config.export=torch"]

@@ -93,7 +93,9 @@ def _fault(backend: str, seq_len: int, n_heads: int, head_dim: int, dtype: jnp.d
     if backend == "xla":
         return ""
     try:
-        errors = relative_errors(backend, 2 * (1 if mesh.empty else batch_shards(mesh)), seq_len, n_heads, head_dim, dtype)
+        errors = relative_errors(
+            backend, 2 * (1 if mesh.empty else batch_shards(mesh)), seq_len, n_heads, head_dim, dtype
+        )
     except Exception as error:  # whatever a library or its compiler raises
         if lacks_memory(error):
             raise
@@ -102,9 +104,7 @@ def _fault(backend: str, seq_len: int, n_heads: int, head_dim: int, dtype: jnp.d
     return f"it differs from the formula, {', '.join(wrong)} of its norm" if wrong else ""
 
 
-def relative_errors(
-    backend: str, n_rows: int, seq_len: int, n_heads: int, head_dim: int, dtype
-) -> dict[str, float]:
+def relative_errors(backend: str, n_rows: int, seq_len: int, n_heads: int, head_dim: int, dtype) -> dict[str, float]:
     """How far a backend's output and gradients are from those of the formula in float32, on random packed rows.
 
     ‖difference‖ / ‖formula‖ of "out", "dq", "dk" and "dv".

@@ -200,9 +200,7 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
     raise Interrupted(message, stop.exit_code)
 
 
-def next_batch(
-    run: Run, batches: Iterator[Batch]
-) -> tuple[dict[str, jax.Array] | None, UserError | RunError | None]:
+def next_batch(run: Run, batches: Iterator[Batch]) -> tuple[dict[str, jax.Array] | None, UserError | RunError | None]:
     """The next step's batch on the devices, None after the last step; or the error, if the data can't be read."""
     if run.status.step == run.batches.total_steps:
         return None, None

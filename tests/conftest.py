@@ -20,7 +20,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 # Where arrays have shapes. Elsewhere it costs more than it finds: the story generator alone is slowed five times.
 install_import_hook(
-    [f"tinysft_jax.{name}" for name in ("model", "attention", "training", "sampling")], "beartype.beartype"
+    [f"tinysft_jax.{name}" for name in ("model", "linear", "attention", "training", "sampling")], "beartype.beartype"
 )
 
 import hypothesis  # noqa: E402

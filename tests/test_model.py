@@ -8,7 +8,8 @@ from flax import nnx
 from tiers import slow
 
 from tinysft_jax.console import UserError
-from tinysft_jax.model import GPT, GPTConfig, Linear, embed, head_logits, rotary_angles, rotate
+from tinysft_jax.linear import Linear
+from tinysft_jax.model import GPT, GPTConfig, embed, head_logits, rotary_angles, rotate
 
 CONFIG = GPTConfig(vocab_size=200, dim=32, n_layers=2, n_heads=2, max_seq_len=512)
 

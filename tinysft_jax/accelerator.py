@@ -1,11 +1,10 @@
-"""What differs on an accelerator: whether there is one, full precision, compiled programs that are kept."""
+"""What differs on an accelerator: whether there is one, the dtype that it is fast in, programs that are kept."""
 
 import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 
 def is_present() -> bool:
@@ -16,15 +15,6 @@ def is_present() -> bool:
 def default_dtype() -> jnp.dtype:
     """bfloat16 on accelerators; float32 on a CPU, which computes no faster in half precision."""
     return jnp.dtype(jnp.bfloat16 if is_present() else jnp.float32)
-
-
-def product(equation: str, one: Float[Array, "..."], other: Float[Array, "..."], dtype=None) -> Float[Array, "..."]:
-    """`jnp.einsum` of two arrays of one dtype, in which float32 means float32.
-
-    By default, a GPU would multiply float32 in TF32, and a TPU in bfloat16. `dtype` is that of sums and result.
-    """
-    precision = jax.lax.Precision.HIGHEST if one.dtype == jnp.float32 else None
-    return jnp.einsum(equation, one, other, precision=precision, preferred_element_type=dtype)
 
 
 def keep_compiled() -> None:

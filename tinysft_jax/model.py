@@ -7,14 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from tinysft_jax import accelerator
-from tinysft_jax.accelerator import product
 from tinysft_jax.attention.backends import segment_attention
 from tinysft_jax.attention.cached import cached_attention
 from tinysft_jax.console import UserError, shown
+from tinysft_jax.linear import LINEAR_OUTPUT, Linear, product
 from tinysft_jax.sharding import constrain
 
 # Rows of the embedding are padded to a multiple of this: any mesh divides them, and matmuls tile well.
@@ -24,11 +23,11 @@ LARGEST_SIZE = 2**31 - 1
 REMAT_POLICIES = ("none", "dots", "full")
 SCAN_LAYERS = ("auto", "on", "off")
 MOST_UNROLLED = 24  # layers that are compiled one by one: 12 take 16 s on a GPU, where a scan takes 9
-LINEAR_OUTPUT = "linear_output"  # the name of what remat "dots" saves
 
 Ints = Int32[Array, "B T"]  # token ids, segment ids or positions
+Slots = Float[Array, "B H S D"]  # of a cache, for positions 0 to S-1
 Rotation = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # cosines and sines
-LayerCache = tuple[Float[Array, "B H S D"], Float[Array, "B H S D"]]  # keys and values of positions 0 to S-1
+LayerCache = tuple[Slots, Slots]  # keys and values
 
 # Recomputes in the backward pass what costs next to nothing, instead of storing it. A matmul at the end of what is
 # wrapped is not computed again: nothing in the backward pass needs its output.
@@ -74,35 +73,6 @@ class GPTConfig:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding in memory."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-@jax.custom_vjp
-def _matmul(x: Float[Array, "N n_in"], kernel: Float[Array, "n_in n_out"]) -> Float[Array, "N n_out"]:
-    return product("ni,io->no", x, kernel.astype(x.dtype))
-
-
-def _matmul_forward(x, kernel):
-    return _matmul(x, kernel), (x, kernel)
-
-
-def _matmul_backward(residuals, d_out):
-    x, kernel = residuals
-    # By default, JAX would return the kernel's gradient in x's dtype, and so sum it over devices and micro-batches.
-    d_kernel = product("ni,no->io", x, d_out, jnp.float32)
-    return product("no,io->ni", d_out, kernel.astype(x.dtype)), d_kernel.astype(kernel.dtype)
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-class Linear(nnx.Module):
-    """x W without a bias; multiplies in x's dtype, and sums W's gradient in float32."""
-
-    def __init__(self, n_in: int, n_out: int, *, std: float = 0.02, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (n_in, n_out), jnp.float32))
-
-    def __call__(self, x: Float[Array, "N n_in"]) -> Float[Array, "N n_out"]:
-        return checkpoint_name(_matmul(x, self.kernel[...]), LINEAR_OUTPUT)
 
 
 def _norm(config: GPTConfig, dtype, rngs: nnx.Rngs) -> nnx.Module:
@@ -162,7 +132,7 @@ class Attention(nnx.Module):
         return self.wo(out.reshape(x.shape)), cache
 
 
-def _write(slots: Float[Array, "B H S D"], new: Float[Array, "B T H D"], positions: Ints) -> Float[Array, "B H S D"]:
+def _write(slots: Slots, new: Float[Array, "B T H D"], positions: Ints) -> Slots:
     """A cache with the slots at `positions`, which follow each other in a row, set."""
     if len(positions) == 1:  # a slice is faster than a scatter, which each row of several needs for its own positions
         return jax.lax.dynamic_update_slice(slots, new.swapaxes(1, 2), (0, 0, positions[0, 0], 0))

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from tiny_model import decoder_of
 
 from tinysft_jax.sampling import decode
-from tinysft_jax.sampling.decode import Decoder, KeptCache
+from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
+from tinysft_jax.sampling.kept_cache import KeptCache
 
 # With these, caches have 64 or 96 slots: few shapes.
 OPTIONS = SamplingOptions(34, temperature=0)

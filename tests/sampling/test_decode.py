@@ -14,8 +14,9 @@ from tinysft_jax.checkpoints import load_model
 from tinysft_jax.console import UserError
 from tinysft_jax.model import GPT, GPTConfig, cached_hidden, head_logits
 from tinysft_jax.sampling import decode
-from tinysft_jax.sampling.decode import Decoder, KeptCache, generate
+from tinysft_jax.sampling.decode import Decoder, generate
 from tinysft_jax.sampling.filters import SamplingOptions
+from tinysft_jax.sampling.kept_cache import KeptCache
 from tinysft_jax.sharding import make_mesh, state_sharding
 
 # With prompts of 1 to 30 tokens this makes caches of 64 positions, whichever prompts are together: few shapes.
@@ -336,11 +337,11 @@ def test_an_accelerators_loop_gives_the_same_answers(decoder, prompts, monkeypat
 
 
 def test_a_long_prompt_needs_no_square_of_scores():
-    """Scores of 2 prompts of 512 tokens over 512 slots, 8 heads, would take 16 MB."""
-    config = GPTConfig(vocab_size=128, dim=64, n_layers=1, n_heads=8, max_seq_len=512)
+    """All scores of 2 prompts of 1024 tokens over 1024 slots, 8 heads, would take 67 MB, and as much for weights."""
+    config = GPTConfig(vocab_size=128, dim=64, n_layers=1, n_heads=8, max_seq_len=1024)
     decoder = decoder_of(GPT(config, rngs=nnx.Rngs(0)))
-    prompts = [np.zeros(500, np.int32)] * 2
+    prompts = [np.zeros(1000, np.int32)] * 2
     state = decoder._begin(prompts, [0, 1], SamplingOptions(4))
-    tokens, lengths = np.zeros((2, 512), np.int32), np.array([500, 500], np.int32)
+    tokens, lengths = np.zeros((2, 1024), np.int32), np.array([1000, 1000], np.int32)
     program = decode.prefill.lower(decoder._params, state, tokens, lengths, config).compile()
-    assert program.memory_analysis().temp_size_in_bytes < 12e6
+    assert program.memory_analysis().temp_size_in_bytes < 50e6

@@ -11,8 +11,9 @@ from tinysft_jax.console import UserError
 from tinysft_jax.model import GPTConfig
 from tinysft_jax.sampling import decode
 from tinysft_jax.sampling.chat import Session
-from tinysft_jax.sampling.decode import Decoder, KeptCache, Prompt, check_prompt
+from tinysft_jax.sampling.decode import Decoder, Prompt, check_prompt
 from tinysft_jax.sampling.filters import SamplingOptions
+from tinysft_jax.sampling.kept_cache import KeptCache
 
 TOKENIZER = make_tokenizer("control")
 

@@ -209,10 +209,12 @@ def test_layers_that_are_not_a_loop_give_the_same_losses(split, single_losses, r
     np.testing.assert_allclose(losses, single_losses[:20], rtol=1e-5)
 
 
-def test_larger_chunks_and_blocks_without_loops_give_the_same_losses(split, single_losses, monkeypatch):
-    """What an accelerator computes in other parts than a CPU."""
+@pytest.mark.usefixtures("not_from_disk")
+@pytest.mark.parametrize("mesh_sizes", [(1, 1, 1), *slow((2, 2, 2))])
+def test_what_an_accelerator_computes_has_the_same_losses(split, single_losses, monkeypatch, mesh_sizes):
+    """Larger chunks in the head, attention blocks without loops, layers one by one."""
     monkeypatch.setattr(accelerator, "is_present", lambda: True)
-    np.testing.assert_allclose(losses_on((1, 1, 1), split, 20)[0], single_losses[:20], rtol=1e-5)
+    np.testing.assert_allclose(losses_on(mesh_sizes, split, 20)[0], single_losses[:20], rtol=1e-5)
 
 
 def test_the_step_compiles_once(split):

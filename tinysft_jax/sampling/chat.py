@@ -15,8 +15,9 @@ from rich.console import Console
 
 from tinysft_jax import chat, files
 from tinysft_jax.console import UserError, reason
-from tinysft_jax.sampling.decode import Decoder, KeptCache, check_prompt
+from tinysft_jax.sampling.decode import Decoder, check_prompt
 from tinysft_jax.sampling.filters import SamplingOptions
+from tinysft_jax.sampling.kept_cache import KeptCache
 from tinysft_jax.sampling.text import AnswerStream, Messages, encode_request, system_message, text_options
 from tinysft_jax.tokenizer import ChatTokenizer
 

@@ -1,6 +1,5 @@
 """Generation: continues prompts of any lengths, by a loop on the device over a cache of keys and values."""
 
-import dataclasses
 import functools
 import hashlib
 import operator
@@ -19,6 +18,7 @@ from tinysft_jax.console import UserError
 from tinysft_jax.model import GPT, GPTConfig, LayerCache, cached_hidden, fuse_projections, head_logits
 from tinysft_jax.parameters import Params
 from tinysft_jax.sampling.filters import Knobs, SamplingOptions, draw, penalize
+from tinysft_jax.sampling.kept_cache import KeptCache
 from tinysft_jax.sharding import batch_sharding, batch_shards
 
 Prompt = Sequence[int] | np.ndarray
@@ -148,34 +148,6 @@ def advance(
         return jax.lax.fori_loop(0, all_steps, lambda i, carry: step(i, *carry), (state, new))
     carry = jnp.int32(0), state, new
     return jax.lax.while_loop(unfinished, lambda carry: (carry[0] + 1, *step(*carry)), carry)[1:]
-
-
-@dataclasses.dataclass
-class KeptCache:
-    """The cache of one row of tokens, kept for the next prompt.
-
-    A prompt reuses the slots of the ids that it begins with, whatever follows them: later slots are never read. So
-    continuing, going back and starting over are one operation.
-    """
-
-    ids: list[int] = dataclasses.field(default_factory=list)
-    layers: list[LayerCache] = dataclasses.field(default_factory=list)
-
-    def take(self, ids: Sequence[int], n_slots: int) -> tuple[int, list[LayerCache]]:
-        """Hands over the cache, lengthened to at least `n_slots` slots, and keeps nothing.
-
-        Also returns how many of the prompt's first ids it holds, without the last one: to predict what follows, that
-        must be computed again.
-        """
-        layers, n_kept = self.layers, 0
-        for mine, yours in zip(self.ids, ids[:-1], strict=False):
-            if mine != yours:
-                break
-            n_kept += 1
-        self.ids, self.layers = [], []
-        if layers and (missing := n_slots - layers[0][0].shape[2]) > 0:
-            layers = jax.tree.map(lambda part: jnp.pad(part, ((0, 0), (0, 0), (0, missing), (0, 0))), layers)
-        return n_kept, layers
 
 
 class Decoder:

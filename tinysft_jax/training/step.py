@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from tinysft_jax import accelerator
-from tinysft_jax.accelerator import product
+from tinysft_jax.linear import product
 from tinysft_jax.model import GPT, head_logits
 from tinysft_jax.sharding import batch_axes, constrain
 

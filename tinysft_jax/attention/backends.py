@@ -48,7 +48,7 @@ def choose_backend(backend: str, seq_len: int, n_heads: int, head_dim: int, dtyp
     if why := obstacle(backend, dtype, head_dim, seq_len):
         raise UserError(f"attention={backend} can't run here: {why}; use attention=auto or xla")
     if fault := _fault(backend, *shape):
-        raise UserError(f"attention={backend} is wrong here: {fault}; use attention=auto or xla")
+        raise UserError(f"attention={backend} can't be used here: {fault}; use attention=auto or xla")
     return backend
 
 
@@ -59,7 +59,7 @@ def _best_backend(seq_len: int, n_heads: int, head_dim: int, dtype: jnp.dtype, m
             if not (fault := _fault(backend, seq_len, n_heads, head_dim, dtype, mesh)):
                 return backend
             if jax.process_index() == 0:
-                print(f"attention={backend} is wrong here, and not used: {fault}", file=sys.stderr)
+                print(f"attention={backend} is not used: {fault}", file=sys.stderr)
     raise AssertionError("xla has neither obstacles nor faults")
 
 
@@ -99,7 +99,7 @@ def _fault(backend: str, seq_len: int, n_heads: int, head_dim: int, dtype: jnp.d
     except Exception as error:  # whatever a library or its compiler raises
         if lacks_memory(error):
             raise
-        return reason(error)
+        return f"it fails: {reason(error)}"
     wrong = [f"{name} by {error:.2g}" for name, error in errors.items() if not error <= TOLERANCE]
     return f"it differs from the formula, {', '.join(wrong)} of its norm" if wrong else ""
 

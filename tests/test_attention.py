@@ -1,6 +1,7 @@
 """Attention within segments, against softmax written out, and what its blocks leave out."""
 
 import functools
+import logging
 import re
 
 import jax
@@ -239,3 +240,9 @@ def test_tokamax_gets_the_right_mask(segments):
 def test_a_segment_starts_where_its_id_first_occurs(segments):
     expected = [[row.tolist().index(id_) for id_ in row] for row in segments]
     assert segment_starts(jnp.asarray(segments)).tolist() == expected
+
+
+def test_tokamax_says_nothing_of_its_configurations():
+    """For each shape it would be a line of a thousand characters."""
+    records = [logging.makeLogRecord({"msg": msg}) for msg in ("Autotuning cache miss for %s on %s", "something else")]
+    assert [tokamax._is_news(record) for record in records] == [False, True]

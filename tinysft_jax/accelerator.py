@@ -22,8 +22,12 @@ def keep_compiled() -> None:
 
     They go to a directory of the user's cache. JAX's own variables change that: JAX_COMPILATION_CACHE_DIR, and
     JAX_ENABLE_COMPILATION_CACHE=false. Not on a CPU: a program with collectives can hang there once it comes from the
-    disk, and one that was compiled on another machine may use instructions that this one lacks.
+    disk, and one that was compiled on another machine may use instructions that this one lacks. Nor with several
+    processes: the first one alone writes, and where the others have another disk, they would compile while it does not.
     """
-    if is_present() and not jax.config.jax_compilation_cache_dir:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    if is_present() and jax.process_count() == 1 and not jax.config.jax_compilation_cache_dir:
+        try:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError:  # a user without a home, as in some containers
+            return
         jax.config.update("jax_compilation_cache_dir", str(cache / "tinysft-jax" / "compiled"))

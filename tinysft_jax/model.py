@@ -198,10 +198,12 @@ def scans_layers(scan_layers: str, remat: str, n_layers: int) -> bool:
     """Whether training loops over the layers, or compiles them one by one; `scan_layers` is "auto", "on" or "off".
 
     On a GPU a loop copies all that the backward pass needs of each layer into stacks: a tenth of a step. On a CPU it
-    costs nothing and compiles faster. And XLA largely undoes rematerialisation outside of a loop.
+    costs nothing and compiles faster. And outside of a loop XLA largely undoes rematerialisation, and keeps all layers'
+    gradients before it divides them over the mesh's `fsdp`.
     """
     if scan_layers == "auto":
-        return not accelerator.is_present() or remat != "none" or n_layers > MOST_UNROLLED
+        saves_memory = remat != "none" or jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
+        return not accelerator.is_present() or saves_memory or n_layers > MOST_UNROLLED
     return scan_layers == "on"
 
 

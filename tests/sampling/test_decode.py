@@ -322,18 +322,25 @@ def test_options_out_of_range_are_refused(model, bad):
 def test_an_accelerators_loop_gives_the_same_answers(decoder, prompts, monkeypatch):
     """It makes all steps of a call, also after the rows' ends, and where an answer fills its cache to the last slot."""
     stop = decoder.generate(prompts, SamplingOptions(N_NEW, temperature=0))[0][5]
-    for options in (SamplingOptions(N_NEW, temperature=0, stop_ids=(stop,)), SamplingOptions(N_NEW, max_length=64)):
-        expected = decoder.generate(prompts, options)
-        alone = [decoder.generate([prompt], options)[0] for prompt in prompts]
+
+    def streamed(prompt: list[int], options: SamplingOptions) -> tuple[list[int], KeptCache]:
+        kept = KeptCache()
+        return [id_ for new in decoder.stream(prompt, options, kept) for id_ in new], kept
+
+    for options in (
+        SamplingOptions(N_NEW, temperature=0, stop_ids=(stop,)),
+        SamplingOptions(N_NEW + 30, max_length=64),
+    ):
+        together, alone = decoder.generate(prompts, options), [streamed(prompt, options) for prompt in prompts]
         with monkeypatch.context() as patch:
             patch.setattr(accelerator, "is_present", lambda: True)
-            assert decoder.generate(prompts, options) == expected
-            for prompt, answer in zip(prompts, alone, strict=True):
-                kept = KeptCache()
-                assert [id_ for new in decoder.stream(prompt, options, kept) for id_ in new] == answer
-                longer = [*prompt, *answer][:60]  # what follows is computed from the kept cache
-                again = [id_ for new in decoder.stream(longer, options, kept) for id_ in new]
-                assert again == decoder.generate([longer], options)[0]
+            assert decoder.generate(prompts, options) == together
+            for prompt, (answer, kept) in zip(prompts, alone, strict=True):
+                same, held = streamed(prompt, options)
+                assert same == answer and held.ids == kept.ids
+                for slots, expected in zip(*map(jax.tree.leaves, (held.layers, kept.layers)), strict=True):
+                    n = len(kept.ids)
+                    np.testing.assert_allclose(slots[:, :, :n], expected[:, :, :n], atol=1e-5)
 
 
 def test_a_long_prompt_needs_no_square_of_scores():

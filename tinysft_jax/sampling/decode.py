@@ -165,10 +165,12 @@ class Decoder:
         self.config, self.trained_length = config, trained_length or config.max_seq_len
         self._dtype, self._mesh, self._shards = jnp.dtype(dtype), mesh, 1 if mesh is None else batch_shards(mesh)
         layers = [jax.tree.map(operator.itemgetter(i), params["blocks"]) for i in range(config.n_layers)]
-        layers = [fuse_projections(layer) for layer in layers]
-        # Vectors (the norms' scales and biases) stay float32, as they take part in float32 arithmetic.
-        params = params | {"blocks": layers}
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, self._dtype if leaf.ndim > 1 else None), params)
+
+        def cast(tree: Params) -> Params:
+            # Vectors (the norms' scales and biases) stay float32, as they take part in float32 arithmetic.
+            return jax.tree.map(lambda leaf: jnp.asarray(leaf, self._dtype if leaf.ndim > 1 else None), tree)
+
+        params = cast(params | {"blocks": None}) | {"blocks": [fuse_projections(cast(layer)) for layer in layers]}
         self._params = params if mesh is None else jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
     def fingerprint(self) -> str:
@@ -229,7 +231,8 @@ class Decoder:
             size = next((size for size in PIECES if size <= len(ids) - start), PIECES[-1])
             state = self._feed(state, [ids[start : start + size]], size)
             start += size
-        n_steps, unfinished = 1, True  # the reader waits for the first token alone
+        # The reader waits for the first token alone; on an accelerator for a whole chunk, which takes milliseconds.
+        n_steps, unfinished = 1, True
         while unfinished:
             kept.ids, kept.layers = [], []  # the buffers are about to be overwritten
             state, (new, *_), unfinished = self._advance(state, knobs, options.top_k, n_steps)

@@ -25,11 +25,11 @@ SegmentBlocks = Int32[Array, "N B C"]
 def static_block_attention(q: Heads, k: Heads, v: Heads, segment_ids: Int32[Array, "B T"]) -> Heads:
     """`segment_attention` without a loop: the formula itself, for a block of queries and all keys up to its end.
 
-    Scores and sums are float32, and scores exist for a block at a time; the backward pass recomputes them.
+    Scores and sums are float32; the backward pass recomputes the scores. The compiler may keep those of several blocks
+    at a time: all of them have T² / 2 entries for each head and row.
     """
     out = []
     for start, stop in _query_blocks(q.shape[1]):
-        q, *out = jax.lax.optimization_barrier([q, *out])  # the next block waits for this one, and needs its memory
         weights = _weights(q, k, segment_ids, start, stop)
         out.append(product("bhqk,bkhd->bqhd", weights.astype(v.dtype), v[:, :stop]))
     return jnp.concatenate(out, axis=1)
@@ -39,7 +39,6 @@ def _static_backward(residuals, d_out):
     q, k, v, segment_ids = residuals
     d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for start, stop in _query_blocks(q.shape[1]):
-        q, d_k, d_v, *d_q = jax.lax.optimization_barrier([q, d_k, d_v, *d_q])
         weights, d_block = _weights(q, k, segment_ids, start, stop), d_out[:, start:stop]
         d_weights = product("bqhd,bkhd->bhqk", d_block, v[:, :stop], jnp.float32)
         delta = (weights * d_weights).sum(axis=-1, keepdims=True)

@@ -106,7 +106,7 @@ def test_a_batch_is_answered_as_its_prompts_alone(tmp_path):
     """Prompts of many lengths, answers that end by themselves, and no control token, however likely."""
     description, params = open_model(make_model_directory(tmp_path / "model", "control", ends=True))
     ours, rng = make_tokenizer("control"), np.random.default_rng(0)
-    params["tok_emb"]["embedding"][[ours.control_ids["<|user|>"], ours.eot_id], 0] = 3, 1.95
+    params["tok_emb"]["embedding"][[ours.control_ids["<|user|>"], ours.eot_id], 0] = 3, 2.0
     (tmp_path / "folder").mkdir()
     write_huggingface(tmp_path / "folder", params, description)
     model, theirs = load(tmp_path / "folder"), AutoTokenizer.from_pretrained(tmp_path / "folder")

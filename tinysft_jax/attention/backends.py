@@ -156,9 +156,10 @@ def _cudnn_attention(q: Heads, k: Heads, v: Heads, segment_ids: Int32[Array, "B 
 
 def _by_shards(attend: Callable) -> Callable:
     """Each shard attends on its own rows and heads: so what depends on the rows needs no communication."""
-    heads = ("batch", None, "heads", None)
 
     def attention(q: Heads, k: Heads, v: Heads, segment_ids: Int32[Array, "B T"]) -> Heads:
+        divides = q.shape[2] % jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 0
+        heads = "batch", None, "heads" if divides else None, None
         return over_shards(attend, (heads, heads, heads, ("batch", None)), heads)(q, k, v, segment_ids)
 
     return attention

@@ -16,6 +16,7 @@ from tinysft_jax.data.packing import PackingPlan, plan_epoch
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.model import GPT, GPTConfig
 from tinysft_jax.sharding import global_batch
+from tinysft_jax.training import step as step_module
 from tinysft_jax.training.state import make_steps
 from tinysft_jax.training.step import make_optimizer, make_train_step, supervised_nll, warmup_cosine
 
@@ -212,6 +213,7 @@ def test_layers_that_are_not_a_loop_give_the_same_losses(split, single_losses, r
 def test_what_an_accelerator_computes_has_the_same_losses(split, single_losses, monkeypatch, mesh_sizes):
     """Larger chunks in the head, attention blocks without loops, layers one by one."""
     monkeypatch.setattr(accelerator, "is_present", lambda: True)
+    monkeypatch.setattr(step_module, "CHUNK", 64)  # below a quarter of the positions
     np.testing.assert_allclose(losses_on(mesh_sizes, split, 20)[0], single_losses[:20], rtol=1e-5)
 
 

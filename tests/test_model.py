@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from runs import mesh_of
 from tiers import slow
 
+from tinysft_jax import accelerator
 from tinysft_jax.console import UserError
 from tinysft_jax.linear import Linear
-from tinysft_jax.model import GPT, GPTConfig, embed, head_logits, rotary_angles, rotate
+from tinysft_jax.model import GPT, GPTConfig, embed, head_logits, rotary_angles, rotate, scans_layers
 
 CONFIG = GPTConfig(vocab_size=200, dim=32, n_layers=2, n_heads=2, max_seq_len=512)
 
@@ -140,3 +142,14 @@ def test_a_frequent_tokens_row_gathers_all_its_gradient():
         return embed(tokens, embedding, jnp.bfloat16).astype(jnp.float32).sum()
 
     np.testing.assert_array_equal(jax.grad(total)(jnp.zeros((128, 8)))[3], 4096.0)
+
+
+def test_layers_are_a_loop_where_that_is_faster_or_saves_memory(monkeypatch):
+    assert scans_layers("auto", "none", 12), "on a CPU"
+    monkeypatch.setattr(accelerator, "is_present", lambda: True)
+    assert [scans_layers("auto", remat, 12) for remat in ("none", "dots", "full")] == [False, True, True]
+    assert scans_layers("auto", "none", 100), "compiled one by one, they would take minutes"
+    assert scans_layers("on", "none", 12) and not scans_layers("off", "full", 100)
+    for sizes, expected in (((1, 2, 1), True), ((2, 1, 1), False)):
+        with jax.set_mesh(mesh_of(*sizes)):
+            assert scans_layers("auto", "none", 12) == expected

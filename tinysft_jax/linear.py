@@ -38,10 +38,12 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nnx.Module):
-    """x W without a bias; multiplies in x's dtype, and sums W's gradient in float32."""
+    """x W, or x W + b; multiplies in x's dtype, and sums the parameters' gradients in float32."""
 
-    def __init__(self, n_in: int, n_out: int, *, std: float = 0.02, rngs: nnx.Rngs):
+    def __init__(self, n_in: int, n_out: int, *, std: float = 0.02, bias: bool = False, rngs: nnx.Rngs):
         self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (n_in, n_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(n_out, jnp.float32)) if bias else None
 
     def __call__(self, x: Float[Array, "N n_in"]) -> Float[Array, "N n_out"]:
-        return checkpoint_name(_matmul(x, self.kernel[...]), LINEAR_OUTPUT)
+        out = checkpoint_name(_matmul(x, self.kernel[...]), LINEAR_OUTPUT)
+        return out if self.bias is None else (out.astype(jnp.float32) + self.bias[...]).astype(x.dtype)

@@ -1,8 +1,13 @@
-"""The GPT: pre-norm blocks, rotary positions on halves of heads, SwiGLU, a head tied to the embedding."""
+"""The GPT: pre-norm blocks, rotary positions on halves of heads, SwiGLU.
+
+By default it is the PyTorch project's model. `GPTConfig` also describes models of the Llama and Qwen families.
+"""
 
 import dataclasses
 import functools
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +30,7 @@ SCAN_LAYERS = ("auto", "on", "off")
 MOST_UNROLLED = 24  # layers that are compiled one by one: in a prototype on an H100, 12 took 16 s, and a scan 9
 
 Ints = Int32[Array, "B T"]  # token ids, segment ids or positions
-Slots = Float[Array, "B H S D"]  # of a cache, for positions 0 to S-1
+Slots = Float[Array, "B K S D"]  # of a cache, for positions 0 to S-1 and heads of keys
 Rotation = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # cosines and sines
 LayerCache = tuple[Slots, Slots]  # keys and values
 
@@ -35,8 +40,32 @@ _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretch of rotary positions to a longer context; see `rotary_steps`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_seq_len: int
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check_positive(f"model.rope_scaling.{field.name}", getattr(self, field.name), field.type)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise UserError(
+                f"model.rope_scaling.low_freq_factor {self.low_freq_factor} is not below high_freq_factor "
+                f"{self.high_freq_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT; raises a UserError if no model has it."""
+    """The shape of a GPT; raises a UserError if no model has it.
+
+    The fields after `rope_theta` are for models of other families, and their defaults are the PyTorch project's.
+    `n_kv_heads` heads of keys and values are each shared by n_heads / n_kv_heads query heads (0: one each);
+    `head_dim` 0 is dim / n_heads. Both are replaced by what they mean.
+    """
 
     vocab_size: int = 50257
     dim: int = 768
@@ -45,29 +74,48 @@ class GPTConfig:
     max_seq_len: int = 1024
     mlp_ratio: float = 4.0
     rope_theta: float = 10000.0
+    n_kv_heads: int = 0
+    head_dim: int = 0
+    norm: Literal["layer", "rms"] = "layer"  # with a bias; without
+    norm_epsilon: float = 1e-5
+    qkv_bias: bool = False
+    qk_norm: bool = False  # an RMS norm of each head's query and key
+    tied_head: bool = True  # to the embedding
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            kinds = (int, float) if field.type is float else (int,)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= LARGEST_SIZE:
-                raise UserError(
-                    f"model.{field.name} is {shown(value)}; it must be a positive {field.type.__name__} below 2^31"
-                )
-        if self.dim % self.n_heads:
-            raise UserError(f"model.dim {self.dim} is not divisible by model.n_heads {self.n_heads}")
+            if field.name in ("n_kv_heads", "head_dim") and value == 0:
+                continue
+            if field.type in (int, float):
+                _check_positive(f"model.{field.name}", value, field.type)
+            elif field.type is bool and not isinstance(value, bool):
+                raise UserError(f"model.{field.name} is {shown(value)}; it must be true or false")
+        if self.norm not in ("layer", "rms"):
+            raise UserError(f"model.norm is {shown(self.norm)}; it must be 'layer' or 'rms'")
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise UserError(f"model.rope_scaling is {shown(self.rope_scaling)}; it must be a RopeScaling or None")
+        if not self.head_dim:
+            if self.dim % self.n_heads:
+                raise UserError(f"model.dim {self.dim} is not divisible by model.n_heads {self.n_heads}")
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         if self.head_dim % 2:
             raise UserError(f"head size {self.head_dim} (dim / n_heads) is odd; rotary positions need an even one")
+        object.__setattr__(self, "n_kv_heads", self.n_kv_heads or self.n_heads)
+        if self.n_heads % self.n_kv_heads:
+            raise UserError(f"model.n_heads {self.n_heads} is not divisible by model.n_kv_heads {self.n_kv_heads}")
         if not 1 <= self.hidden_dim <= LARGEST_SIZE:
             raise UserError(f"model.mlp_ratio {self.mlp_ratio} makes {self.hidden_dim} hidden units at dim {self.dim}")
 
     @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
-
-    @property
     def hidden_dim(self) -> int:
         return int(self.dim * self.mlp_ratio)
+
+    @property
+    def qkv_dims(self) -> tuple[int, int, int]:
+        """Features of queries, keys and values, over all their heads."""
+        return self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, self.n_kv_heads * self.head_dim
 
     @property
     def padded_vocab_size(self) -> int:
@@ -75,9 +123,23 @@ class GPTConfig:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
+def _check_positive(name: str, value: object, kind: type) -> None:
+    kinds = (int, float) if kind is float else (int,)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= LARGEST_SIZE:
+        raise UserError(f"{name} is {shown(value)}; it must be a positive {kind.__name__} below 2^31")
+
+
 def _norm(config: GPTConfig, dtype, rngs: nnx.Rngs) -> nnx.Module:
     """The norm of blocks and head; its parameters' names in foreign formats are in `conversion/names.py`."""
-    return nnx.LayerNorm(config.dim, epsilon=1e-5, dtype=dtype, use_fast_variance=False, rngs=rngs)
+    kind = nnx.LayerNorm if config.norm == "layer" else nnx.RMSNorm
+    return kind(config.dim, epsilon=config.norm_epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+def _head_norm(config: GPTConfig, dtype, rngs: nnx.Rngs) -> Callable[[jax.Array], jax.Array]:
+    """The norm of each head's query or key, where the model has one."""
+    if not config.qk_norm:
+        return lambda x: x
+    return nnx.RMSNorm(config.head_dim, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
 
 
 def _residual_std(config: GPTConfig) -> float:
@@ -85,10 +147,24 @@ def _residual_std(config: GPTConfig) -> float:
     return 0.02 / (2 * config.n_layers) ** 0.5
 
 
+def rotary_steps(config: GPTConfig) -> Float[Array, " half"]:
+    """Positions per radian: theta^(2i / head_dim) (RoFormer, https://arxiv.org/abs/2104.09864, eq. 15).
+
+    Scaled, what turns less than `low_freq_factor` times over the original context turns `factor` times slower, what
+    turns more than `high_freq_factor` times is left alone, and the frequencies between are interpolated (Llama 3.1,
+    https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py).
+    """
+    steps = config.rope_theta ** (jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    if (scaling := config.rope_scaling) is None:
+        return steps
+    turns, low = scaling.original_max_seq_len / (2 * math.pi * steps), scaling.low_freq_factor
+    kept = jnp.clip((turns - low) / (scaling.high_freq_factor - low), 0, 1)
+    return steps / (kept + (1 - kept) / scaling.factor)
+
+
 def rotary_angles(positions: Ints, config: GPTConfig) -> Rotation:
-    """Cosines and sines of position × theta^(-2i / head_dim) (RoFormer, https://arxiv.org/abs/2104.09864, eq. 15)."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions[..., None].astype(jnp.float32) / (config.rope_theta**exponents)[None, None]
+    """Cosines and sines of each position's angles."""
+    angles = positions[..., None].astype(jnp.float32) / rotary_steps(config)[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -104,14 +180,15 @@ def rotate(x: Float[Array, "B T H D"], rotation: Rotation) -> Float[Array, "B T 
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: GPTConfig, backend: str, rngs: nnx.Rngs, fused: bool = False):
-        linear = functools.partial(Linear, config.dim, rngs=rngs)
+    def __init__(self, config: GPTConfig, dtype, backend: str, rngs: nnx.Rngs, fused: bool = False):
+        linear = functools.partial(Linear, config.dim, bias=config.qkv_bias, rngs=rngs)
         if fused:
-            self.wqkv = linear(3 * config.dim)
+            self.wqkv = linear(sum(config.qkv_dims))
         else:
-            self.wq, self.wk, self.wv = linear(config.dim), linear(config.dim), linear(config.dim)
-        self.wo = linear(config.dim, std=_residual_std(config))
-        self.n_heads, self.backend, self.fused = config.n_heads, backend, fused
+            self.wq, self.wk, self.wv = map(linear, config.qkv_dims)
+        self.wo = Linear(config.qkv_dims[0], config.dim, std=_residual_std(config), rngs=rngs)
+        self.q_norm, self.k_norm = _head_norm(config, dtype, rngs), _head_norm(config, dtype, rngs)
+        self.config, self.backend, self.fused = config, backend, fused
 
     def __call__(
         self,
@@ -121,18 +198,22 @@ class Attention(nnx.Module):
         segment_ids: Ints | None,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "N dim"], LayerCache | None]:
-        qkv = jnp.split(self.wqkv(x), 3, axis=-1) if self.fused else (self.wq(x), self.wk(x), self.wv(x))
-        q, k, v = (part.reshape(*positions.shape, self.n_heads, -1) for part in qkv)
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q_dim, k_dim, _ = self.config.qkv_dims
+        if self.fused:
+            qkv = jnp.split(self.wqkv(x), (q_dim, q_dim + k_dim), axis=-1)
+        else:
+            qkv = self.wq(x), self.wk(x), self.wv(x)
+        q, k, v = (part.reshape(*positions.shape, -1, self.config.head_dim) for part in qkv)
+        q, k = rotate(_recomputed(self.q_norm)(q), rotation), rotate(_recomputed(self.k_norm)(k), rotation)
         if cache is None:
             out = segment_attention(q, k, v, segment_ids, self.backend)
         else:
             cache = _write(cache[0], k, positions), _write(cache[1], v, positions)
             out = cached_attention(q, *cache, positions)
-        return self.wo(out.reshape(x.shape)), cache
+        return self.wo(out.reshape(len(x), -1)), cache
 
 
-def _write(slots: Slots, new: Float[Array, "B T H D"], positions: Ints) -> Slots:
+def _write(slots: Slots, new: Float[Array, "B T K D"], positions: Ints) -> Slots:
     """A cache with the slots at `positions`, which follow each other in a row, set."""
     if len(positions) == 1:  # a slice is faster than a scatter, which each row of several needs for its own positions
         return jax.lax.dynamic_update_slice(slots, new.swapaxes(1, 2), (0, 0, positions[0, 0], 0))
@@ -167,7 +248,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: GPTConfig, dtype, backend: str, rngs: nnx.Rngs, fused: bool = False):
         self.ln_1, self.ln_2 = _norm(config, dtype, rngs), _norm(config, dtype, rngs)
-        self.attn = Attention(config, backend, rngs, fused)
+        self.attn = Attention(config, dtype, backend, rngs, fused)
         self.mlp = MLP(config, rngs, fused)
 
     def __call__(self, x, rotation, positions, segment_ids, cache=None):
@@ -184,14 +265,12 @@ def fuse_projections(layer: dict[str, Any]) -> dict[str, Any]:
     A step of one token multiplies a vector by each matrix: on a GPU fewer and larger products take less time.
     """
 
-    def side_by_side(part: dict[str, Any], *names: str) -> dict[str, Any]:
-        return {"kernel": jnp.concatenate([part[name]["kernel"] for name in names], axis=-1)}
+    def side_by_side(part: dict[str, Any], fused: str, *names: str) -> dict[str, Any]:
+        joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=-1), *(part[name] for name in names))
+        return {fused: joined} | {name: rest for name, rest in part.items() if name not in names}
 
-    attn, mlp = layer["attn"], layer["mlp"]
-    return layer | {
-        "attn": {"wqkv": side_by_side(attn, "wq", "wk", "wv"), "wo": attn["wo"]},
-        "mlp": {"w13": side_by_side(mlp, "w1", "w3"), "w2": mlp["w2"]},
-    }
+    attn, mlp = side_by_side(layer["attn"], "wqkv", "wq", "wk", "wv"), side_by_side(layer["mlp"], "w13", "w1", "w3")
+    return layer | {"attn": attn, "mlp": mlp}
 
 
 def scans_layers(scan_layers: str, remat: str, n_layers: int) -> bool:
@@ -240,7 +319,10 @@ class GPT(nnx.Module):
         self.config, self.dtype, self.remat, self.scan_layers = config, jnp.dtype(dtype), remat, scan_layers
         self.trained_length = trained_length or config.max_seq_len
         init = functools.partial(_embedding_init, vocab_size=config.vocab_size)
-        self.tok_emb = nnx.Embed(config.padded_vocab_size, config.dim, embedding_init=init, rngs=rngs)
+        table = functools.partial(nnx.Embed, config.padded_vocab_size, config.dim, embedding_init=init, rngs=rngs)
+        self.tok_emb = table()
+        if not config.tied_head:
+            self.head = table()
         create_blocks = nnx.vmap(lambda rngs: Block(config, self.dtype, attention, rngs))
         self.blocks = create_blocks(rngs.split(config.n_layers))
         self.ln_f = _norm(config, self.dtype, rngs)
@@ -253,7 +335,11 @@ class GPT(nnx.Module):
         By default, a row is one segment, with positions 0..T-1. Positions only attend within their segment.
         """
         hidden = self.hidden(tokens, segment_ids, positions)
-        return head_logits(hidden, self.tok_emb.embedding[...], self.config.vocab_size)[..., : self.config.vocab_size]
+        return head_logits(hidden, self.head_table(), self.config.vocab_size)[..., : self.config.vocab_size]
+
+    def head_table(self) -> Float[Array, "V dim"]:
+        """The rows with which the head compares its input: those of the embedding if the head is tied."""
+        return (self.tok_emb if self.config.tied_head else self.head).embedding[...]
 
     def hidden(
         self, tokens: Ints, segment_ids: Ints | None = None, positions: Ints | None = None
@@ -287,11 +373,9 @@ def embed(tokens: Ints, embedding: Float[Array, "V dim"], dtype) -> Float[Array,
     return jnp.take(embedding, tokens.reshape(-1), axis=0).astype(dtype)
 
 
-def head_logits(
-    hidden: Float[Array, "*N dim"], embedding: Float[Array, "V dim"], vocab_size: int
-) -> Float[Array, "*N V"]:
-    """The tied head: float32 logits of matmuls in `hidden`'s dtype; -inf at padding rows."""
-    logits = product("...d,vd->...v", hidden, embedding.astype(hidden.dtype), jnp.float32)
+def head_logits(hidden: Float[Array, "*N dim"], table: Float[Array, "V dim"], vocab_size: int) -> Float[Array, "*N V"]:
+    """The head: float32 logits of matmuls in `hidden`'s dtype; -inf at padding rows."""
+    logits = product("...d,vd->...v", hidden, table.astype(hidden.dtype), jnp.float32)
     is_padding = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) >= vocab_size
     return jnp.where(is_padding, -jnp.inf, logits)
 

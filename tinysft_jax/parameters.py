@@ -11,11 +11,13 @@ from flax import nnx
 
 from tinysft_jax.console import UserError, shown
 from tinysft_jax.files import check
-from tinysft_jax.model import GPT, LARGEST_SIZE, GPTConfig
+from tinysft_jax.model import GPT, LARGEST_SIZE, GPTConfig, RopeScaling
 
-FORMAT_VERSION = 2  # version 1 had queries and keys interleaved, see `from_interleaved`
+# Version 1 had queries and keys interleaved, see `from_interleaved`; versions 1 and 2 only the PyTorch project's model.
+FORMAT_VERSION = 3
 
 Params = dict[str, Any]  # nested dicts of arrays, see `model_parameter_shapes`
+TABLES = ("tok_emb", "head")  # have a row for each id; the second only in a model with an untied head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +51,6 @@ class ModelDescription:
         content = {"source": {}, "tokenizer": None, "chat_template": None} | content
         check(content, {"model": {}, "source": {}})
         shape, source, template, tokenizer = (content[key] for key in ("model", "source", "chat_template", "tokenizer"))
-        fields = {field.name: field.type for field in dataclasses.fields(GPTConfig)}
-        if shape.keys() != fields.keys():
-            raise UserError(f"'model' must have exactly the keys {', '.join(fields)}")
         assumed = source.get("assumed", {})
         if not (isinstance(assumed, dict) and assumed.items() <= shape.items()):
             raise UserError(f"'source.assumed' must be an object of entries of 'model', not {shown(assumed)}")
@@ -59,14 +58,31 @@ class ModelDescription:
             raise UserError(f"chat_template {shown(template)} is not 'control', 'text' or null")
         if not isinstance(tokenizer, dict | None):
             raise UserError("'tokenizer' must be an object or null")
-        config = GPTConfig(**{name: _number(name, shape[name], kind) for name, kind in fields.items()})
+        config = _parse_config(shape)
         return cls(config, template, tokenizer, source, parse_trained_length(content, config))
 
 
-def _number(name: str, value: Any, kind: type) -> int | float:
+def _parse_config(shape: dict[str, Any]) -> GPTConfig:
+    """The shape in `model.json`; versions before 3 have only the keys up to `rope_theta`."""
+    fields = {field.name: field.type for field in dataclasses.fields(GPTConfig)}
+    required = list(fields)[: list(fields).index("rope_theta") + 1]
+    if not (shape.keys() <= fields.keys() and shape.keys() >= set(required)):
+        raise UserError(f"'model' must have the keys {', '.join(required)}, and no others than {', '.join(fields)}")
+    values = {name: _number(name, value, fields[name]) for name, value in shape.items()}
+    if isinstance(scaling := shape.get("rope_scaling"), dict):
+        fields = {field.name: field.type for field in dataclasses.fields(RopeScaling)}
+        if scaling.keys() != fields.keys():
+            raise UserError(f"model.rope_scaling must have exactly the keys {', '.join(fields)}")
+        numbers = {name: _number(f"rope_scaling.{name}", scaling[name], kind) for name, kind in fields.items()}
+        values["rope_scaling"] = RopeScaling(**numbers)
+    return GPTConfig(**values)
+
+
+def _number(name: str, value: Any, kind: type) -> Any:
+    """A value as its field has it; those that are no numbers as they are."""
     if kind is float and type(value) is int and abs(value) <= LARGEST_SIZE:  # 4.0 may be written as 4
         return float(value)
-    if type(value) is not kind:
+    if kind in (int, float) and type(value) is not kind:
         raise UserError(f"model.{name} is {shown(value)}; it must be a positive {kind.__name__}")
     return value
 
@@ -95,20 +111,23 @@ def count_parameters(config: GPTConfig) -> int:
 
 
 def trim_vocabulary(params: Params, config: GPTConfig) -> Params:
-    """The parameters, or their shapes, without the padding rows of the embedding."""
-    embedding = params["tok_emb"]["embedding"]
-    if isinstance(embedding, jax.ShapeDtypeStruct):
-        trimmed = embedding.update(shape=(config.vocab_size, config.dim))
-    else:
-        trimmed = embedding[: config.vocab_size]
-    return params | {"tok_emb": {"embedding": trimmed}}
+    """The parameters, or their shapes, without the padding rows of the embedding, and of the head if it is untied."""
+
+    def trim(table):
+        if isinstance(table, jax.ShapeDtypeStruct):
+            return table.update(shape=(config.vocab_size, config.dim))
+        return table[: config.vocab_size]
+
+    return params | {name: jax.tree.map(trim, params[name]) for name in TABLES if name in params}
 
 
 def pad_vocabulary(params: Params, config: GPTConfig) -> Params:
-    """The parameters with zero rows appended to the embedding, up to `config.padded_vocab_size`."""
-    embedding = np.asarray(params["tok_emb"]["embedding"])
-    rows = config.padded_vocab_size - len(embedding)
-    return params | {"tok_emb": {"embedding": np.pad(embedding, ((0, rows), (0, 0)))}}
+    """The inverse of `trim_vocabulary`: with zero rows up to `config.padded_vocab_size`, as NumPy arrays."""
+
+    def pad(table):
+        return np.pad(np.asarray(table), ((0, config.padded_vocab_size - len(table)), (0, 0)))
+
+    return params | {name: jax.tree.map(pad, params[name]) for name in TABLES if name in params}
 
 
 def from_interleaved(params: Params, config: GPTConfig) -> Params:

@@ -16,6 +16,7 @@ RULES = {
     "batch": ("data", "fsdp"),  # each replica has its own rows
     "embed": ("fsdp",),  # parameters are gathered along the model dimension where they are used
     "heads": ("tensor",),
+    "kv_heads": ("tensor",),  # of keys and values, each shared by several of queries
     "hidden": ("tensor",),
     "vocab": ("tensor",),
 }
@@ -23,9 +24,13 @@ RULES = {
 # The logical axes of each parameter; None is not sharded. All other arrays (norms, counters) are replicated.
 PARAMETER_AXES = {
     "tok_emb.embedding": ("vocab", "embed"),
+    "head.embedding": ("vocab", "embed"),
     "blocks.attn.wq.kernel": (None, "embed", "heads"),
-    "blocks.attn.wk.kernel": (None, "embed", "heads"),
-    "blocks.attn.wv.kernel": (None, "embed", "heads"),
+    "blocks.attn.wk.kernel": (None, "embed", "kv_heads"),
+    "blocks.attn.wv.kernel": (None, "embed", "kv_heads"),
+    "blocks.attn.wq.bias": (None, "heads"),
+    "blocks.attn.wk.bias": (None, "kv_heads"),
+    "blocks.attn.wv.bias": (None, "kv_heads"),
     "blocks.attn.wo.kernel": (None, "heads", "embed"),
     "blocks.mlp.w1.kernel": (None, "embed", "hidden"),
     "blocks.mlp.w3.kernel": (None, "embed", "hidden"),
@@ -86,15 +91,17 @@ def global_batch(mesh: Mesh, rows: dict[str, np.ndarray]) -> dict[str, jax.Array
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in rows.items()}
 
 
-def state_sharding(mesh: Mesh, state):
+def state_sharding(mesh: Mesh, state, n_kv_heads: int):
     """The sharding of each array in a train state, a pytree that holds the parameters' dicts anywhere.
 
     An array whose path ends with a parameter's is sharded as that parameter: so are Adam's moments, wherever optax
-    keeps them. Axes that the mesh does not divide evenly stay whole.
+    keeps them. Axes that the mesh does not divide evenly stay whole; those of keys and values stay whole unless it
+    divides their heads.
     """
 
     def divides(axis: str | None, size: int) -> bool:
-        return axis is not None and size % math.prod(mesh.shape[name] for name in RULES[axis]) == 0
+        parts = n_kv_heads if axis == "kv_heads" else size
+        return axis is not None and parts % math.prod(mesh.shape[name] for name in RULES[axis]) == 0
 
     def sharding(path, leaf) -> NamedSharding:
         keys = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]

@@ -24,14 +24,19 @@ TOLERANCE = 0.01
 MOST_TOKENS_OF_ALL_HEADS = 2048  # of a row that a proof is made on with as many heads as the model has
 
 Heads = Float[Array, "B T H D"]
+KeyHeads = Float[Array, "B T K D"]
 
 
-def segment_attention(q: Heads, k: Heads, v: Heads, segment_ids: Int32[Array, "B T"], backend: str = "auto") -> Heads:
+def segment_attention(
+    q: Heads, k: KeyHeads, v: KeyHeads, segment_ids: Int32[Array, "B T"], backend: str = "auto"
+) -> Heads:
     """Softmax(q kᵀ / √D) v over the earlier positions of each query's segment, and itself; padding is a segment, too.
 
-    A segment's positions are consecutive. No backend ignores segments. Raises a UserError if the backend is unknown,
-    can't run here or is wrong.
+    H / K consecutive query heads share a head of keys and values. A segment's positions are consecutive. No backend
+    ignores segments. Raises a UserError if the backend is unknown, can't run here or is wrong.
     """
+    # Repeated, every backend takes them, and a mesh divides them as it divides the queries.
+    k, v = (jnp.repeat(each, q.shape[2] // each.shape[2], axis=2) for each in (k, v))
     backend = choose_backend(backend, *q.shape[1:], q.dtype)
     return _ATTEND[backend](q, k, v, segment_ids)
 

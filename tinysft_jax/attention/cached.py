@@ -12,7 +12,7 @@ from tinysft_jax.linear import product
 QUERIES = 256
 
 Heads = Float[Array, "B T H D"]
-Slots = Float[Array, "B H S D"]  # a cache of S positions
+Slots = Float[Array, "B K S D"]  # a cache of S positions; H / K consecutive query heads share a head of it
 
 
 def cached_attention(q: Heads, k: Slots, v: Slots, positions: Int32[Array, "B T"]) -> Heads:
@@ -33,7 +33,8 @@ def cached_attention(q: Heads, k: Slots, v: Slots, positions: Int32[Array, "B T"
 
 
 def _attend(q: Heads, k: Slots, v: Slots, positions: Int32[Array, "B T"]) -> Heads:
-    scores = product("bthd,bhsd->bhts", q, k, jnp.float32) * q.shape[-1] ** -0.5
-    mask = positions[:, None, :, None] >= jnp.arange(k.shape[2])[None, None, None, :]
+    grouped = q.reshape(*q.shape[:2], k.shape[1], -1, q.shape[-1])
+    scores = product("btkgd,bksd->bkgts", grouped, k, jnp.float32) * q.shape[-1] ** -0.5
+    mask = positions[:, None, None, :, None] >= jnp.arange(k.shape[2])[None, None, None, None, :]
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
-    return product("bhts,bhsd->bthd", weights.astype(v.dtype), v)
+    return product("bkgts,bksd->btkgd", weights.astype(v.dtype), v).reshape(q.shape)

@@ -123,7 +123,8 @@ def advance(
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(state.rows)
 
     def step(i, state, new):
-        logits = head_logits(state.hidden, params["tok_emb"]["embedding"], config.vocab_size)
+        table = params["tok_emb" if config.tied_head else "head"]["embedding"]
+        logits = head_logits(state.hidden, table, config.vocab_size)
         logits = penalize(logits, state.seen, knobs.repetition_penalty)
         logits = jnp.where(knobs.forbidden[None], -jnp.inf, logits)
         # Random numbers belong to a row and a position: neither chunks nor buckets change what is drawn.
@@ -283,7 +284,7 @@ class Decoder:
             row[prompt] = True
         seen[:, [id_ for id_ in options.stop_ids if 0 <= id_ < config.vocab_size]] = False
         if not cache:
-            shape = (n_rows, config.n_heads, self._cache_slots(max(limits)), config.head_dim)
+            shape = (n_rows, config.n_kv_heads, self._cache_slots(max(limits)), config.head_dim)
             empty = functools.partial(jnp.zeros, shape, self._dtype, device=self._sharding(n_rows))
             cache = [(empty(), empty()) for _ in range(config.n_layers)]
         hidden = np.zeros((n_rows, config.dim), self._dtype)

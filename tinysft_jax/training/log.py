@@ -53,8 +53,9 @@ def train_flops(config: GPTConfig, tokens: int | float, supervised_tokens: int |
     6 per parameter and token outside the embedding (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, section 2.1),
     the head at supervised positions only, and attention over the half of a row that causality leaves.
     """
-    block = 4 * config.dim**2 + 3 * config.dim * config.hidden_dim
-    attention = 2 * config.dim * seq_len / 2
+    attended = config.qkv_dims[0]
+    block = config.dim * (sum(config.qkv_dims) + attended + 3 * config.hidden_dim)
+    attention = 2 * attended * seq_len / 2
     head = config.vocab_size * config.dim
     return 6 * (tokens * config.n_layers * (block + attention) + supervised_tokens * head)
 

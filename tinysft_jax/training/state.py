@@ -132,7 +132,7 @@ def make_steps(
 
     graph, rows, whole = nnx.graphdef(model), batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     shapes = jax.eval_shape(fresh, nnx.to_pure_dict(nnx.state(model)))
-    shardings = state_sharding(mesh, shapes)
+    shardings = state_sharding(mesh, shapes, model.config.n_kv_heads)
     # Shardings are pinned, or the second call, whose state comes from the first, would compile again.
     train_step = jax.jit(
         make_train_step(graph, optimizer, schedule, accumulation, ema_decay),

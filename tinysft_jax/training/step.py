@@ -254,7 +254,7 @@ def make_eval_step(graph: nnx.GraphDef, n_tasks: int) -> Callable[[Any, dict[str
 
 def _head_inputs(model: GPT, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
     hidden = model.hidden(batch["tokens"], batch["segment_ids"], batch["positions"])
-    return hidden, model.tok_emb.embedding[...], batch["targets"], batch["weights"]
+    return hidden, model.head_table(), batch["targets"], batch["weights"]
 
 
 def _sum_over_micro_batches(value_and_grad: Callable, params, batch, accumulation: int):

@@ -20,14 +20,13 @@ def main() -> None:
     from tinysft_jax.sampling.filters import SamplingOptions
     from tinysft_jax.sampling.text import print_answers, print_capabilities
     from tinysft_jax.sharding import make_mesh
-    from tinysft_jax.tokenizer import ChatTokenizer
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_length", "seed")
     options = SamplingOptions(**{name: getattr(flags, name) for name in names})
     distributed.check_devices()
     accelerator.keep_compiled()
     description, params = open_model(flags.checkpoint)
-    tokenizer = ChatTokenizer.from_description(description.to_json())
+    tokenizer = description.make_tokenizer()
     mesh = make_mesh() if flags.input is not None and jax.device_count() > 1 else None
     decoder = Decoder(description.config, params, accelerator.default_dtype(), description.trained_length, mesh)
     if flags.input is not None:

@@ -18,6 +18,7 @@ from torch_twin import TorchTwin, save
 
 import tinysft_jax
 from tinysft_jax import chat, console, files
+from tinysft_jax.bpe import LONGEST_BLANK
 from tinysft_jax.checkpoints import load_description, load_model, load_tokenizer
 from tinysft_jax.console import UserError
 from tinysft_jax.conversion.torch import read_torch_checkpoint
@@ -29,7 +30,7 @@ from tinysft_jax.parameters import ModelDescription
 from tinysft_jax.sampling import chat as interactive
 from tinysft_jax.sampling.batch import read_requests
 from tinysft_jax.sampling.chat import Session, Shell, load_transcript
-from tinysft_jax.tokenizer import LONGEST_BLANK, ChatTokenizer
+from tinysft_jax.tokenizer import ChatTokenizer
 
 torch = pytest.importorskip("torch")
 

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysft_jax import chat
+from tinysft_jax.bpe import MERGES_FILE, read_ranks
 from tinysft_jax.checkpoints import load_tokenizer
 from tinysft_jax.console import UserError
-from tinysft_jax.tokenizer import MERGES_FILE, ChatTokenizer, read_ranks
+from tinysft_jax.tokenizer import ChatTokenizer
 
 MARKERS = ["<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -200,7 +201,7 @@ def test_a_tokenizer_is_loaded_from_its_description(tmp_path: Path, template):
     tok = ChatTokenizer(template, 512)
     (tmp_path / "data.json").write_text(json.dumps({"format_version": 1, **tok.description()}))
     loaded = load_tokenizer(tmp_path)
-    assert (loaded.template, loaded.bpe_ranks, loaded.vocab_size) == (template, 512, tok.vocab_size)
+    assert (loaded.template, loaded.bpe.ranks, loaded.vocab_size) == (template, 512, tok.vocab_size)
 
 
 @pytest.mark.parametrize(
@@ -208,10 +209,13 @@ def test_a_tokenizer_is_loaded_from_its_description(tmp_path: Path, template):
     [
         ({"format_version": 1, "chat_template": None, "tokenizer": None}, "tokenizer is unknown"),
         ({"format_version": 1}, "tokenizer is unknown"),
-        ({"format_version": 3, "tokenizer": None}, "upgrade"),
+        ({"format_version": 4, "tokenizer": None}, "upgrade"),
         ({"format_version": 1, "tokenizer": {"kind": "llama"}}, "no tokenizer"),
-        ({"format_version": 1, "tokenizer": {"kind": "gpt2"}}, "bpe_ranks None"),
-        ({"format_version": 1, "chat_template": "x", "tokenizer": {"kind": "gpt2", "bpe_ranks": 256}}, "template 'x'"),
+        ({"format_version": 1, "tokenizer": {"kind": "gpt2"}}, "lacks 'tokenizer.bpe_ranks'"),
+        (
+            {"format_version": 1, "chat_template": "x", "tokenizer": {"kind": "gpt2", "bpe_ranks": 256}},
+            "template is 'x'",
+        ),
     ],
 )
 def test_descriptions_without_a_known_tokenizer_are_refused(tmp_path: Path, content, complaint):

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from tinysft_jax.chat_template import ChatTemplate
 from tinysft_jax.console import UserError, shown
 
 DEFAULT_SYSTEM = "You are a helpful assistant that answers questions about stories."
@@ -18,7 +19,7 @@ _VISIBLE = re.compile(
     r"\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 
-Template = Literal["control", "text"] | None
+Template = Literal["control", "text"] | ChatTemplate | None
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -28,6 +29,7 @@ class Piece(NamedTuple):
     text: str  # to encode, or the spelling of a control token
     control: bool  # whether it is a control token
     supervised: bool
+    answer: bool = False  # whether it is the text of an answer
 
 
 def chat_pieces(messages: Messages, template: Template) -> list[Piece]:
@@ -35,7 +37,8 @@ def chat_pieces(messages: Messages, template: Template) -> list[Piece]:
 
     Answers and the end-of-text after each are supervised, unless their weight is 0. In the template "control" all
     markers are control tokens. In "text" only end-of-text is one: all between two answers is one text, and a message
-    that contains a marker is refused.
+    that contains a marker is refused. In a model's own template the special tokens in its literals are control tokens,
+    and all text between two of them is one, except answers, which are encoded as they are generated: by themselves.
     """
     check_messages(messages, needs_answer=True)
     return _lay_out(messages, template)
@@ -52,6 +55,8 @@ def prompt_pieces(messages: Messages, template: Template) -> list[Piece]:
 def _lay_out(messages: Messages, template: Template, answer_next: bool = False) -> list[Piece]:
     if template is None:
         raise UserError("there is no chat template: this model completes plain text")
+    if isinstance(template, ChatTemplate):
+        return _lay_out_own(messages, template, answer_next)
     if template == "text":
         _check_no_markers(messages)
     if messages[0]["role"] != "system":
@@ -62,7 +67,7 @@ def _lay_out(messages: Messages, template: Template, answer_next: bool = False) 
         prompt.append(Piece(ROLE_MARKERS[message["role"]], control=True, supervised=False))
         if message["role"] == "assistant":
             supervised = _is_supervised(message)
-            answer = [Piece(message["content"], False, supervised), Piece(END_OF_TEXT, True, supervised)]
+            answer = [Piece(message["content"], False, supervised, answer=True), Piece(END_OF_TEXT, True, supervised)]
             pieces += _joined(prompt, template) + answer
             prompt = []
         else:
@@ -70,6 +75,24 @@ def _lay_out(messages: Messages, template: Template, answer_next: bool = False) 
     if answer_next:
         prompt.append(Piece(ROLE_MARKERS["assistant"], control=True, supervised=False))
     return pieces + _joined(prompt, template)
+
+
+def _lay_out_own(messages: Messages, template: ChatTemplate, answer_next: bool) -> list[Piece]:
+    pieces: list[Piece] = []
+    weights = iter(_is_supervised(message) for message in messages if message["role"] == "assistant")
+    supervised = False  # of the answer at hand
+    for kind, text in template.parts(messages, answer_next):
+        is_answer = kind in ("assistant", "last_assistant")
+        supervised = next(weights) if is_answer else supervised
+        spelled = template.split(text) if kind in ("literal", "turn_end") else [(text, False)]
+        for part, is_control in spelled:
+            new = Piece(part, is_control, supervised and (is_answer or kind == "turn_end"), is_answer)
+            last = pieces[-1] if pieces else new
+            if pieces and not (last.control or last.answer or new.control or new.answer):
+                pieces[-1] = last._replace(text=last.text + part)
+            else:
+                pieces.append(new)
+    return pieces
 
 
 def _joined(prompt: list[Piece], template: Template) -> list[Piece]:

@@ -5,6 +5,8 @@ embedding.
 """
 
 import contextlib
+import dataclasses
+import functools
 import inspect
 import logging
 import sys
@@ -19,11 +21,11 @@ from orbax.checkpoint import v1 as ocp
 
 from tinysft_jax import distributed, files, parameters
 from tinysft_jax.console import RunError, UserError, reason
-from tinysft_jax.conversion.huggingface import read_huggingface
+from tinysft_jax.conversion.huggingface import read_folder_tokenizer, read_huggingface
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.model import GPT, GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params
-from tinysft_jax.tokenizer import ChatTokenizer
+from tinysft_jax.tokenizer import FILES_DIRECTORY, ChatTokenizer, read_files, write_files
 
 # Of orbax, if a file can't be written or is damaged; tensorstore's errors are ValueErrors.
 ORBAX_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -58,13 +60,16 @@ def load_tokenizer(path: str | Path) -> ChatTokenizer:
     """The tokenizer of a prepared data set, or of a model at any path that `open_model` takes."""
     path = Path(path).expanduser()
     if (path / "data.json").exists():
-        description = files.read_json(path / "data.json", "a prepared data set", format_version=2)
-    elif (kind := model_kind(path)) in ("work", "model"):
-        description = load_description(path / "model" if kind == "work" else path).to_json()
+        description = files.read_json(path / "data.json", "a prepared data set", format_version=3)
+        make = functools.partial(ChatTokenizer.from_description, description, read_files(path / FILES_DIRECTORY))
+    elif (kind := model_kind(path)) == "huggingface":
+        make = functools.partial(read_folder_tokenizer, path)
+    elif kind == "torch":
+        make = open_model(path)[0].make_tokenizer
     else:
-        description = open_model(path)[0].to_json()
+        make = load_description(path / "model" if kind == "work" else path).make_tokenizer
     try:
-        return ChatTokenizer.from_description(description)
+        return make()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -98,6 +103,7 @@ def write_model(directory: Path, params: Params, description: ModelDescription) 
     except (ValueError, OSError) as error:
         raise RunError(f"can't write {directory}: {reason(error)}") from None
     if distributed.is_first():
+        write_files(directory / FILES_DIRECTORY, description.tokenizer_files)
         files.write_json(directory / "model.json", description.to_json())
 
 
@@ -109,7 +115,9 @@ def _read_model_json(path: Path) -> tuple[ModelDescription, int]:
     """The description, and the format version."""
     where = Path(path) / "model.json"
     content = files.read_json(where, "a model directory", parameters.FORMAT_VERSION)
-    return ModelDescription.from_json(content, where), content["format_version"]
+    description = ModelDescription.from_json(content, where)
+    kept = read_files(Path(path) / FILES_DIRECTORY)
+    return dataclasses.replace(description, tokenizer_files=kept), content["format_version"]
 
 
 def _read_model_directory(path: Path) -> tuple[ModelDescription, Params]:

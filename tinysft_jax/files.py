@@ -18,7 +18,7 @@ from tinysft_jax.locks import remove_abandoned, try_lock
 
 MAX_TEXT_BYTES = 64 << 20
 MAX_DEPTH = 200  # of JSON: deeper, functions that recurse into it fail
-MODEL_CONTENT = ("model.json", "params")
+MODEL_CONTENT = ("model.json", "params", "tokenizer")
 
 
 def check_output(path: Path, overwrite: bool, content: Sequence[str]) -> None:

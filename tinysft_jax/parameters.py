@@ -1,6 +1,7 @@
 """A model's parameters as a tree of arrays, and the description that goes with them."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from flax import nnx
 from tinysft_jax.console import UserError, shown
 from tinysft_jax.files import check
 from tinysft_jax.model import GPT, LARGEST_SIZE, GPTConfig, RopeScaling
+from tinysft_jax.tokenizer import ChatTokenizer, parse_template
 
 # Version 1 had queries and keys interleaved, see `from_interleaved`; versions 1 and 2 only the PyTorch project's model.
 FORMAT_VERSION = 3
@@ -25,17 +27,24 @@ class ModelDescription:
     """The content of `model.json`."""
 
     config: GPTConfig
-    chat_template: str | None  # "control", "text", or None for a model that completes plain text
-    tokenizer: dict[str, Any] | None  # `{"kind": "gpt2", "bpe_ranks": N}`, or None if unknown
+    chat_template: str | dict[str, Any] | None  # as `ChatTokenizer.description` has it
+    tokenizer: dict[str, Any] | None  # the same; None if unknown
     source: dict[str, Any]  # where the parameters came from, for people
     trained_length: int | None = None  # tokens of the longest training sequence; if unknown, set to the context
+    # Name → content of the files that the tokenizer was read from; they lie beside `model.json`, in `tokenizer/`.
+    tokenizer_files: Mapping[str, bytes] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
         if self.trained_length is None:
             object.__setattr__(self, "trained_length", self.config.max_seq_len)
 
+    def make_tokenizer(self) -> ChatTokenizer:
+        """Raises: UserError, if the tokenizer is unknown, or its files are missing or others."""
+        return ChatTokenizer.from_description(self.to_json(), self.tokenizer_files)
+
     def to_json(self) -> dict[str, Any]:
-        content = dataclasses.asdict(self)
+        content = dataclasses.asdict(dataclasses.replace(self, tokenizer_files={}))
+        del content["tokenizer_files"]
         return {"format_version": FORMAT_VERSION, "model": content.pop("config"), **content}
 
     @classmethod
@@ -54,8 +63,7 @@ class ModelDescription:
         assumed = source.get("assumed", {})
         if not (isinstance(assumed, dict) and assumed.items() <= shape.items()):
             raise UserError(f"'source.assumed' must be an object of entries of 'model', not {shown(assumed)}")
-        if template not in ("control", "text", None):
-            raise UserError(f"chat_template {shown(template)} is not 'control', 'text' or null")
+        parse_template(template)
         if not isinstance(tokenizer, dict | None):
             raise UserError("'tokenizer' must be an object or null")
         config = _parse_config(shape)

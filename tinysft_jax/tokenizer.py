@@ -1,81 +1,92 @@
-"""GPT-2's byte-pair encoding, with the control tokens of a chat template."""
+"""Conversations and text to token ids, and back."""
 
-import functools
-import hashlib
-import json
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
-import tiktoken
 from jaxtyping import Bool, Int32
 
-from tinysft_jax import chat
+from tinysft_jax import chat, files
+from tinysft_jax.bpe import GPT2_RANKS, TOKENIZER_JSON, FileBpe, Gpt2Bpe, make_bpe
+from tinysft_jax.chat_template import ChatTemplate
 from tinysft_jax.console import UserError, shown
 
-GPT2_RANKS = 50256
-MERGES_FILE = Path(__file__).parent / "assets" / "vocab.bpe"
-_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-# How GPT-2 splits text before merging: contractions, words, numbers, other characters, white space. The possessive
-# quantifiers (`++`) keep the regular expression from backtracking over long runs; the matches are the same.
-_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# A million white-space characters in a row overflow the stack of the regular expression, which ends the process.
-LONGEST_BLANK = 500_000
-
-
-class TooBlank(UserError):
-    """Text with too many white-space characters in a row; the message is always the same."""
+# A tokenizer that was read from files lies beside `model.json` or `data.json`, in this directory: what is kept of a
+# Hugging Face folder, and written again.
+FILES_DIRECTORY = "tokenizer"
+KEPT = (
+    *(TOKENIZER_JSON, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
+    *("chat_template.jinja", "chat_template.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
+)
 
 
 class ChatTokenizer:
     """Converts text and conversations to token ids and back. Raises a UserError for invalid arguments.
 
-    Ids are the first `bpe_ranks` (256 to 50,256) of GPT-2's BPE, then end-of-text, then, in the template "control",
-    `<|system|>`, `<|user|>` and `<|assistant|>`. Fewer ranks are a valid BPE too, with a vocabulary for a small model.
+    By default, ids are the first `bpe_ranks` (256 to 50,256) of GPT-2's BPE, then end-of-text. `bpe` is that of a
+    model's own file instead. The template "control" adds `<|system|>`, `<|user|>` and `<|assistant|>` at the end of
+    the vocabulary.
 
     Attributes:
-      template: "control", "text", or None for a model that completes plain text.
+      template: "control", "text", a model's own, or None for a model that completes plain text.
       vocab_size: ids are below it.
-      eot_id: the id of end-of-text.
-      control_ids: role marker → id; empty unless the template is "control".
+      eot_id: the id of end-of-text, which ends a document.
+      stop_ids: all ids that end an answer.
+      control_ids: spelling → id of the template's special tokens; of `<|system|>`, …, if the template is "control".
+      files: name → content of the files that the tokenizer was read from.
     """
 
-    def __init__(self, template: str | None = "control", bpe_ranks: int = GPT2_RANKS):
-        if template is not None and template not in chat.TEMPLATES:
+    def __init__(
+        self,
+        template: str | ChatTemplate | None = "control",
+        bpe_ranks: int = GPT2_RANKS,
+        bpe: Gpt2Bpe | FileBpe | None = None,
+    ):
+        if isinstance(template, str) and template not in chat.TEMPLATES:
             raise UserError(f"there is no chat template {shown(template)}; choose one of {', '.join(chat.TEMPLATES)}")
-        if not 256 <= bpe_ranks <= GPT2_RANKS:
-            raise UserError(f"the number of BPE ranks must be from 256 to {GPT2_RANKS}, not {shown(bpe_ranks)}")
-        self.template = template
-        self.bpe_ranks = bpe_ranks
-        self.eot_id = bpe_ranks
-        roles = chat.ROLE_MARKERS.values() if template == "control" else ()
-        self.control_ids = {marker: self.eot_id + 1 + i for i, marker in enumerate(roles)}
-        self.vocab_size = self.eot_id + 1 + len(self.control_ids)
-        self._special_ids = {chat.END_OF_TEXT: self.eot_id, **self.control_ids}
-        self._bpe = _encoding(bpe_ranks, tuple(self._special_ids.items()))
+        self.template, self.bpe = template, bpe or Gpt2Bpe(bpe_ranks)
+        size = len(self.bpe.token_bytes)
+        markers = list(chat.ROLE_MARKERS.values()) if template == "control" else []
+        self._token_bytes = self.bpe.token_bytes + [marker.encode() for marker in markers]
+        self.vocab_size = len(self._token_bytes)
+        self.longest_token = max(map(len, self._token_bytes))  # in bytes
+        self.control_ids = {marker: size + i for i, marker in enumerate(markers)}
+        self.eot_id = self.bpe.special_ids[self.bpe.eot]
+        stops = set(self.bpe.stops)
+        if isinstance(template, ChatTemplate):
+            self.control_ids = {control: self.bpe.special_ids[control] for control in template.controls}
+            stops |= template.stops
+        self.stop_ids = tuple(sorted(self.bpe.special_ids[stop] for stop in stops))
+        self._special_ids = self.bpe.special_ids | {chat.END_OF_TEXT: self.eot_id} | self.control_ids
+        self.files = self.bpe.files
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Is sent to other processes without the ranks."""
-        return ChatTokenizer, (self.template, self.bpe_ranks)
+        return ChatTokenizer, (self.template, 0, self.bpe)
+
+    def with_template(self, template: str | None) -> "ChatTokenizer":
+        """The same vocabulary with another template."""
+        return ChatTokenizer(template, bpe=self.bpe)
 
     def encode_text(self, text: str) -> list[int]:
-        """Encodes text; the spelling of a control token in it is ordinary text."""
+        """Encodes text; the spelling of a special token in it is ordinary text."""
         chat.check_unicode(text, "the text")
-        if len(text) > LONGEST_BLANK and any(len(blank[0]) > LONGEST_BLANK for blank in re.finditer(r"\s+", text)):
-            raise TooBlank(f"over {LONGEST_BLANK:,} white-space characters in a row")
-        return self._bpe.encode_ordinary(text)
+        return self.bpe.encode(text)
+
+    def encode_opening(self, text: str) -> list[int]:
+        """Encodes the beginning of a document: text, with what this tokenizer puts before it, if anything."""
+        return [self._special_ids[token] for token in self.bpe.bos] + self.encode_text(text)
 
     def encode_document(self, text: str) -> Int32[np.ndarray, " n"]:
         """Encodes a document for pretraining: its text, then end-of-text."""
-        return np.array([*self.encode_text(text), self.eot_id], np.int32)
+        return np.array([*self.encode_opening(text), self.eot_id], np.int32)
 
     def encode_chat(self, messages: chat.Messages) -> tuple[Int32[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-        """The ids of a conversation, and which are supervised: the assistant's and the end-of-text after each answer.
+        """The ids of a conversation, and which are supervised: the assistant's, and what ends each answer.
 
         Messages are `{"role": "system" | "user" | "assistant", "content": text}`: an optional system message (else the
-        default one is added), then user and assistant in turn. An answer with `"weight": 0` is not supervised.
+        template's default one, if it has one), then user and assistant in turn. An answer with `"weight": 0` is not
+        supervised.
         """
         return self._encode_pieces(chat.chat_pieces(messages, self.template))
 
@@ -86,76 +97,90 @@ class ChatTokenizer:
     def _encode_pieces(self, pieces: list[chat.Piece]) -> tuple[Int32[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
         ids: list[int] = []
         supervised: list[bool] = []
+        if not isinstance(self.template, ChatTemplate):
+            pieces = [chat.Piece(token, control=True, supervised=False) for token in self.bpe.bos] + pieces
+        after_control = True
         for piece in pieces:
-            new = [self._special_ids[piece.text]] if piece.control else self.encode_text(piece.text)
+            if piece.control:
+                new = [self._special_ids[piece.text]]
+            else:  # an answer continues the prompt, whatever that ends with
+                new = self.bpe.encode(piece.text, continues=piece.answer or not after_control)
+            after_control = piece.control
             ids += new
             supervised += [piece.supervised] * len(new)
         return np.array(ids, np.int32), np.array(supervised, bool)
 
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
-        """The bytes of ids in the vocabulary; control tokens become their markers."""
+        """The bytes of ids in the vocabulary; special tokens become their spelling."""
         ids = np.fromiter(ids, np.int64)
         outside = ids[(ids < 0) | (ids >= self.vocab_size)]
         if outside.size:
             raise UserError(f"token id {outside[0]} is outside the vocabulary of {self.vocab_size}")
-        return self._bpe.decode_bytes(ids.tolist())
+        return b"".join(map(self._token_bytes.__getitem__, ids.tolist()))
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of ids in the vocabulary; bytes that are not UTF-8 (part of a character) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def question(self, prompt: Int32[np.ndarray, " n"]) -> str:
+        """The last user message of a prompt, as the template has it."""
+        if isinstance(self.template, ChatTemplate):
+            ends = np.flatnonzero(np.isin(prompt, list(self.control_ids.values()))).tolist()
+            bounds = zip([0, *(end + 1 for end in ends)], [*ends, len(prompt)], strict=True)
+            return self.template.question([self.decode(prompt[start:end]) for start, end in bounds])
+        user, assistant = chat.ROLE_MARKERS["user"], chat.ROLE_MARKERS["assistant"]
+        if self.template == "text":  # the markers are text, and no other text spells them
+            return self.decode(prompt).rpartition(user)[2].removesuffix(assistant)
+        begin = int(np.flatnonzero(prompt == self.control_ids[user])[-1]) + 1
+        return self.decode(prompt[begin:-1])
 
     def marker_pieces(self) -> dict[str, list[int]]:
         """Role marker → the BPE ids of its spelling. A new marker's embedding starts as the mean of theirs."""
         return {marker: self.encode_text(marker) for marker in chat.ROLE_MARKERS.values()}
 
     def description(self) -> dict[str, Any]:
-        """The tokenizer's part of `model.json` and `data.json`."""
-        return {"chat_template": self.template, "tokenizer": {"kind": "gpt2", "bpe_ranks": self.bpe_ranks}}
+        """The tokenizer's part of `model.json` and `data.json`; `files` go beside it."""
+        template = self.template.to_json() if isinstance(self.template, ChatTemplate) else self.template
+        return {"chat_template": template, "tokenizer": self.bpe.description()}
 
     @classmethod
-    def from_description(cls, description: dict[str, Any]) -> "ChatTokenizer":
-        """The tokenizer of a `description()`; other keys are ignored. Raises a UserError if it is unknown."""
-        template, tokenizer = description.get("chat_template"), description.get("tokenizer")
-        if tokenizer is None:
-            raise UserError("the model's tokenizer is unknown: its description names none")
-        if not isinstance(tokenizer, dict) or tokenizer.get("kind") != "gpt2":
-            raise UserError(f"there is no tokenizer {shown(tokenizer)}; the kind this program knows is gpt2")
-        bpe_ranks = tokenizer.get("bpe_ranks")
-        if not isinstance(template, str | None) or type(bpe_ranks) is not int:
-            raise UserError(f"chat_template {shown(template)} or bpe_ranks {shown(bpe_ranks)} is invalid")
-        return cls(template, bpe_ranks)
+    def from_description(
+        cls, description: Mapping[str, Any], files: Mapping[str, bytes] | None = None
+    ) -> "ChatTokenizer":
+        """The tokenizer of a `description()` and its `files`; other keys are ignored. Raises a UserError if unknown."""
+        template = parse_template(description.get("chat_template"))
+        controls = template.controls if isinstance(template, ChatTemplate) else ()
+        return cls(template, bpe=make_bpe(description.get("tokenizer"), files or {}, controls))
 
     def fingerprint(self) -> str:
-        """A hash of everything that decides the ids: how text is split, the BPE tokens by id, the control tokens."""
-        tokens = [self._bpe.decode_single_token_bytes(id_).hex() for id_ in range(self.bpe_ranks)]
-        return hashlib.sha256(json.dumps([_PATTERN, tokens, self._special_ids]).encode()).hexdigest()[:16]
+        """A hash of everything that decides the ids: how text is split, the BPE tokens by id, the special tokens."""
+        special_ids = {self.bpe.eot: self.eot_id, **self.control_ids}
+        if isinstance(self.template, ChatTemplate):
+            special_ids |= {"template": self.template.to_json()}
+        return self.bpe.fingerprint(special_ids)
 
 
-def read_merges(path: Path = MERGES_FILE) -> tuple[list[str], list[tuple[str, str]]]:
-    """GPT-2's published BPE: an alphabet of one character a byte, ranks 0 to 255, and the merges, ranks from 256 on."""
-    content = path.read_bytes() if path.exists() else b""
-    if hashlib.sha256(content).hexdigest() != _MERGES_SHA256:
-        raise UserError(f"{path} is missing or damaged: it is not GPT-2's vocab.bpe; install tinysft-jax again")
-    merges = [tuple(line.split(" ")) for line in content.decode("utf-8").splitlines()[1:]]
-    return list(_alphabet()), merges
+def read_files(directory: Path) -> dict[str, bytes]:
+    """Name → content of a tokenizer's files; empty if there are none."""
+    try:
+        return {name: (directory / name).read_bytes() for name in KEPT if (directory / name).is_file()}
+    except OSError as error:
+        raise UserError(f"can't read {directory}: {error.strerror}") from None
 
 
-def read_ranks(path: Path = MERGES_FILE) -> dict[bytes, int]:
-    """GPT-2's BPE: token → rank, which is its id."""
-    alphabet, merges = read_merges(path)
-    byte_of = _alphabet()
-    tokens = [*alphabet, *map("".join, merges)]
-    return {bytes(byte_of[character] for character in token): rank for rank, token in enumerate(tokens)}
+def write_files(directory: Path, content: Mapping[str, bytes]) -> None:
+    """Writes what `read_files` has read; no directory if there is nothing."""
+    if content:
+        directory.mkdir(exist_ok=True)
+    for name, data in content.items():
+        with files.atomic(directory / name) as partial:
+            partial.write_bytes(data)
 
 
-def _alphabet() -> dict[str, int]:
-    """Character → byte: first the printable characters of Latin-1, then characters from 256 on for the other bytes."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-@functools.lru_cache
-def _encoding(bpe_ranks: int, special_ids: tuple[tuple[str, int], ...]) -> tiktoken.Encoding:
-    ranks = {token: rank for token, rank in read_ranks().items() if rank < bpe_ranks}
-    return tiktoken.Encoding("gpt2", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens=dict(special_ids))
+def parse_template(template: Any) -> str | ChatTemplate | None:
+    """The `chat_template` of a description. Raises: UserError, if it is invalid."""
+    if isinstance(template, Mapping):
+        return ChatTemplate.from_json(template)
+    if template is not None and template not in chat.TEMPLATES:
+        raise UserError(f"chat_template is {shown(template)}; it must be 'control', 'text', an object or null")
+    return template

@@ -347,7 +347,7 @@ def test_model_json(fuzz, tmp_path):
         description = load_description(tmp_path)
         assert 0 < description.config.hidden_dim < 2**31
         tokenizer = load_tokenizer(tmp_path)
-        assert tokenizer.description()["tokenizer"]["bpe_ranks"] == tokenizer.bpe_ranks
+        assert tokenizer.description()["tokenizer"]["bpe_ranks"] == tokenizer.bpe.ranks
 
     fuzz(damaged(MODEL_JSONS, HOSTILE_BYTES), act)
 

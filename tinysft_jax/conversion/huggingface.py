@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 
 from tinysft_jax import files
+from tinysft_jax.bpe import TOKENIZER_JSON
 from tinysft_jax.console import RunError, UserError, import_extra, reason, shown
-from tinysft_jax.conversion import huggingface_tokenizer
+from tinysft_jax.conversion import huggingface_tokenizer, tokenizer_files
 from tinysft_jax.conversion.huggingface_tokenizer import PAD
 from tinysft_jax.conversion.names import OWN_KEY, STABLELM, bare_name, mlp_ratio, own_entries
 from tinysft_jax.model import LARGEST_SIZE, GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params, pad_vocabulary, parse_trained_length, trim_vocabulary
-from tinysft_jax.tokenizer import ChatTokenizer
+from tinysft_jax.tokenizer import KEPT, ChatTokenizer, write_files
 
 # What a folder holds, besides the model card; the first tells it from a work directory.
-CONTENT = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+CONTENT = ("model.safetensors", "config.json", *KEPT)
 _safetensors = functools.partial(import_extra, "safetensors.numpy", "hf", "a Hugging Face folder")
 _read_json = functools.partial(files.read_json, what="a Hugging Face folder", format_version=None)
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -52,7 +53,7 @@ def write_huggingface(directory: Path, params: Params, description: ModelDescrip
     """Writes a model, its embedding padded or not, and its tokenizer, if it is known, into an empty directory."""
     safetensors = _safetensors()
     tensors = STABLELM.export_tensors(params, description.config)
-    if description.tokenizer is not None:
+    if description.tokenizer is not None and not description.tokenizer_files:
         # The pad token's row is the mean of the others, and so is its logit. As the exponential of a mean is at most
         # the mean of the exponentials (Jensen), its probability is at most an equal share, for any input.
         embedding = tensors[STABLELM.embedding]
@@ -61,6 +62,8 @@ def write_huggingface(directory: Path, params: Params, description: ModelDescrip
     try:
         for name, content in _json_files(description).items():
             files.write_json(directory / name, content)
+        if description.tokenizer_files:
+            write_files(directory, tokenizer_files.to_write(description.make_tokenizer()))
         # The metadata tells transformers that kernels have PyTorch's layout.
         safetensors.numpy.save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
         shutil.copymode(directory / "config.json", directory / _WEIGHTS)  # safetensors lets only the owner read
@@ -78,7 +81,9 @@ def _json_files(description: ModelDescription) -> dict[str, dict[str, Any]]:
             "config.json": _to_config(config) | ids | {OWN_KEY: stated},
             "generation_config.json": _GENERATION | ids,
         }
-    tokenizer = ChatTokenizer.from_description(description.to_json())
+    tokenizer = description.make_tokenizer()
+    if description.tokenizer_files:
+        return {"config.json": _to_config(config) | tokenizer_files.token_ids(tokenizer) | {OWN_KEY: stated}}
     added = huggingface_tokenizer.added_tokens(tokenizer, config.vocab_size)
     ids = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id, "pad_token_id": added[PAD]}
     suppressed = {"suppress_tokens": [id for id in added.values() if id != tokenizer.eot_id]}
@@ -107,30 +112,44 @@ def _to_config(config: GPTConfig) -> dict[str, Any]:
 
 
 def read_huggingface(path: Path) -> tuple[ModelDescription, Params]:
-    """Reads a Hugging Face folder, as `checkpoints.open_model` does.
-
-    The tokenizer is known if `tokenizer.json` is one of this package's.
-    """
-    content, recognised = _read_json(path / "config.json"), None
-    if (path / "tokenizer.json").is_file():
-        recognised = huggingface_tokenizer.recognise(_read_json(path / "tokenizer.json"))
+    """Reads a Hugging Face folder, as `checkpoints.open_model` does."""
+    content = _read_json(path / "config.json")
     try:
-        config = _from_config(content)
-        if recognised and recognised[0].vocab_size > config.vocab_size:
-            raise UserError(f"its tokenizer has {recognised[0].vocab_size} ids, its model {config.vocab_size}")
+        config, (tokenizer, pad_id) = _from_config(content), _read_tokenizer(path, content)
+        if tokenizer and tokenizer.vocab_size > config.vocab_size:
+            raise UserError(f"its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
         params, stated = STABLELM.import_tensors(_read_tensors(path), config), own_entries(content)
         length = parse_trained_length(stated, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     source = {"kind": "huggingface", "directory": path.resolve().name}
-    if recognised is None:
+    if tokenizer is None:
         template = "text" if stated.get("chat_template") == "text" else None
         return ModelDescription(config, template, None, source, length), params
-    tokenizer, pad_id = recognised
     if pad_id == config.vocab_size - 1:  # otherwise rows that were added elsewhere follow it
         config = dataclasses.replace(config, vocab_size=config.vocab_size - 1)
         params = pad_vocabulary(trim_vocabulary(params, config), config)
-    return ModelDescription(config, **tokenizer.description(), source=source, trained_length=length), params
+    model = ModelDescription(config, **tokenizer.description(), source=source, trained_length=length)
+    return dataclasses.replace(model, tokenizer_files=tokenizer.files), params
+
+
+def read_folder_tokenizer(path: Path) -> ChatTokenizer:
+    """The tokenizer of a Hugging Face folder. Raises: UserError, if there is none, or it can't be used."""
+    if tokenizer := _read_tokenizer(path, _read_json(path / "config.json"))[0]:
+        return tokenizer
+    raise UserError("it has no tokenizer.json, so its tokenizer is unknown")
+
+
+def _read_tokenizer(path: Path, config: dict[str, Any]) -> tuple[ChatTokenizer | None, int | None]:
+    """The tokenizer, and the id of the pad token that this package added; both None if there is no `tokenizer.json`."""
+    if not (path / TOKENIZER_JSON).is_file():
+        return None, None
+    if recognised := huggingface_tokenizer.recognise(_read_json(path / TOKENIZER_JSON)):
+        return recognised
+    try:
+        return tokenizer_files.read_tokenizer(path, config), None
+    except UserError as error:
+        raise UserError(f"{error} (without {TOKENIZER_JSON} the model is read alone)") from None
 
 
 def _from_config(content: dict[str, Any]) -> GPTConfig:

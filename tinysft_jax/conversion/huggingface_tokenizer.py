@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tinysft_jax import chat
-from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer, read_merges
+from tinysft_jax.bpe import GPT2_RANKS, read_merges
+from tinysft_jax.tokenizer import ChatTokenizer
 
 # Fills up the rows of a batch. It is not end-of-text, because programs that leave padding out of a loss would leave
 # out the end of every answer, too.
@@ -47,7 +48,7 @@ def added_tokens(tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, int]:
 def tokenizer_json(tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, Any]:
     """The content of `tokenizer.json`; `vocab_size` is the model's."""
     alphabet, merges = read_merges()
-    merges = merges[: tokenizer.bpe_ranks - len(alphabet)]
+    merges = merges[: tokenizer.bpe.ranks - len(alphabet)]
     tokens = [*alphabet, *map("".join, merges)]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = added_tokens(tokenizer, vocab_size)
@@ -88,9 +89,14 @@ def tokenizer_config(tokenizer: ChatTokenizer, max_length: int) -> dict[str, Any
         "model_max_length": max_length,
     }
     if tokenizer.template:
-        template = _TEMPLATE_FILE.read_text(encoding="utf-8")
-        content["chat_template"] = template.replace("DEFAULT_SYSTEM", chat.DEFAULT_SYSTEM)
+        content["chat_template"] = control_template()
     return content
+
+
+def control_template(eot: str = chat.END_OF_TEXT, bos: str = "") -> str:
+    """The project's own template in Jinja, for a vocabulary with these ends and beginnings of a text."""
+    template = _TEMPLATE_FILE.read_text(encoding="utf-8").replace("DEFAULT_SYSTEM", chat.DEFAULT_SYSTEM)
+    return template.replace(chat.END_OF_TEXT, eot).replace("'<|system|>", f"'{bos}<|system|>")
 
 
 def recognise(content: Any) -> tuple[ChatTokenizer, int | None] | None:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from tinysft_jax import chat, files
 from tinysft_jax.console import UserError
-from tinysft_jax.data.store import read_description
 from tinysft_jax.parameters import ModelDescription, count_parameters
 
 CARD_CONTENT = ("README.md", "loss.png", "evaluation.png")
@@ -26,7 +25,7 @@ class RunRecord(NamedTuple):
     """A run, as far as its work directory tells."""
 
     settings: dict[str, Any]  # the configuration
-    data: dict[str, Any] | None  # `data.json` of the prepared data set, if it can be read
+    data: dict[str, Any] | None  # what `data.json` of the prepared data set says of it, if it can be read
     step: int | None  # of the best model, if it is known
     metrics: dict[str, int | float]  # the best model's validation losses, and on how many packed rows
     plot: Path  # the loss curves, if the file exists
@@ -42,7 +41,9 @@ def read_run(workdir: Path) -> RunRecord:
     if not isinstance(settings, dict):
         raise UserError(f"{workdir / 'config.json'}: 'config' is not what a run writes; copy it again")
     try:
-        data = read_description(Path(settings["data"]["path"]))
+        description = Path(settings["data"]["path"]) / "data.json"
+        content = files.read_json(description, "a prepared data set", format_version=3)
+        data = {key: content[key] for key in _DATA_KEYS}
     except (UserError, KeyError, TypeError):
         data = None
     best = workdir / "model"  # a link to models/<step>
@@ -74,10 +75,14 @@ def write_card(
         "shape": f"{config.n_layers}, {config.dim}, {config.n_heads}, {config.hidden_dim}",
         "context": f"{config.max_seq_len:,}",
         "vocabulary": f"{config.vocab_size:,}",
-        "template": template or "none",
+        "template": template if isinstance(template, str) else "its own" if template else "none",
         "system": chat.DEFAULT_SYSTEM,
     }
-    pages = ["model_card.md"] + ([f"model_card_{template or 'plain'}.md"] if description.tokenizer else [])
+    pages = ["model_card.md"]
+    if description.tokenizer:
+        from_files = description.tokenizer_files
+        facts["special"] = f"`{description.make_tokenizer().bpe.eot}`" + ("" if from_files else " or `<|pad|>`")
+        pages += [f"model_card_{'plain' if not template else 'files' if from_files else template}.md"]
     parts = [string.Template((_ASSETS / page).read_text(encoding="utf-8")).substitute(facts) for page in pages]
     if run:
         parts += [*_training(run), *_figure(directory, "loss", run.plot)]
@@ -94,7 +99,7 @@ def _figure(directory: Path, name: str, plot: Path) -> list[str]:
 
 
 def _training(run: RunRecord) -> list[str]:
-    parts = ["## Data", _json_block({key: run.data[key] for key in _DATA_KEYS})] if run.data else []
+    parts = ["## Data", _json_block(run.data)] if run.data else []
     settings = {key: value for key, value in run.settings.items() if key not in _OMITTED}
     # Of paths, only the names: the rest is private.
     if "init_from" in settings:

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from tinysft_jax.bpe import GPT2_RANKS
 from tinysft_jax.console import RunError, UserError, import_extra, reason, shown
 from tinysft_jax.conversion.names import OWN_KEY, TORCH, bare_name, mlp_ratio, own_entries
 from tinysft_jax.model import LARGEST_SIZE, GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params, parse_trained_length
-from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer
+from tinysft_jax.tokenizer import ChatTokenizer
 
 Tensors = dict[str, Any]  # name → torch.Tensor; torch is an extra, imported when it is needed
 _torch = functools.partial(import_extra, "torch", "torch", "a PyTorch checkpoint")

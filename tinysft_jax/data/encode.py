@@ -12,17 +12,16 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from tinysft_jax import chat
+from tinysft_jax.bpe import TooBlank
 from tinysft_jax.console import UserError, reason
 from tinysft_jax.data.ledger import Ledger
 from tinysft_jax.data.sources import Item
-from tinysft_jax.data.store import SPLITS, Encoded
+from tinysft_jax.data.store import SPLITS, Encoded, token_dtype
 from tinysft_jax.tasks.make import MIN_KEPT, RATES, TASK_NAMES, Rates, make_tasks
 from tinysft_jax.tasks.records import parse_record
-from tinysft_jax.tokenizer import ChatTokenizer, TooBlank
+from tinysft_jax.tokenizer import ChatTokenizer
 
 TOO_LONG = "longer than max_tokens"
-# In bytes, of GPT-2's vocabulary. Text of more characters than max_tokens such tokens need not be encoded.
-LONGEST_TOKEN = 128
 BAD_ITEMS = ("stop", "skip")
 TASKS_OF_FORMAT = {"tinystories-instruct": TASK_NAMES, "chat-jsonl": ("chat",), "text": ("text",)}
 
@@ -66,6 +65,11 @@ class Encoder:
         """Their order gives the task ids."""
         return TASKS_OF_FORMAT[self.format]
 
+    @property
+    def _most_characters(self) -> int:
+        """Longer text need not be encoded: it has more tokens than max_tokens."""
+        return self.max_tokens * self.tokenizer.longest_token
+
     def encode(self, items: Sequence[Item]) -> tuple[dict[str, Encoded], Ledger]:
         """Encodes a block. Raises: UserError, naming the place of a malformed item, unless these are to be skipped."""
         ledger = Ledger()
@@ -102,7 +106,7 @@ class Encoder:
         record = parse_record(item.text)
         if record is None:
             raise _Unused("no story")
-        if len(record.story) * MIN_KEPT > self.max_tokens * LONGEST_TOKEN:
+        if len(record.story) * MIN_KEPT > self._most_characters:
             raise _Unused("a story too long for any task")
         follow_ups = item.split == "train"  # validation losses are of one task each
         for conversation in make_tasks(record, self.seed, self.rates, follow_ups, item.brief):
@@ -135,7 +139,7 @@ class Encoder:
     def _first_that_fits(self, task: str, versions: Iterable[chat.Messages]) -> _Example:
         """Encodes the first version of a conversation that max_tokens allows."""
         for n_trims, messages in enumerate(versions):
-            if sum(len(message["content"]) for message in messages) > self.max_tokens * LONGEST_TOKEN:
+            if sum(len(message["content"]) for message in messages) > self._most_characters:
                 continue
             ids, supervised = self.tokenizer.encode_chat(messages)
             if ids.size <= self.max_tokens:
@@ -144,8 +148,9 @@ class Encoder:
 
     def _join(self, examples: list[_Example]) -> Encoded:
         ids = [example.ids for example in examples]
+        dtype = token_dtype(self.tokenizer.vocab_size)
         return Encoded(
-            tokens=np.concatenate([np.zeros(0, np.uint16), *ids], dtype=np.uint16, casting="unsafe"),
+            tokens=np.concatenate([np.zeros(0, dtype), *ids], dtype=dtype, casting="unsafe"),
             supervised=np.concatenate([np.zeros(0, bool), *(example.supervised for example in examples)]),
             lengths=np.array([example.ids.size for example in examples], np.int32),
             tasks=np.array([self.task_names.index(example.task) for example in examples], np.uint8),

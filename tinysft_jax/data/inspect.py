@@ -111,14 +111,14 @@ def render(segment: Segment, tokenizer: ChatTokenizer, marks: bool) -> Text:
         content = tokenizer.decode([token for *_, token in run]).translate(_PICTURES)
         if marks and supervised:
             content = f"{OPEN}{content}{CLOSE}"
-        if is_role and text and not supervised:
+        if is_role and text and not supervised and tokenizer.template == "control":
             content = f"\n{content}"  # a role begins a line
         text.append(content, SUPERVISED if supervised else MARKER if is_role else PROMPT)
     return text
 
 
 def _show(screen: Console, segments: list[Segment], data: PreparedData, split: Split) -> None:
-    tokenizer = ChatTokenizer.from_description(data.description)
+    tokenizer = data.tokenizer
     marks = screen.color_system is None or screen.no_color
     start = 0
     for number, segment in enumerate(segments, 1):

@@ -15,15 +15,16 @@ from pathlib import Path
 from rich.console import Console
 
 from tinysft_jax import chat, console, files
+from tinysft_jax.bpe import GPT2_RANKS
 from tinysft_jax.console import Progress, RunError, UserError
 from tinysft_jax.data.encode import BAD_ITEMS, Encoder
 from tinysft_jax.data.ledger import Ledger
 from tinysft_jax.data.sources import FORMATS, Item, Source, open_embedded, open_hub, open_input
-from tinysft_jax.data.store import FORMAT_VERSION, SPLITS, ShardWriter
+from tinysft_jax.data.store import FORMAT_VERSION, SPLITS, ShardWriter, token_dtype
 from tinysft_jax.data.workers import map_in_order, usable_cpus
-from tinysft_jax.tokenizer import GPT2_RANKS, ChatTokenizer
+from tinysft_jax.tokenizer import FILES_DIRECTORY, ChatTokenizer, write_files
 
-CONTENT = ("data.json", "ledger.json", "manifest.json", *SPLITS)
+CONTENT = ("data.json", "ledger.json", "manifest.json", FILES_DIRECTORY, *SPLITS)
 # A block ends at either.
 ITEMS_PER_BLOCK, CHARACTERS_PER_BLOCK = 256, 1 << 20
 
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags = _parse(arguments)
     files.check_output(flags.output, flags.overwrite, CONTENT)
     source = _open_source(flags)
-    tokenizer = ChatTokenizer(None if source.format == "text" else flags.template, flags.bpe_ranks)
+    tokenizer = _make_tokenizer(flags, is_text=source.format == "text")
     encoder = Encoder(source.format, tokenizer, flags.max_tokens, flags.seed, source.rates(), flags.bad_lines)
     start = time.monotonic()
     ledger, totals = prepare(source, encoder, flags.output, flags.workers, flags.overwrite)
@@ -53,8 +54,9 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
     add("--output", type=console.path, metavar="DIR", required=True, help="the data set to write")
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--format", choices=("auto", *FORMATS), default="auto", help="of the input")
-    add("--template", choices=chat.TEMPLATES, default="control", help="chat template (plain text has none)")
-    add("--bpe_ranks", type=int, default=GPT2_RANKS, help="size of the BPE, from 256")
+    add("--template", choices=chat.TEMPLATES, help="chat template (plain text has none; default: control)")
+    add("--bpe_ranks", type=int, metavar="N", help=f"size of the BPE, from 256 (default: {GPT2_RANKS})")
+    add("--tokenizer", type=console.path, metavar="MODEL", help="the tokenizer and chat template of the model to train")
     add("--max_tokens", type=int, default=512, help="the longest conversation that is kept")
     add("--valid_fraction", type=float, default=0.01, help="share of a single file that is for validation")
     add("--limit", type=int, metavar="N", help="read only the first N records of each file")
@@ -69,6 +71,8 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
             raise UserError(f"--{name} must be at least {least}, not {value}")
     if not 0 <= flags.valid_fraction < 1:
         raise UserError(f"--valid_fraction must be from 0 to below 1, not {flags.valid_fraction}")
+    if flags.tokenizer is not None and (flags.template is not None or flags.bpe_ranks is not None):
+        raise UserError("--tokenizer takes the model's chat template and vocabulary; leave out --template, --bpe_ranks")
     if flags.limit is not None and flags.embedded is not None:
         raise UserError("--limit is for files; --embedded itself says how many stories to make")
     if flags.revision is not None and flags.hub is None:
@@ -84,6 +88,19 @@ def _open_source(flags: Namespace) -> Source:
     return open_input(flags.input, flags.format, flags.valid_fraction, flags.limit)
 
 
+def _make_tokenizer(flags: Namespace, is_text: bool) -> ChatTokenizer:
+    """A model without a chat template gets "control" for conversations."""
+    if flags.tokenizer is None:
+        ranks = GPT2_RANKS if flags.bpe_ranks is None else flags.bpe_ranks
+        return ChatTokenizer(None if is_text else flags.template or "control", ranks)
+    from tinysft_jax.checkpoints import load_tokenizer  # imports JAX, which takes a second
+
+    tokenizer = load_tokenizer(flags.tokenizer)
+    if is_text:
+        return tokenizer.with_template(None)
+    return tokenizer.with_template("control") if tokenizer.template is None else tokenizer
+
+
 def prepare(
     source: Source, encoder: Encoder, output: Path, workers: int = 1, overwrite: bool = False
 ) -> tuple[Ledger, dict[str, dict[str, int]]]:
@@ -95,7 +112,8 @@ def prepare(
     ledger, start = Ledger(), time.monotonic()
     try:
         with files.new_directory(output, overwrite, CONTENT) as directory:
-            writers = {split: ShardWriter(directory / split) for split in SPLITS}
+            dtype = token_dtype(encoder.tokenizer.vocab_size)
+            writers = {split: ShardWriter(directory / split, dtype=dtype) for split in SPLITS}
             blocks = map_in_order(encoder.encode, _blocks_of(source), workers)
             with contextlib.closing(blocks), Progress("preparing", source.size, percent=True) as bar:
                 for encoded, part in blocks:
@@ -111,6 +129,7 @@ def prepare(
                 nothing = f"no conversation could be made of {ledger.read.total():,} records"
                 raise UserError(f"nothing is left to learn from: {', '.join(ledger.reasons()) or nothing}")
             totals = {split: writer.totals for split, writer in writers.items()}
+            write_files(directory / FILES_DIRECTORY, encoder.tokenizer.files)
             files.write_json(directory / "data.json", _description(source, encoder, totals))
             files.write_json(directory / "ledger.json", ledger.to_json(SPLITS, encoder.task_names))
             files.write_manifest(directory)
@@ -124,7 +143,7 @@ def _description(source: Source, encoder: Encoder, totals: dict[str, dict[str, i
     return {
         "format_version": FORMAT_VERSION,
         "format": encoder.format,
-        "dtype": "uint16",
+        "dtype": token_dtype(encoder.tokenizer.vocab_size),
         **encoder.tokenizer.description(),
         "tokenizer_hash": encoder.tokenizer.fingerprint(),
         "max_tokens": encoder.max_tokens,

@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Bool, Int32, Integer, UInt8, UInt16
+from jaxtyping import Bool, Int32, Integer, UInt8
 
 from tinysft_jax import files
 from tinysft_jax.console import UserError, reason, shown
 from tinysft_jax.files import COUNT, NUMBER, SIZE, TEXT, TEXT_OR_NULL, Schema, check
-from tinysft_jax.tokenizer import ChatTokenizer
+from tinysft_jax.tokenizer import FILES_DIRECTORY, ChatTokenizer, read_files
 
-FORMAT_VERSION = 2  # version 1 had no requests, dtype and tokenizer_hash
+# Version 1 had no requests, dtype and tokenizer_hash; versions 1 and 2 only GPT-2's tokenizer.
+FORMAT_VERSION = 3
 SPLITS = ("train", "valid")
 TOKENS_PER_SHARD = 50_000_000
 MOST_TASKS = 256  # a task's id is a byte
 # A shard's arrays. The offsets are where each conversation starts in tokens and supervised, then where the last ends.
-DTYPES = {"tokens": np.uint16, "supervised": np.bool_, "offsets": np.int64, "tasks": np.uint8}
+# Tokens are of `data.json`'s dtype: the smallest that holds the vocabulary.
+ARRAYS = ("tokens", "supervised", "offsets", "tasks")
+TOKEN_DTYPES = ("uint16", "uint32")
 
 
 def _is_task_list(value: Any) -> bool:
@@ -34,15 +37,18 @@ def _is_task_list(value: Any) -> bool:
 _TOTALS = {"conversations": COUNT, "tokens": COUNT, "supervised_tokens": COUNT, "longest": SIZE, "shards": SIZE}
 _DESCRIPTION: Schema = {
     "format": TEXT,
-    "chat_template": TEXT_OR_NULL,
-    "tokenizer": {"kind": TEXT, "bpe_ranks": NUMBER},
+    "chat_template": ("text, an object or null", lambda value: isinstance(value, str | dict | None)),
+    "tokenizer": {"kind": TEXT},
     "max_tokens": SIZE,
     "tasks": (f"a list of 1 to {MOST_TASKS} different names", _is_task_list),
     "seed": NUMBER,
     "source": {},
     "splits": dict.fromkeys(SPLITS, _TOTALS),
 }
-_SINCE_VERSION_2: Schema = {"dtype": ("'uint16'", lambda value: value == "uint16"), "tokenizer_hash": TEXT}
+_SINCE_VERSION_2: Schema = {
+    "dtype": (f"one of {', '.join(TOKEN_DTYPES)}", TOKEN_DTYPES.__contains__),
+    "tokenizer_hash": TEXT,
+}
 _REQUEST: Schema = {"task": TEXT, "conditions": {}, "answer": TEXT_OR_NULL}
 
 
@@ -50,8 +56,19 @@ def _unusable(message: str) -> UserError:
     return UserError(f"{message}; prepare the data again")
 
 
-def read_description(directory: Path) -> dict[str, Any]:
-    """Reads `data.json`.
+def token_dtype(vocab_size: int) -> str:
+    """The dtype of a data set's tokens."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def dtypes(description: dict[str, Any]) -> dict[str, np.dtype]:
+    """Array → dtype of a shard."""
+    names = (description.get("dtype", "uint16"), "bool", "int64", "uint8")
+    return {array: np.dtype(name) for array, name in zip(ARRAYS, names, strict=True)}
+
+
+def open_description(directory: Path) -> tuple[dict[str, Any], ChatTokenizer]:
+    """Reads `data.json`, and the tokenizer that it names.
 
     Raises:
       UserError: if `directory` is not a prepared data set or has a newer format, if a key is missing or of another
@@ -62,18 +79,18 @@ def read_description(directory: Path) -> dict[str, Any]:
     has_hash = description["format_version"] > 1
     try:
         check(description, _DESCRIPTION | _SINCE_VERSION_2 if has_hash else _DESCRIPTION)
-        tokenizer = ChatTokenizer.from_description(description)
+        tokenizer = ChatTokenizer.from_description(description, read_files(directory / FILES_DIRECTORY))
         if has_hash and description["tokenizer_hash"] != (found := tokenizer.fingerprint()):
             said = shown(description["tokenizer_hash"])
             raise UserError(f"tokenizer_hash is {said}; it must be {found!r}, that of the tokenizer it names")
     except UserError as error:
         raise _unusable(f"{where}: {error}") from None
-    return description
+    return description, tokenizer
 
 
 def file_name(content: str, number: int) -> str:
     """The file of a shard that holds an array, or the "requests"."""
-    return f"{content}-{number:05d}.{'npy' if content in DTYPES else 'jsonl'}"
+    return f"{content}-{number:05d}.{'npy' if content in ARRAYS else 'jsonl'}"
 
 
 def _has_requests(description: dict[str, Any]) -> bool:
@@ -81,14 +98,14 @@ def _has_requests(description: dict[str, Any]) -> bool:
 
 
 class PreparedData:
-    """What `prepare` wrote; `description` is its `data.json`.
+    """What `prepare` wrote; `description` is its `data.json`, `tokenizer` what encoded it.
 
-    Raises: UserError, as `read_description`, or if the size of a file has changed.
+    Raises: UserError, as `open_description`, or if the size of a file has changed.
     """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory).expanduser()
-        self.description = read_description(self.directory)
+        self.description, self.tokenizer = open_description(self.directory)
         self.verify(hashes=False)
 
     @property
@@ -107,13 +124,14 @@ class PreparedData:
         """Opens a split. Raises: UserError, if there is none, or its arrays contradict each other or `data.json`."""
         if name not in SPLITS:
             raise UserError(f"there is no split {name!r}; choose one of {', '.join(SPLITS)}")
-        split = Split(self.directory / name, self.description)
+        split = Split(self.directory / name, self.description, self.tokenizer.vocab_size)
         _ = split.lengths, split.tasks  # which checks them
         return split
 
     def _file_names(self) -> Iterator[str]:
         yield "data.json"
-        contents = (*DTYPES, "requests") if _has_requests(self.description) else DTYPES
+        yield from (f"{FILES_DIRECTORY}/{name}" for name in self.tokenizer.files)
+        contents = (*ARRAYS, "requests") if _has_requests(self.description) else ARRAYS
         for name in SPLITS:
             for number in range(self.description["splits"][name]["shards"]):
                 yield from (f"{name}/{file_name(content, number)}" for content in contents)
@@ -125,11 +143,11 @@ class Split:
     Raises: UserError, if a shard is missing, or its size is not as `data.json` (the description) says.
     """
 
-    def __init__(self, directory: Path, description: dict[str, Any]):
+    def __init__(self, directory: Path, description: dict[str, Any], vocab_size: int):
         self.directory, self.totals = directory, description["splits"][directory.name]
-        self._description = description
-        self._vocab_size = ChatTokenizer.from_description(description).vocab_size
-        self._shards = [_map_shard(directory, number) for number in range(self.totals["shards"])]
+        self._description, self._vocab_size = description, vocab_size
+        kinds = dtypes(description)
+        self._shards = [_map_shard(directory, number, kinds) for number in range(self.totals["shards"])]
         # The index of each shard's first conversation, then the number of conversations.
         self._first = np.cumsum([0, *(len(shard["tasks"]) for shard in self._shards)])
         self._line_starts: dict[int, np.ndarray] = {}  # of the requests of a shard, when the first has been read
@@ -138,7 +156,7 @@ class Split:
 
     def __reduce__(self):
         # Another process maps the files itself.
-        return Split, (self.directory, self._description)
+        return Split, (self.directory, self._description, self._vocab_size)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -166,7 +184,7 @@ class Split:
             raise _unusable(f"{self.directory} holds the task id {highest}, data.json names {n_tasks} tasks")
         return tasks
 
-    def conversation(self, index: int) -> tuple[UInt16[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    def conversation(self, index: int) -> tuple[Integer[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
         """A conversation's token ids, and which of them are supervised."""
         number, place = self._locate(index)
         start, end = self._shards[number]["offsets"][place : place + 2]
@@ -220,9 +238,9 @@ class Split:
         return number, int(index - self._first[number])
 
 
-def _map_shard(directory: Path, number: int) -> dict[str, np.ndarray]:
+def _map_shard(directory: Path, number: int, kinds: dict[str, np.dtype]) -> dict[str, np.ndarray]:
     """Maps a shard's arrays, and checks their types and that their sizes match."""
-    shard = {name: _map_array(directory / file_name(name, number), dtype) for name, dtype in DTYPES.items()}
+    shard = {name: _map_array(directory / file_name(name, number), dtype) for name, dtype in kinds.items()}
     offsets, n_tokens = shard["offsets"], len(shard["tokens"])
     fits = len(offsets) == len(shard["tasks"]) + 1 and n_tokens == len(shard["supervised"])
     if not (fits and offsets[0] == 0 and offsets[-1] == n_tokens):
@@ -230,7 +248,7 @@ def _map_shard(directory: Path, number: int) -> dict[str, np.ndarray]:
     return shard
 
 
-def _map_array(path: Path, dtype: type) -> np.ndarray:
+def _map_array(path: Path, dtype: np.dtype) -> np.ndarray:
     try:
         with np.errstate(over="raise"):
             array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it opens no archive
@@ -238,7 +256,7 @@ def _map_array(path: Path, dtype: type) -> np.ndarray:
     except (OSError, ValueError, TypeError, ArithmeticError, MemoryError, SyntaxError, tokenize.TokenError) as error:
         raise _unusable(f"can't read {path}: {reason(error)}") from None
     if array.dtype != dtype or array.ndim != 1:
-        raise _unusable(f"{path} holds {array.dtype}{list(array.shape)}, not a vector of {np.dtype(dtype)}")
+        raise _unusable(f"{path} holds {array.dtype}{list(array.shape)}, not a vector of {dtype}")
     return array
 
 
@@ -246,7 +264,7 @@ def _map_array(path: Path, dtype: type) -> np.ndarray:
 class Encoded:
     """Conversations of one split, concatenated."""
 
-    tokens: UInt16[np.ndarray, " tokens"]
+    tokens: Integer[np.ndarray, " tokens"]
     supervised: Bool[np.ndarray, " tokens"]
     lengths: Int32[np.ndarray, " conversations"]
     tasks: UInt8[np.ndarray, " conversations"]
@@ -254,12 +272,13 @@ class Encoded:
 
 
 class ShardWriter:
-    """Writes conversations to shards as they come; a split without any has no shards.
+    """Writes conversations, with tokens of a dtype, to shards as they come; a split without any has no shards.
 
     `totals` is the split's entry in `data.json`.
     """
 
-    def __init__(self, directory: Path, tokens_per_shard: int = TOKENS_PER_SHARD):
+    def __init__(self, directory: Path, tokens_per_shard: int = TOKENS_PER_SHARD, dtype: str = "uint16"):
+        self._dtypes = dtypes({"dtype": dtype})
         self.totals = dict.fromkeys(_TOTALS, 0)
         self._directory, self._tokens_per_shard = directory, tokens_per_shard
         self._files: dict[str, BinaryIO] = {}  # of the shard that is being written, by content
@@ -287,25 +306,25 @@ class ShardWriter:
     def close(self) -> None:
         """Finishes the last shard."""
         for name, file in self._files.items():
-            if name in DTYPES:
+            if name in ARRAYS:
                 file.seek(0)
                 self._write_header(name)
             file.close()
         self._files, self._sizes = {}, Counter()
 
     def _open(self, has_requests: bool) -> None:
-        for name in (*DTYPES, "requests") if has_requests else DTYPES:
+        for name in (*ARRAYS, "requests") if has_requests else ARRAYS:
             self._files[name] = (self._directory / file_name(name, self.totals["shards"])).open("wb")
         self.totals["shards"] += 1
-        for name in DTYPES:
+        for name in ARRAYS:
             self._write_header(name)
         self._append("offsets", np.zeros(1, np.int64))
 
     def _append(self, name: str, array: np.ndarray) -> None:
-        self._files[name].write(np.ascontiguousarray(array, DTYPES[name]).data)
+        self._files[name].write(np.ascontiguousarray(array, self._dtypes[name]).data)
         self._sizes[name] += array.size
 
     def _write_header(self, name: str) -> None:
         """Writes the array's current size. NumPy pads headers, so the last one is as long as the first."""
-        description = {"descr": np.dtype(DTYPES[name]).str, "fortran_order": False, "shape": (self._sizes[name],)}
+        description = {"descr": self._dtypes[name].str, "fortran_order": False, "shape": (self._sizes[name],)}
         np.lib.format.write_array_header_1_0(self._files[name], description)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from tinysft_jax.chat import ROLE_MARKERS
 from tinysft_jax.console import UserError
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.tokenizer import ChatTokenizer
@@ -73,7 +72,7 @@ def draw_cases(data: PreparedData, tokenizer: ChatTokenizer, per_task: int, seed
         members = np.flatnonzero(split.tasks == task_id)
         for index in np.random.default_rng((seed, task_id)).permutation(members)[:per_task]:
             prompt, target = _first_turn(*split.conversation(int(index)))
-            question, ground_truth = _question(prompt, tokenizer), tokenizer.decode(target[:-1])
+            question, ground_truth = tokenizer.question(prompt), tokenizer.decode(target[:-1])
             conditions = (split.request(int(index)) or {}).get("conditions", {})
             cases.append(Case(task, question, ground_truth, conditions, prompt.tolist(), target.tolist()))
     return cases
@@ -84,15 +83,6 @@ def _first_turn(ids: np.ndarray, supervised: np.ndarray) -> tuple[np.ndarray, np
     start = int(np.argmax(supervised))
     length = int(np.argmin(np.append(supervised[start:], False)))
     return ids[:start], ids[start : start + length]
-
-
-def _question(prompt: np.ndarray, tokenizer: ChatTokenizer) -> str:
-    """The text between the last user marker and the assistant marker."""
-    user, assistant = ROLE_MARKERS["user"], ROLE_MARKERS["assistant"]
-    if tokenizer.template == "text":  # the markers are text, and no other text spells them
-        return tokenizer.decode(prompt).rpartition(user)[2].removesuffix(assistant)
-    begin = int(np.flatnonzero(prompt == tokenizer.control_ids[user])[-1]) + 1
-    return tokenizer.decode(prompt[begin:-1])
 
 
 def write_answers(path: Path, cases: Sequence[Case], answers: Answers) -> None:

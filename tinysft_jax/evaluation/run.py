@@ -34,7 +34,7 @@ CONTENT = ("report.json", "report.md", "report.png", "answers.jsonl")
 def evaluate(flags: Namespace) -> tuple[dict[str, Any], list[Case], Answers]:
     """Lets the model, and the baseline, answer: the report's settings, the cases and the answers."""
     data = PreparedData(flags.data)
-    tokenizer = ChatTokenizer.from_description(data.description)
+    tokenizer = data.tokenizer
     cases = draw_cases(data, tokenizer, flags.cases, flags.seed)
     # Room for the longest conversation of the data.
     options = SamplingOptions(data.description["max_tokens"], flags.temperature, seed=flags.seed)

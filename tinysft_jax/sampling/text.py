@@ -37,10 +37,11 @@ CAPABILITIES = {
 
 
 def text_options(options: SamplingOptions, tokenizer: ChatTokenizer, config: GPTConfig) -> SamplingOptions:
-    """The options for text: end-of-text ends it; control tokens and ids that the tokenizer lacks are never drawn."""
+    """The options for text: stop ids end it; other special tokens and ids that the tokenizer lacks are never drawn."""
     unknown = range(tokenizer.vocab_size, config.vocab_size)
-    forbidden = (*options.forbidden_ids, *tokenizer.control_ids.values(), *unknown)
-    return dataclasses.replace(options, stop_ids=(tokenizer.eot_id,), forbidden_ids=forbidden)
+    controls = set(tokenizer.control_ids.values()).difference(tokenizer.stop_ids)
+    forbidden = (*options.forbidden_ids, *sorted(controls), *unknown)
+    return dataclasses.replace(options, stop_ids=tokenizer.stop_ids, forbidden_ids=forbidden)
 
 
 def system_message(system: str | None) -> Messages:
@@ -55,7 +56,7 @@ def encode_request(tokenizer: ChatTokenizer, text: str, system: str | None = Non
     if system is not None:
         raise UserError("this model has no chat template, so it takes no system message")
     check_not_blank(text, "the text to continue")
-    return tokenizer.encode_text(text)
+    return tokenizer.encode_opening(text)
 
 
 class AnswerStream:

@@ -18,7 +18,6 @@ from tinysft_jax.data.batches import Batch, BatchSource, epoch_batches
 from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.store import PreparedData, Split
 from tinysft_jax.sharding import batch_shards, global_batch, make_mesh, process_part
-from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training import log as logs
 from tinysft_jax.training.checkpoints import Checkpoints, RunStatus, locked, move_other_run, run_identity, save_best
 from tinysft_jax.training.config import check_batch, check_config, check_run, parse_window, resolved
@@ -108,7 +107,8 @@ def open_run(
         status, changes = checkpoints.resume(config, identity, accept_changes)
         where = f"resuming at step {status.step:,} of {total_steps:,} in {workdir}"
         notes = [*changes, f"{damage}; {where}" if damage else where]
-        check_tokenizer(status.model, ChatTokenizer.from_description(data.description), str(workdir))
+        check_tokenizer(status.model, data.tokenizer, str(workdir))
+        status.model = dataclasses.replace(status.model, tokenizer_files=data.tokenizer.files)
     eval_rows, final_rows = evaluation_rows(config, total_steps, evaluator.n_rows, status.eval_rows)
     if not is_new and eval_rows != status.eval_rows:
         status.best_loss = None

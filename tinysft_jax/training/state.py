@@ -19,7 +19,7 @@ from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import UserError
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.parameters import ModelDescription, Params, pad_vocabulary, trim_vocabulary
+from tinysft_jax.parameters import TABLES, ModelDescription, Params, pad_vocabulary, trim_vocabulary
 from tinysft_jax.sharding import batch_sharding, state_sharding
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.config import check_model
@@ -42,7 +42,7 @@ def starting_model(init_from: str, shape: dict, data: PreparedData) -> tuple[Mod
     have `shape` (`GPTConfig`'s fields; vocab_size 0: the data's), and None for parameters. Raises a UserError if the
     model can't be read or does not fit the data.
     """
-    tokenizer = ChatTokenizer.from_description(data.description)
+    tokenizer = data.tokenizer
     if not init_from and tokenizer.template is not None:
         raise UserError(
             "init_from is empty, and the data are conversations: fine-tuning starts from a model; give it with "
@@ -63,18 +63,27 @@ def starting_model(init_from: str, shape: dict, data: PreparedData) -> tuple[Mod
         source = {"kind": "fine-tuned", "init_from": Path(init_from).name, "from": start.source}
         length = max(length, start.trained_length)
     length = min(length, config.max_seq_len)
-    return ModelDescription(config, **tokenizer.description(), source=source, trained_length=length), params
+    model = ModelDescription(config, **tokenizer.description(), source=source, trained_length=length)
+    return dataclasses.replace(model, tokenizer_files=tokenizer.files), params
 
 
 def grow_vocabulary(config: GPTConfig, params: Params, tokenizer: ChatTokenizer) -> tuple[GPTConfig, Params]:
-    """Adds an embedding for each control token, the mean of those of its marker's BPE pieces, and pads the result."""
+    """Adds a row for each control token, the mean of those of its marker's BPE pieces, and pads the result.
+
+    To the embedding, and to the head if that is a table of its own.
+    """
     grown = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
-    old = np.asarray(trim_vocabulary(params, config)["tok_emb"]["embedding"])
-    embedding = np.zeros((grown.vocab_size, config.dim), old.dtype)
-    embedding[: len(old)] = old
-    for marker, pieces in tokenizer.marker_pieces().items():
-        embedding[tokenizer.control_ids[marker]] = old[list(pieces)].mean(axis=0)
-    return grown, pad_vocabulary(params | {"tok_emb": {"embedding": embedding}}, grown)
+
+    def grow(old: np.ndarray) -> np.ndarray:
+        table = np.zeros((grown.vocab_size, config.dim), old.dtype)
+        table[: len(old)] = old
+        for marker, pieces in tokenizer.marker_pieces().items():
+            table[tokenizer.control_ids[marker]] = old[list(pieces)].mean(axis=0)
+        return table
+
+    trimmed = jax.tree.map(np.asarray, trim_vocabulary(params, config))
+    tables = {name: jax.tree.map(grow, trimmed[name]) for name in TABLES if name in trimmed}
+    return grown, pad_vocabulary(trimmed | tables, grown)
 
 
 def check_tokenizer(description: ModelDescription, tokenizer: ChatTokenizer, init_from: str) -> None:
@@ -84,14 +93,16 @@ def check_tokenizer(description: ModelDescription, tokenizer: ChatTokenizer, ini
     needed = theirs or {"kind": "gpt2", "bpe_ranks": config.vocab_size - 1}
     if needed != ours:
         found = f"tokenizer {theirs}" if theirs else f"{config.vocab_size} tokens and names no tokenizer"
-        ranks = needed.get("bpe_ranks")
-        raise UserError(f"{init_from} has {found}, the data {ours}; prepare the data with --bpe_ranks {ranks}")
+        flag = f"--bpe_ranks {needed['bpe_ranks']}" if needed["kind"] == "gpt2" else f"--tokenizer {init_from}"
+        raise UserError(f"{init_from} has {found}, the data {ours}; prepare the data with {flag}")
     if template is not None and wanted is None:
         raise UserError(f"{init_from} is a chat model, the data plain text; prepare conversations to fine-tune it")
-    if template not in (None, wanted):
+    if template not in (None, tokenizer.description()["chat_template"]):
+        its, flag = (f"{template!r}", f"--template {template}") if isinstance(template, str) else ("its own", "")
+        the_datas = f"{wanted!r}" if isinstance(wanted, str) else "another"
         raise UserError(
-            f"{init_from} has the chat template {template!r}, the data {wanted!r}; prepare the data with "
-            f"--template {template}"
+            f"{init_from} has the chat template {its}, the data {the_datas}; prepare the data with "
+            f"{flag or f'--tokenizer {init_from}'}"
         )
 
 

@@ -1,0 +1,289 @@
+"""Byte-pair encodings: GPT-2's, whole or its first ranks, and that of any `tokenizer.json`."""
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+
+from tinysft_jax import chat
+from tinysft_jax.console import UserError, import_extra, reason, shown
+from tinysft_jax.files import NUMBER, TEXT, check
+
+GPT2_RANKS = 50256
+MERGES_FILE = Path(__file__).parent / "assets" / "vocab.bpe"
+_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+# How GPT-2 splits text before merging: contractions, words, numbers, other characters, white space. The possessive
+# quantifiers (`++`) keep the regular expression from backtracking over long runs; the matches are the same.
+_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# A million white-space characters in a row overflow the stack of the regular expression, which ends the process.
+LONGEST_BLANK = 500_000
+
+TOKENIZER_JSON = "tokenizer.json"
+_SPACE = "\u2581"  # stands for a space in the tokens of SentencePiece
+# Without one of these a vocabulary can't spell text. Others may have no token: control characters, and first bytes of
+# characters that don't exist. The library leaves those out.
+_NEEDED_BYTES = {0x0A, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)}
+_MOST_IDS = 1 << 22
+
+
+class TooBlank(UserError):
+    """Text with too many white-space characters in a row; the message is always the same."""
+
+
+class Gpt2Bpe:
+    """The first `ranks` (256 to 50,256) tokens of GPT-2, then end-of-text: a vocabulary of any size up to GPT-2's.
+
+    Attributes, which `FileBpe` has as well:
+      token_bytes: the bytes of each id.
+      special_ids: spelling → id of the tokens that no text gives.
+      eot: the spelling of end-of-text, which ends a document; `stops`: the spellings of what ends an answer.
+      bos: spellings of what begins a document.
+    """
+
+    eot, stops, bos = chat.END_OF_TEXT, (chat.END_OF_TEXT,), ()
+    files: Mapping[str, bytes] = {}
+
+    def __init__(self, ranks: int):
+        if not 256 <= ranks <= GPT2_RANKS:
+            raise UserError(f"the number of BPE ranks must be from 256 to {GPT2_RANKS}, not {shown(ranks)}")
+        self.ranks = ranks
+        self._encoding = _encoding(ranks)
+        self.token_bytes = [*_ranked(ranks), chat.END_OF_TEXT.encode()]
+        self.special_ids = {chat.END_OF_TEXT: ranks}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Is sent to other processes without the ranks."""
+        return Gpt2Bpe, (self.ranks,)
+
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        """Encodes text; nothing in it becomes a special token. What it continues makes no difference."""
+        if len(text) > LONGEST_BLANK and any(len(blank[0]) > LONGEST_BLANK for blank in re.finditer(r"\s+", text)):
+            raise TooBlank(f"over {LONGEST_BLANK:,} white-space characters in a row")
+        return self._encoding.encode_ordinary(text)
+
+    def description(self) -> dict[str, Any]:
+        """The tokenizer's entry in `model.json` and `data.json`."""
+        return {"kind": "gpt2", "bpe_ranks": self.ranks}
+
+    def fingerprint(self, special_ids: dict[str, int]) -> str:
+        """A hash of what decides the ids, the template's special tokens included."""
+        tokens = [token.hex() for token in _ranked(self.ranks)]
+        return hashlib.sha256(json.dumps([_PATTERN, tokens, special_ids]).encode()).hexdigest()[:16]
+
+
+class FileBpe:
+    """The BPE of a `tokenizer.json`, byte-level or SentencePiece's with byte fallback; attributes as of `Gpt2Bpe`.
+
+    Args:
+      files: name → content of the model's tokenizer files, which are kept as they came.
+      eot, stops: as of `Gpt2Bpe`.
+      controls: more tokens that no text gives: those of the model's chat template.
+    Raises: UserError, if the file is damaged, or of a kind that can't spell any text.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], eot: str, stops: Sequence[str], controls: Collection[str] = ()):
+        self.files, self.eot, self.stops, self._controls = dict(files), eot, tuple(stops), tuple(controls)
+        content = _read_tokenizer_json(files[TOKENIZER_JSON])
+        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        for token in content["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in controls
+        self._first = _tokenizer(content)
+        vocabulary = self._first.get_vocab()
+        if missing := [token for token in (eot, *stops, *controls) if token not in vocabulary]:
+            raise UserError(f"{TOKENIZER_JSON} has no token {shown(missing[0])}")
+        self.token_bytes = _token_bytes(vocabulary, added, _is_byte_level(content))
+        self._rest = self._first if (rest := _without_prefix(content)) == content else _tokenizer(rest)
+        special = {token["content"] for token in content["added_tokens"] if token["special"]}
+        self.special_ids = {token: vocabulary[token] for token in sorted({eot, *stops, *special})}
+        self.bos = self._begins()
+        self._sha256 = hashlib.sha256(files[TOKENIZER_JSON]).hexdigest()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FileBpe, (self.files, self.eot, self.stops, self._controls)
+
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        """Encodes text; nothing in it becomes a special token.
+
+        SentencePiece puts a space before a text; not before one that `continues` another.
+        """
+        return (self._rest if continues else self._first).encode(text, add_special_tokens=False).ids
+
+    def encode_whole(self, text: str) -> list[int]:
+        """Encodes a text in which special tokens are spelled: what transformers does with a rendered template."""
+        self._first.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._first.encode_special_tokens = True
+
+    def _begins(self) -> tuple[str, ...]:
+        """The special tokens that the file's post-processor puts before a text."""
+        spelled = {id: token for token, id in self.special_ids.items()}
+        plain, whole = (self._first.encode("a", add_special_tokens=flag).ids for flag in (False, True))
+        before = whole[: whole.index(plain[0])] if plain[0] in whole else []
+        return tuple(spelled[id] for id in before if id in spelled)
+
+    def description(self) -> dict[str, Any]:
+        """The tokenizer's entry in `model.json` and `data.json`."""
+        return {"kind": TOKENIZER_JSON, "sha256": self._sha256, "eot": self.eot, "stops": list(self.stops)}
+
+    def fingerprint(self, special_ids: dict[str, int]) -> str:
+        """A hash of what decides the ids, the template's special tokens included."""
+        return hashlib.sha256(json.dumps([self.description(), special_ids]).encode()).hexdigest()[:16]
+
+
+def make_bpe(
+    description: Mapping[str, Any] | None, files: Mapping[str, bytes], controls: Collection[str] = ()
+) -> Gpt2Bpe | FileBpe:
+    """The BPE of a `description()`; `files` and `controls` are for those of a file.
+
+    Raises: UserError, if it is unknown, or the file is missing or another one.
+    """
+    if description is None:
+        raise UserError("the model's tokenizer is unknown: its description names none")
+    kind = description.get("kind") if isinstance(description, Mapping) else None
+    if kind == "gpt2":
+        check(description, {"bpe_ranks": NUMBER}, "tokenizer")
+        return Gpt2Bpe(description["bpe_ranks"])
+    if kind != TOKENIZER_JSON:
+        raise UserError(f"there is no tokenizer {shown(description)}; the kinds are gpt2 and {TOKENIZER_JSON}")
+    check(description, {"sha256": TEXT, "eot": TEXT, "stops": ("a list of texts", _is_text_list)}, "tokenizer")
+    if TOKENIZER_JSON not in files:
+        raise UserError(f"its tokenizer/{TOKENIZER_JSON} is missing; copy it again")
+    if (found := hashlib.sha256(files[TOKENIZER_JSON]).hexdigest()) != description["sha256"]:
+        raise UserError(
+            f"its tokenizer/{TOKENIZER_JSON} has the SHA-256 {found[:16]}…, not {description['sha256'][:16]!r}…: it is "
+            "another one, or damaged"
+        )
+    return FileBpe(files, description["eot"], description["stops"], controls)
+
+
+def _is_text_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _read_tokenizer_json(data: bytes) -> dict[str, Any]:
+    """The content, checked as far as this program reads it."""
+    try:
+        content = json.loads(data)
+        kind, tokens = content["model"].get("type", "BPE"), content["added_tokens"]
+        if not all(isinstance(t["content"], str) and type(t["id"]) is int and t["content"] for t in tokens):
+            raise ValueError("added_tokens")
+        for token in tokens:
+            token["special"] = token.get("special") is True
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{TOKENIZER_JSON} is damaged or cut short; copy it again") from None
+    if kind != "BPE":
+        raise UserError(f"its tokenizer is of the type {shown(kind)}; only BPE is read")
+    return content
+
+
+def _tokenizer(content: dict[str, Any]) -> Any:
+    tokenizers = import_extra("tokenizers", "hf", f"a model with a {TOKENIZER_JSON}")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # in text they are text
+        return tokenizer
+    except Exception as error:  # the library raises nothing more special
+        raise UserError(f"{TOKENIZER_JSON} can't be read: {reason(error)}") from None
+
+
+def _steps(content: dict[str, Any], part: str, members: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer or decoder, which may be one or a sequence."""
+    part = content.get(part) or {}
+    return part.get(members, []) if part.get("type") == "Sequence" else [part]
+
+
+def _is_byte_level(content: dict[str, Any]) -> bool:
+    """Whether tokens are spelled in GPT-2's alphabet; else in SentencePiece's. Raises: UserError, if in neither."""
+    normalizers = {step.get("type") for step in _steps(content, "normalizer", "normalizers")}
+    if others := normalizers - {None, "NFC", "Prepend", "Replace"}:
+        raise UserError(f"its tokenizer's normalizer {shown(sorted(others)[0])} changes text; it can't be used here")
+    if any(step.get("type") == "ByteLevel" for step in _steps(content, "pre_tokenizer", "pretokenizers")):
+        return True
+    if content["model"].get("byte_fallback") is not True:
+        raise UserError("its tokenizer is neither byte-level nor has byte fallback, so it can't spell every text")
+    return False
+
+
+def _without_prefix(content: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer without the space that it puts before a text."""
+    content = json.loads(json.dumps(content))
+    if content.get("normalizer"):
+        steps = [s for s in _steps(content, "normalizer", "normalizers") if s.get("type") != "Prepend"]
+        content["normalizer"] = {"type": "Sequence", "normalizers": steps} if steps else None
+    for step in _steps(content, "pre_tokenizer", "pretokenizers"):
+        if step.get("type") == "ByteLevel":
+            step["add_prefix_space"] = False
+        elif step.get("type") == "Metaspace":
+            step["prepend_scheme"] = "never"
+            step.pop("add_prefix_space", None)
+    return content
+
+
+def _token_bytes(vocabulary: dict[str, int], added: Collection[str], byte_level: bool) -> list[bytes]:
+    """The bytes of each id; ids that no token has are empty. Raises: UserError, if bytes can't be spelled."""
+    if (size := max(vocabulary.values(), default=-1) + 1) > _MOST_IDS:
+        raise UserError(f"{TOKENIZER_JSON} has the id {size - 1:,}; a vocabulary of over {_MOST_IDS:,} is not read")
+    byte_of, table = _alphabet(), [b""] * size
+    single = {chr_: byte for chr_, byte in byte_of.items()} if byte_level else _fallbacks()
+    if absent := [byte for token, byte in single.items() if byte in _NEEDED_BYTES and token not in vocabulary]:
+        raise UserError(f"its tokenizer can't spell every text: the byte 0x{absent[0]:02X} has no token")
+    for token, id in vocabulary.items():
+        if token in added:
+            table[id] = token.encode()
+        elif not byte_level:
+            table[id] = bytes([single[token]]) if token in single else token.replace(_SPACE, " ").encode()
+        elif all(character in byte_of for character in token):
+            table[id] = bytes(byte_of[character] for character in token)
+        else:
+            table[id] = token.encode()
+    return table
+
+
+def _fallbacks() -> dict[str, int]:
+    """SentencePiece's tokens of single bytes."""
+    return {f"<0x{byte:02X}>": byte for byte in range(256)}
+
+
+def read_merges(path: Path = MERGES_FILE) -> tuple[list[str], list[tuple[str, str]]]:
+    """GPT-2's published BPE: an alphabet of one character a byte, ranks 0 to 255, and the merges, ranks from 256 on."""
+    content = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(content).hexdigest() != _MERGES_SHA256:
+        raise UserError(f"{path} is missing or damaged: it is not GPT-2's vocab.bpe; install tinysft-jax again")
+    merges = [tuple(line.split(" ")) for line in content.decode("utf-8").splitlines()[1:]]
+    return list(_alphabet()), merges
+
+
+def read_ranks(path: Path = MERGES_FILE) -> dict[bytes, int]:
+    """GPT-2's BPE: token → rank, which is its id."""
+    alphabet, merges = read_merges(path)
+    byte_of = _alphabet()
+    tokens = [*alphabet, *map("".join, merges)]
+    return {bytes(byte_of[character] for character in token): rank for rank, token in enumerate(tokens)}
+
+
+def _alphabet() -> dict[str, int]:
+    """Character → byte: first the printable characters of Latin-1, then characters from 256 on for the other bytes."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+@functools.lru_cache
+def _ranked(ranks: int) -> list[bytes]:
+    """GPT-2's tokens in the order of their ranks."""
+    return list(read_ranks())[:ranks]
+
+
+@functools.lru_cache
+def _encoding(ranks: int) -> tiktoken.Encoding:
+    tokens = {token: rank for rank, token in enumerate(_ranked(ranks))}
+    return tiktoken.Encoding("gpt2", pat_str=_PATTERN, mergeable_ranks=tokens, special_tokens={})

@@ -1,0 +1,73 @@
+"""Renders a chat template, in a process of its own: it is a program that somebody else wrote.
+
+Reads the arguments of `render` from stdin as a JSON object, and writes its result, or `{"error": ...}` if the template
+can't be compiled. Jinja's sandbox keeps the template from everything but its variables; limits of the process keep it
+from taking all memory and time. It gets what transformers gives it.
+"""
+
+import datetime
+import json
+import resource
+import sys
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+SECONDS, MEMORY = 10, 2 << 30
+LONGEST = 1 << 20  # characters of a rendered conversation
+
+
+class Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks what is supervised; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012  (as Jinja declares it)
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def _raise(message: object) -> None:
+    raise jinja2.TemplateError(str(message))
+
+
+def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def render(template: str, variables: dict, renders: list[dict]) -> list[dict[str, str]]:
+    """The rendered conversations: of each `{"text": ...}` or `{"error": ...}`.
+
+    `renders` are the variables of each: messages, add_generation_prompt, ….
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise, "strftime_now": datetime.datetime.now().strftime}
+    compiled, results = environment.from_string(template), []
+    for each in renders:
+        try:
+            text = compiled.render(**variables, **each)
+            text.encode()
+            results.append({"text": text} if len(text) <= LONGEST else {"error": "it renders a megabyte"})
+        except Exception as error:  # a template can raise anything
+            results.append({"error": f"{type(error).__name__}: {error}"[:300]})
+    return results
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    try:
+        result: object = render(**json.load(sys.stdin))
+    except Exception as error:
+        result = {"error": f"{type(error).__name__}: {error}"[:300]}
+    json.dump(result, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

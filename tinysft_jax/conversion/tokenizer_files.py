@@ -1,0 +1,116 @@
+"""The tokenizer files of a Hugging Face folder, read with the model's own chat template, and written back."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tinysft_jax.bpe import TOKENIZER_JSON, FileBpe
+from tinysft_jax.console import UserError, shown
+from tinysft_jax.conversion.huggingface_tokenizer import control_template
+from tinysft_jax.conversion.take_apart import prove, take_apart
+from tinysft_jax.tokenizer import ChatTokenizer, read_files
+
+_CONFIG, _SPECIAL_MAP = "tokenizer_config.json", "special_tokens_map.json"
+_JINJA, _GENERATION = "chat_template.jinja", "generation_config.json"
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def read_tokenizer(path: Path, config: Mapping[str, Any]) -> ChatTokenizer:
+    """The tokenizer of a folder with a `tokenizer.json`, with the model's chat template; `config` is its `config.json`.
+
+    A template that can't be taken apart is named on stderr, and the model taken as one without.
+    Raises: UserError, if the tokenizer can't be used.
+    """
+    kept = read_files(path)
+    settings, generation = (_object(kept, name) for name in (_CONFIG, _GENERATION))
+    variables = _special_tokens(settings, _object(kept, _SPECIAL_MAP))
+    added = {token["content"]: token["id"] for token in _added_tokens(kept)}
+    spelled = {id: token for token, id in added.items()}
+    ends = [spelled[id] for id in _end_ids(config, generation) if id in spelled]
+    stops = dict.fromkeys([*([variables["eos_token"]] if variables.get("eos_token") else []), *ends])
+    if not stops:
+        raise UserError("neither its tokenizer_config.json nor its config.json names a special token that ends a text")
+    eot, source = next(iter(stops)), _template(kept, settings)
+    bpe = FileBpe(kept, eot, list(stops))
+    if source is None:
+        return ChatTokenizer(None, bpe=bpe)
+    try:
+        template = take_apart(source, variables, added)
+        tokenizer = ChatTokenizer(template, bpe=FileBpe(kept, eot, list(stops), template.controls))
+        prove(tokenizer, source, variables)
+        return tokenizer
+    except UserError as error:
+        print(f"note: {path}: its chat template is not used: {error}", file=sys.stderr)
+        return ChatTokenizer(None, bpe=bpe)
+
+
+def to_write(tokenizer: ChatTokenizer) -> dict[str, bytes]:
+    """The files of a folder: as they came; where the model got the template "control", with it and its tokens."""
+    if tokenizer.template != "control":
+        return dict(tokenizer.files)
+    kept = {name: data for name, data in tokenizer.files.items() if name != "chat_template.json"}
+    content, settings = json.loads(kept[TOKENIZER_JSON]), _object(kept, _CONFIG)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"] += [{"id": id, "content": text, **flags} for text, id in tokenizer.control_ids.items()]
+    settings.pop("chat_template", None)
+    changed = {TOKENIZER_JSON: content, _CONFIG: settings | {"eos_token": tokenizer.bpe.eot}}
+    written = {name: json.dumps(value, ensure_ascii=False, indent=2).encode() for name, value in changed.items()}
+    return kept | written | {_JINJA: control_template(tokenizer.bpe.eot, "".join(tokenizer.bpe.bos)).encode()}
+
+
+def token_ids(tokenizer: ChatTokenizer) -> dict[str, int | list[int] | None]:
+    """The ids in `config.json`."""
+    tokens = _special_tokens(*(_object(tokenizer.files, name) for name in (_CONFIG, _SPECIAL_MAP)))
+    bos, pad = (tokenizer.bpe.special_ids.get(tokens.get(name)) for name in ("bos_token", "pad_token"))
+    ends = list(tokenizer.stop_ids)
+    return {"bos_token_id": bos, "eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": pad}
+
+
+def _object(kept: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The content of a JSON file, empty if there is none."""
+    try:
+        content = json.loads(kept.get(name, b"{}"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"its {name} is damaged or cut short; copy it again")
+    return content
+
+
+def _added_tokens(kept: Mapping[str, bytes]) -> Iterator[dict[str, Any]]:
+    tokens = _object(kept, TOKENIZER_JSON).get("added_tokens")
+    for token in tokens if isinstance(tokens, list) else ():
+        if not (isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int):
+            raise UserError(f"its {TOKENIZER_JSON} has the added token {shown(token)}; copy it again")
+        yield token
+
+
+def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str | None]:
+    """The special tokens by name, as text; the first source that has one counts."""
+    found: dict[str, str | None] = {}
+    for name in _SPECIAL:
+        for source in sources:
+            token = source.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and token:
+                found.setdefault(name, token)
+    return found
+
+
+def _end_ids(*sources: Mapping[str, Any]) -> Iterator[int]:
+    for source in sources:
+        ids = source.get("eos_token_id")
+        yield from (id for id in (ids if isinstance(ids, list) else [ids]) if type(id) is int)
+
+
+def _template(kept: Mapping[str, bytes], settings: Mapping[str, Any]) -> str | None:
+    """The chat template in Jinja, from where transformers takes it; None if the model has none."""
+    if _JINJA in kept:
+        return kept[_JINJA].decode("utf-8", errors="replace")
+    template = _object(kept, "chat_template.json").get("chat_template", settings.get("chat_template"))
+    if isinstance(template, list):  # several by name
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) and template else None

@@ -43,9 +43,10 @@ class Gpt2Bpe:
       special_ids: spelling → id of the tokens that no text gives.
       eot: the spelling of end-of-text, which ends a document; `stops`: the spellings of what ends an answer.
       bos: spellings of what begins a document.
+      prefix: what is put before a text, and what follows a special token: nothing or a space.
     """
 
-    eot, stops, bos = chat.END_OF_TEXT, (chat.END_OF_TEXT,), ()
+    eot, stops, bos, prefix = chat.END_OF_TEXT, (chat.END_OF_TEXT,), (), ""
     files: Mapping[str, bytes] = {}
 
     def __init__(self, ranks: int):
@@ -98,6 +99,7 @@ class FileBpe:
             raise UserError(f"{TOKENIZER_JSON} has no token {shown(missing[0])}")
         self.token_bytes = _token_bytes(vocabulary, added, _is_byte_level(content))
         self._rest = self._first if (rest := _without_prefix(content)) == content else _tokenizer(rest)
+        self.prefix = "" if self._rest is self._first else " "
         special = {token["content"] for token in content["added_tokens"] if token["special"]}
         self.special_ids = {token: vocabulary[token] for token in sorted({eot, *stops, *special})}
         self.bos = self._begins()

@@ -119,7 +119,7 @@ class ChatTemplate:
         """Raises: UserError, if a part is missing or invalid."""
         names = [field.name for field in dataclasses.fields(cls)]
         if content.keys() != set(names):
-            raise UserError(f"chat_template must have exactly the keys {', '.join(names)}")
+            raise UserError(f"chat_template must be an object with exactly the keys {', '.join(names)}")
         texts = {name: content[name] for name in names if name not in ("controls", "stripped")}
         for name, text in texts.items():
             if not isinstance(text, str) and not (text is None and name in _OPTIONAL):

@@ -127,7 +127,8 @@ class ChatTokenizer:
         if isinstance(self.template, ChatTemplate):
             ends = np.flatnonzero(np.isin(prompt, list(self.control_ids.values()))).tolist()
             bounds = zip([0, *(end + 1 for end in ends)], [*ends, len(prompt)], strict=True)
-            return self.template.question([self.decode(prompt[start:end]) for start, end in bounds])
+            texts = [self.decode(prompt[start:end]).removeprefix(self.bpe.prefix) for start, end in bounds]
+            return self.template.question(texts)
         user, assistant = chat.ROLE_MARKERS["user"], chat.ROLE_MARKERS["assistant"]
         if self.template == "text":  # the markers are text, and no other text spells them
             return self.decode(prompt).rpartition(user)[2].removesuffix(assistant)

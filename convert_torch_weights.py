@@ -68,7 +68,9 @@ def print_model(description: ModelDescription) -> None:
     if assumed:
         print(f"assumed     {', '.join(f'{key} {value:g}' for key, value in assumed.items())}: the file doesn't say")
     print(f"parameters  {count_parameters(config):,}")
-    print(f"template    {description.chat_template or 'none: the model completes plain text'}")
+    template = description.chat_template
+    own = "the model's own, equal to its Jinja in ids on 200 conversations"
+    print(f"template    {own if isinstance(template, dict) else template or 'none: the model completes plain text'}")
 
 
 def print_notes(to: str, description: ModelDescription) -> None:

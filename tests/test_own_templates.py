@@ -120,7 +120,7 @@ def test_a_prompt_is_a_prefix_of_its_conversation_and_holds_the_question(own, ki
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_those_of_transformers(own, kind, tmp_path):
-    """Of `apply_chat_template`, with and without a generation prompt, and of its tokenizer with special tokens split."""
+    """Of `apply_chat_template` with and without a generation prompt, and of its tokenizer with special tokens split."""
     from transformers import PreTrainedTokenizerFast
 
     tok, folder = own(kind), write_folder(kind, tmp_path / "folder")
@@ -256,3 +256,11 @@ def test_a_template_without_a_place_for_a_system_message(tmp_path):
     assert tok.decode(tok.encode_chat(turn)[0]) == "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
     with pytest.raises(UserError, match="takes no system message"):
         tok.encode_chat([{"role": "system", "content": "S"}, *turn])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_survives(own, kind):
+    tok = own(kind)
+    for text in (" Hi", "Hi", "  Hi \n", "\n\n", " " * 100_000):
+        assert tok.decode(tok.encode_text(text)) == (" " if kind == "tinyllama" else "") + text
+        assert tok.decode(tok.bpe.encode(text, continues=True)) == text

@@ -218,9 +218,10 @@ def _is_byte_level(content: dict[str, Any]) -> bool:
 def _without_prefix(content: dict[str, Any]) -> dict[str, Any]:
     """The tokenizer without the space that it puts before a text."""
     content = json.loads(json.dumps(content))
-    if content.get("normalizer"):
-        steps = [s for s in _steps(content, "normalizer", "normalizers") if s.get("type") != "Prepend"]
-        content["normalizer"] = {"type": "Sequence", "normalizers": steps} if steps else None
+    steps = _steps(content, "normalizer", "normalizers")
+    if any(step.get("type") == "Prepend" for step in steps):
+        kept = [step for step in steps if step.get("type") != "Prepend"]
+        content["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
     for step in _steps(content, "pre_tokenizer", "pretokenizers"):
         if step.get("type") == "ByteLevel":
             step["add_prefix_space"] = False

@@ -59,6 +59,7 @@ class ChatTokenizer:
             stops |= template.stops
         self.stop_ids = tuple(sorted(self.bpe.special_ids[stop] for stop in stops))
         self._special_ids = self.bpe.special_ids | {chat.END_OF_TEXT: self.eot_id} | self.control_ids
+        self._bos = [self.bpe.special_ids[token] for token in self.bpe.bos]
         self.files = self.bpe.files
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -75,7 +76,7 @@ class ChatTokenizer:
 
     def encode_opening(self, text: str) -> list[int]:
         """Encodes the beginning of a document: text, with what this tokenizer puts before it, if anything."""
-        return [self._special_ids[token] for token in self.bpe.bos] + self.encode_text(text)
+        return self._bos + self.encode_text(text)
 
     def encode_document(self, text: str) -> Int32[np.ndarray, " n"]:
         """Encodes a document for pretraining: its text, then end-of-text."""
@@ -95,11 +96,8 @@ class ChatTokenizer:
         return self._encode_pieces(chat.prompt_pieces(messages, self.template))[0]
 
     def _encode_pieces(self, pieces: list[chat.Piece]) -> tuple[Int32[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-        ids: list[int] = []
-        supervised: list[bool] = []
-        if not isinstance(self.template, ChatTemplate):
-            pieces = [chat.Piece(token, control=True, supervised=False) for token in self.bpe.bos] + pieces
-        after_control = True
+        ids = [] if isinstance(self.template, ChatTemplate) else list(self._bos)  # a model's own template has it
+        supervised, after_control = [False] * len(ids), True
         for piece in pieces:
             if piece.control:
                 new = [self._special_ids[piece.text]]

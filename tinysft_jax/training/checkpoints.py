@@ -113,12 +113,12 @@ def _matching(directory: Path, names: str) -> list[Path]:
 
 def run_identity(config: ConfigDict, data: PreparedData, packing: str, total_steps: int) -> dict[str, Any]:
     """What must not change when a run resumes: its model, the data and their order, the arithmetic of a step."""
-    values = flat(config)
+    values, template = flat(config), data.description["chat_template"]
     sections = ("model.", "optimizer.") if config.init_from in ("", RANDOM) else ("optimizer.",)
     return {
         "init_from": config.init_from,
         "data": files.sha256(data.directory / "manifest.json")[:16],
-        "chat_template": data.description["chat_template"],
+        "chat_template": template if isinstance(template, str | None) else data.description["tokenizer_hash"],
         "tokenizer": data.description["tokenizer"],
         "packing": packing,
         **{key: values[key] for key in ("seed", "data.seq_len", "train.batch_size")},

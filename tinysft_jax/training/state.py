@@ -97,7 +97,8 @@ def check_tokenizer(description: ModelDescription, tokenizer: ChatTokenizer, ini
         raise UserError(f"{init_from} has {found}, the data {ours}; prepare the data with {flag}")
     if template is not None and wanted is None:
         raise UserError(f"{init_from} is a chat model, the data plain text; prepare conversations to fine-tune it")
-    if template not in (None, tokenizer.description()["chat_template"]):
+    same_files = description.tokenizer_files == tokenizer.files != {}  # a template may put in the day it is read on
+    if template not in (None, tokenizer.description()["chat_template"]) and not same_files:
         its, flag = (f"{template!r}", f"--template {template}") if isinstance(template, str) else ("its own", "")
         the_datas = f"{wanted!r}" if isinstance(wanted, str) else "another"
         raise UserError(

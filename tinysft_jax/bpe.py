@@ -97,6 +97,8 @@ class FileBpe:
         vocabulary = self._first.get_vocab()
         if missing := [token for token in (eot, *stops, *controls) if token not in vocabulary]:
             raise UserError(f"{TOKENIZER_JSON} has no token {shown(missing[0])}")
+        if moved := [token for token, id in added.items() if vocabulary.get(token) != id]:
+            raise UserError(f"{TOKENIZER_JSON} gives its added token {shown(moved[0])} an id that it can't have")
         self.token_bytes = _token_bytes(vocabulary, added, _is_byte_level(content))
         self._rest = self._first if (rest := _without_prefix(content)) == content else _tokenizer(rest)
         self.prefix = "" if self._rest is self._first else " "

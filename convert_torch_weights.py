@@ -6,8 +6,9 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from tinysft_jax import console, distributed, export
-from tinysft_jax.checkpoints import load_model, model_kind, open_model
+from tinysft_jax.checkpoints import model_kind, open_model
 from tinysft_jax.console import RunError, UserError
+from tinysft_jax.conversion.huggingface import DTYPES, rounded
 from tinysft_jax.conversion.model_card import read_run
 from tinysft_jax.conversion.parity import measure_parity
 from tinysft_jax.model import GPT
@@ -19,6 +20,8 @@ def main() -> None:
     export.check_output(args.to, args.output, args.overwrite)
     if args.report and args.to != "huggingface":
         raise UserError("--report is for the model card, which only --to huggingface writes")
+    if args.dtype and args.to != "huggingface":
+        raise UserError("--dtype is for the tensors of --to huggingface; the other forms hold float32")
     distributed.check_devices()
     description, params = open_model(args.input, args.n_heads)
     source = model_kind(args.input)
@@ -26,16 +29,19 @@ def main() -> None:
     print_model(description)
     print_notes(args.to, description)
     with export.new_output(args.to, args.output, args.overwrite) as path:
-        export.write(args.to, path, params, description, args.output.resolve().name, run, args.report)
+        dtype = args.dtype or "float32"
+        export.write(args.to, path, params, description, args.output.resolve().name, run, args.report, dtype)
         if args.check:
+            config = description.config
             if args.to == "model":
                 del params
-                model = load_model(path, dtype=jnp.float32)
+                _, params = open_model(path)
             else:
-                model = make_model(description.config, params, dtype=jnp.float32)
-                check(model, path, args.output)
+                written = rounded(params, dtype) if args.to == "huggingface" else params
+                check(make_model(config, written, dtype=jnp.float32), path, args.output)
+                del written
             if source in ("torch", "huggingface"):
-                check(model, args.input, args.input)
+                check(make_model(config, params, dtype=jnp.float32), args.input, args.input)
     print(f"written     {args.output}")
 
 
@@ -52,6 +58,7 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
         "--output", type=console.path, required=True, metavar="OUT", help="a new directory, or a new .pt file"
     )
     parser.add_argument("--to", choices=export.KINDS, default="model", help="the form of OUT")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the tensors in a Hugging Face folder (default: float32)")
     parser.add_argument("--n_heads", type=int, metavar="N", help="attention heads, for a .pt file that doesn't say")
     parser.add_argument("--report", type=console.path, metavar="DIR", help="an evaluation, for the model card")
     parser.add_argument("--check", action="store_true", help="compare logits with an independent forward pass")
@@ -61,9 +68,11 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
 
 def print_model(description: ModelDescription) -> None:
     config, assumed = description.config, description.source.get("assumed", {})
+    shared = f" that share {config.n_kv_heads} of keys" if config.n_kv_heads < config.n_heads else ""
     print(
         f"shape       vocabulary {config.vocab_size}, dim {config.dim}, {config.n_layers} layers, "
-        f"{config.n_heads} heads, hidden {config.hidden_dim}, context {config.max_seq_len}, theta {config.rope_theta:g}"
+        f"{config.n_heads} heads{shared}, hidden {config.hidden_dim}, context {config.max_seq_len}, "
+        f"theta {config.rope_theta:g}"
     )
     if assumed:
         print(f"assumed     {', '.join(f'{key} {value:g}' for key, value in assumed.items())}: the file doesn't say")

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import LLAMA3, random_model
+from families import save as save_folder
 from safetensors.numpy import load_file
 from tiers import slow
 from tiny_model import make_model_directory
@@ -253,6 +255,57 @@ def test_flags_are_checked(convert, tmp_path):
 
 
 def test_foreign_folder_is_refused_with_the_reason(convert, tmp_path):
-    (tmp_path / "llama").mkdir()
-    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
-    assert_one_line(convert(input=tmp_path / "llama", output=tmp_path / "b"), 2, "'llama'", "stablelm")
+    (tmp_path / "gemma").mkdir()
+    (tmp_path / "gemma" / "config.json").write_text('{"model_type": "gemma"}')
+    assert_one_line(convert(input=tmp_path / "gemma", output=tmp_path / "b"), 2, "'gemma'", "stablelm, llama")
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory) -> Path:
+    """A random model of transformers; no tokenizer."""
+    return save_folder(random_model("llama", rope_parameters=LLAMA3), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", *slow("float32")])
+def test_a_model_of_another_family_and_back(convert, llama_folder, tmp_path, dtype):
+    """What is written in bfloat16 is compared with the rounded model, what was read with the model itself."""
+    code, out, err = convert(input=llama_folder, output=tmp_path / "model", check=True)
+    assert (code, err) == (0, "") and "4 heads that share 2 of keys" in out
+    flags = {"output": tmp_path / "folder", "to": "huggingface", "dtype": dtype, "check": True}
+    code, out, err = convert(input=llama_folder, **flags)
+    assert (code, err, out.count("check       ")) == (0, "", 2)
+    code, out, err = convert(input=tmp_path / "model", overwrite=True, **flags)
+    assert (code, err, out.count("check       ")) == (0, "", 1)
+    for name, tensor in load_file(llama_folder / "model.safetensors").items():
+        written = load_file(tmp_path / "folder" / "model.safetensors")[name]
+        assert written.dtype.name == dtype
+        np.testing.assert_array_equal(written, tensor.astype(written.dtype))
+    assert "`LlamaForCausalLM`: RMSNorm, RoPE (scaled as in Llama 3)" in (tmp_path / "folder" / "README.md").read_text()
+
+
+def test_a_pytorch_checkpoint_of_another_family_is_refused(convert, llama_folder, tmp_path):
+    result = convert(input=llama_folder, output=tmp_path / "a.pt", to="torch")
+    assert_one_line(
+        result, 2, "the PyTorch project has no such model, with n_kv_heads 2, norm 'rms'", "tied_head False"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to, output", [("model", "a"), ("torch", "a.pt")])
+def test_only_a_folder_has_a_dtype(convert, llama_folder, tmp_path, to, output):
+    flags = {"input": llama_folder, "output": tmp_path / output, "to": to}
+    assert_one_line(convert(**flags, dtype="bfloat16"), 2, "--dtype is for the tensors of --to huggingface")
+    assert_one_line(convert(**flags, dtype="float16"), 2, "--dtype", "float32", "bfloat16")
+
+
+def test_a_chat_model_in_bfloat16(convert, tmp_path):
+    """The pad token's row is the mean of the rounded rows, so that it is the same each time."""
+    source = make_model_directory(tmp_path / "model", "control")
+    for output in ("1", "2"):
+        flags = {"output": tmp_path / output, "to": "huggingface", "dtype": "bfloat16", "check": True}
+        assert convert(input=source, **flags)[0] == 0
+        source = tmp_path / output
+    one, two = (load_file(tmp_path / output / "model.safetensors") for output in ("1", "2"))
+    for name, tensor in one.items():
+        np.testing.assert_array_equal(two[name], tensor)
+    assert one["model.embed_tokens.weight"].shape == (261, 32)

@@ -14,7 +14,8 @@ from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import UserError
 from tinysft_jax.conversion.huggingface import read_huggingface
 from tinysft_jax.conversion.torch import read_torch_checkpoint
-from tinysft_jax.export import check_output, export_run, parse_export
+from tinysft_jax.export import check_exports, check_output, export_run, parse_export
+from tinysft_jax.model import GPTConfig
 from tinysft_jax.training import loop
 
 torch = pytest.importorskip("torch")
@@ -101,6 +102,16 @@ def test_names_are_checked(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(UserError, match=r"needs safetensors: pip install -e '\.\[hf\]'"):
         parse_export("torch,huggingface")
+
+
+def test_forms_that_cannot_hold_the_model_are_refused_before_training():
+    plain, llama = GPTConfig(), GPTConfig(norm="rms", n_kv_heads=4)
+    check_exports("huggingface,torch", plain)
+    check_exports("huggingface", llama)
+    with pytest.raises(UserError, match="export=torch can't be written: the PyTorch project has no such model"):
+        check_exports("huggingface,torch", llama)
+    with pytest.raises(UserError, match="export=huggingface can't be written: no model of"):
+        check_exports("huggingface", GPTConfig(qk_norm=True))
 
 
 def test_a_folder_is_not_taken_for_a_run(finished):

@@ -22,7 +22,7 @@ from tinysft_jax.data.batches import batches
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation import run as evaluation
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.parameters import ModelDescription
+from tinysft_jax.parameters import ModelDescription, make_model
 from tinysft_jax.sampling.chat import Session
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
@@ -30,6 +30,7 @@ from tinysft_jax.tokenizer import KEPT, ChatTokenizer
 from tinysft_jax.training import loop
 from tinysft_jax.training.state import starting_model
 
+GPT2 = ("--bpe_ranks", "300", "--workers", "1", "--max_tokens", "96")
 LLAMA = {"norm": "rms", "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 128, "tied_head": False}
 
 
@@ -68,31 +69,40 @@ def qwen(chats, tmp_path_factory) -> Path:
     return directory
 
 
-def train(workdir: Path, model: Path, data: Path, **changes) -> Path:
+def train(workdir: Path, model: Path, data: Path) -> Path:
+    changes = {"train__max_steps": 6, "train__eval_interval": 6, "train__eval_batch_size": 8}
     loop.train(tiny_config(data, init_from=str(model), data__seq_len=96, **changes), workdir)
     return workdir
 
 
-def test_a_folder_is_fine_tuned_and_comes_back(qwen, tmp_path, monkeypatch):
-    whole, work = tmp_path / "whole", tmp_path / "work"
-    train(whole, qwen / "model", qwen / "data")
-    stop_at(6, monkeypatch)
-    with pytest.raises(Interrupted):
-        train(work, qwen / "model", qwen / "data")
-    monkeypatch.undo()
-    train(work, qwen / "model", qwen / "data")
-    assert losses(work) == losses(whole) and losses(work)[12] < losses(work)[1] - 0.3
-    for name, array in arrays((whole / "model").resolve() / "params").items():
-        assert np.array_equal(array, arrays((work / "model").resolve() / "params")[name]), name
+@pytest.fixture(scope="module")
+def work(qwen, tmp_path_factory) -> Path:
+    """A run of 6 steps from the folder."""
+    return train(tmp_path_factory.mktemp("run") / "work", qwen / "model", qwen / "data")
 
+
+def test_a_run_resumes_to_the_same_bits(qwen, work, tmp_path, monkeypatch):
+    stop_at(3, monkeypatch)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "work", qwen / "model", qwen / "data")
+    monkeypatch.undo()
+    train(tmp_path / "work", qwen / "model", qwen / "data")
+    assert losses(tmp_path / "work") == losses(work) and losses(work)[6] < losses(work)[1] - 0.2
+    resumed = arrays((tmp_path / "work" / "model").resolve() / "params")
+    for name, array in arrays((work / "model").resolve() / "params").items():
+        assert np.array_equal(array, resumed[name]), name
+
+
+def test_a_fine_tuned_folder_comes_back(qwen, work, tmp_path):
     description, params = open_model(work)
     tok = description.make_tokenizer()
     assert tok.fingerprint() == load_tokenizer(qwen / "model").fingerprint() == load_tokenizer(work).fingerprint()
     decoder = Decoder(description.config, params, np.float32, description.trained_length)
     session = Session(decoder, tok, SamplingOptions(20, 0.0))
     answer = "".join(session.ask("Say cat dog"))
-    (ids,) = decoder.generate([tok.encode_prompt(session.messages[:1])], session.options)
-    assert answer == tok.decode(ids) and "<" not in answer
+    prompt = tok.encode_prompt([{"role": "user", "content": "Say cat dog"}])
+    (ids,) = decoder.generate([prompt], session.options)
+    assert answer == tok.decode(ids) and not {359, 361, 362} & set(ids)
 
     (tmp_path / "out").mkdir()
     write_huggingface(tmp_path / "out", params, description)
@@ -105,18 +115,12 @@ def test_a_folder_is_fine_tuned_and_comes_back(qwen, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, params, same)
 
 
-def test_a_model_is_evaluated_against_its_start(qwen, tmp_path):
+@pytest.mark.slow
+def test_a_model_is_evaluated_against_its_start(qwen, work, tmp_path):
     """The one before training answers in the same template."""
     pytest.importorskip("rouge_score")
-    work = train(tmp_path / "work", qwen / "model", qwen / "data")
-    flags = evaluation._parse(
-        [
-            f"--checkpoint={work}",
-            f"--baseline={qwen / 'model'}",
-            f"--data={qwen / 'data'}",
-            f"--output={tmp_path / 'e'}",
-        ]
-    )
+    models = [f"--checkpoint={work}", f"--baseline={qwen / 'model'}"]
+    flags = evaluation._parse([*models, f"--data={qwen / 'data'}", f"--output={tmp_path / 'e'}"])
     _, cases, answers = evaluation.evaluate(flags)
     assert cases and all(case.question.startswith("Say ") for case in cases)
     assert all(case.ground_truth.endswith("!\n") and case.ground_truth[0] == " " for case in cases)
@@ -129,17 +133,16 @@ def test_a_base_model_learns_controls_markers(chats, tmp_path):
     data = prepare_with(base, chats, tmp_path / "data")
     n_tokens = len(data.tokenizer.bpe.token_bytes)
     assert data.description["chat_template"] == "control" and data.tokenizer.vocab_size == n_tokens + 3
-    work = train(tmp_path / "work", base, tmp_path / "data")
-    description, params = open_model(work)
-    assert description.config.vocab_size == n_tokens + 3 and losses(work)[12] < losses(work)[1]
+    description, params = starting_model(str(base), {}, data)
+    assert description.config.vocab_size == n_tokens + 3
     assert {len(params[table]["embedding"]) for table in ("tok_emb", "head")} == {description.config.padded_vocab_size}
     (tmp_path / "out").mkdir()
     write_huggingface(tmp_path / "out", params, description)
     chat = [{"role": "user", "content": "Say <|user|>"}, {"role": "assistant", "content": "cat"}]
     expected = data.tokenizer.encode_chat(chat)[0].tolist()
     assert load_tokenizer(tmp_path / "out").encode_chat(chat)[0].tolist() == expected
-    ids = np.array([expected])
-    np.testing.assert_array_equal(load_model(tmp_path / "out")(ids), load_model(work)(ids))
+    ids = jax.numpy.array([expected], np.int32)
+    np.testing.assert_array_equal(load_model(tmp_path / "out")(ids), make_model(description.config, params)(ids))
 
 
 def test_new_rows_are_means_of_their_markers_pieces(chats, tmp_path):
@@ -155,7 +158,7 @@ def test_new_rows_are_means_of_their_markers_pieces(chats, tmp_path):
 def test_data_and_model_that_do_not_fit_are_refused_before_anything_else(qwen, chats, tmp_path):
     other = make_folder(tmp_path / "other", make_tokenizer("llama3", tmp_path / "tokenizer"))
     prepare_with(other, chats, tmp_path / "data")
-    prepare.main(["--input", str(chats), "--output", str(tmp_path / "gpt2"), "--bpe_ranks", "300", "--workers", "1"])
+    prepare.main(["--input", str(chats), "--output", str(tmp_path / "gpt2"), *GPT2])
     for data in (tmp_path / "data", tmp_path / "gpt2"):
         with pytest.raises(UserError, match=r"prepare the data with --tokenizer .*model$"):
             train(tmp_path / "work", qwen / "model", data)
@@ -177,8 +180,8 @@ def test_a_template_that_shows_the_day_fits_on_other_days(chats, tmp_path, monke
     tokenizer = ChatTokenizer.from_description(old, load_tokenizer(tmp_path / "data").files)
     (tmp_path / "data" / "data.json").write_text(json.dumps(old | {"tokenizer_hash": tokenizer.fingerprint()}))
     files.write_manifest(tmp_path / "data")
-    train(tmp_path / "work", llama, tmp_path / "data")
-    assert "01 Jan 2020" in load_tokenizer(tmp_path / "work").template.begin
+    description, _ = starting_model(str(llama), {}, PreparedData(tmp_path / "data"))
+    assert "01 Jan 2020" in description.chat_template["begin"] and "01 Jan 2020" not in today
 
 
 @pytest.mark.parametrize("flags", [("--bpe_ranks", "300"), ("--template", "control")])

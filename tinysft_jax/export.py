@@ -9,8 +9,10 @@ from tinysft_jax import files
 from tinysft_jax.checkpoints import open_model, write_model
 from tinysft_jax.console import RunError, UserError, reason
 from tinysft_jax.conversion import huggingface
+from tinysft_jax.conversion.families import family_of
 from tinysft_jax.conversion.model_card import CARD_CONTENT, RunRecord, read_run, write_card
-from tinysft_jax.conversion.torch import write_torch_checkpoint
+from tinysft_jax.conversion.torch import check_architecture, write_torch_checkpoint
+from tinysft_jax.model import GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params
 
 KINDS = ("model", "torch", "huggingface")  # "torch" is a file, the others are directories
@@ -46,10 +48,12 @@ def write(
     title: str,
     run: RunRecord | None = None,
     report: Path | None = None,
+    dtype: str = "float32",
 ) -> None:
     """Writes a model, its embedding padded or not, to the path that `new_output` yields.
 
-    Title, the run that trained the model and its evaluation report are for the model card.
+    Title, the run that trained the model and its evaluation report are for the model card, `dtype` for the tensors of a
+    Hugging Face folder.
     """
     if kind == "model":
         write_model(path, params, description)
@@ -59,7 +63,7 @@ def write(
             description = dataclasses.replace(description, source=source)
         write_torch_checkpoint(path, params, description)
     else:
-        huggingface.write_huggingface(path, params, description)
+        huggingface.write_huggingface(path, params, description, dtype)
         try:
             write_card(path, title, description, run, report)
         except OSError as error:
@@ -76,6 +80,15 @@ def parse_export(names: str) -> tuple[str, ...]:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"export={kind} needs {package}: pip install -e '.[{extra}]'")
     return kinds
+
+
+def check_exports(names: str, config: GPTConfig) -> None:
+    """Raises: UserError, if one of the kinds that the setting `export` lists can't hold a model of this shape."""
+    for kind in parse_export(names):
+        try:
+            check_architecture(config) if kind == "torch" else family_of(config)
+        except UserError as error:
+            raise UserError(f"export={kind} can't be written: {error}") from None
 
 
 def export_run(workdir: Path, names: str) -> list[str]:

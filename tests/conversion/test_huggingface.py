@@ -22,7 +22,6 @@ import tinysft_jax as tsft
 from tinysft_jax.checkpoints import load_model, open_model
 from tinysft_jax.console import UserError
 from tinysft_jax.conversion.huggingface import read_huggingface, write_huggingface
-from tinysft_jax.conversion.names import STABLELM
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.parameters import ModelDescription, Params, make_model
@@ -32,6 +31,7 @@ from tinysft_jax.training.state import starting_model
 torch = pytest.importorskip("torch")
 
 transformers.utils.logging.disable_progress_bar()
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def load(folder: Path) -> torch.nn.Module:
@@ -162,7 +162,7 @@ def test_the_pad_token_takes_no_probability_from_others(chat_folder):
 def test_a_folder_of_before_the_pad_token_is_read(chat_folder, tmp_path):
     folder = shutil.copytree(chat_folder, tmp_path / "folder")
     tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {STABLELM.embedding: tensors[STABLELM.embedding][:-1]}, folder / "model.safetensors")
+    save_file(tensors | {EMBEDDING: tensors[EMBEDDING][:-1]}, folder / "model.safetensors")
     for name, change in (
         ("config.json", lambda content: content.update(vocab_size=260)),
         ("tokenizer.json", lambda content: content["added_tokens"].pop()),
@@ -249,21 +249,22 @@ def test_what_transformers_saves_is_read(exported, tmp_path, dtype, sharded):
 
 # Each: what is changed in config.json, and what the error must name.
 FOREIGN = {
-    "another model": ({"model_type": "llama"}, ["'llama'", "stablelm"]),
-    "biases": ({"use_qkv_bias": True}, ["use_qkv_bias is True", "biases"]),
+    "another model": ({"model_type": "gpt_neox"}, ["'gpt_neox'", "stablelm"]),
+    "another family": ({"model_type": "llama"}, ["unexpected: model.layers.0.input_layernorm.bias"]),
+    "biases": ({"use_qkv_bias": True}, ["missing: model.layers.0.self_attn.q_proj.bias"]),
     "partial rotary, of old": ({"partial_rotary_factor": 0.25, "rope_parameters": None}, ["0.25", "rotary"]),
     "partial rotary": ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["0.5"]),
     "partial rotary, unsaid": ({"partial_rotary_factor": ..., "rope_parameters": ...}, ["0.25"]),
     "scaled rotary": ({"rope_parameters": {"rope_type": "yarn", "partial_rotary_factor": 1.0}}, ["'yarn'"]),
     "scaled rotary, of old": ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, ["'linear'"]),
-    "grouped heads": ({"num_key_value_heads": 1}, ["num_key_value_heads is 1, not", "grouped"]),
-    "grouped heads, unsaid": ({"num_key_value_heads": ...}, ["num_key_value_heads is 32"]),
-    "untied head": ({"tie_word_embeddings": False}, ["tie_word_embeddings is False", "untied head"]),
-    "untied head, unsaid": ({"tie_word_embeddings": ...}, ["untied head"]),
+    "grouped heads": ({"num_key_value_heads": 1}, ["k_proj.weight has shape [32, 32], not [16, 32]"]),
+    "grouped heads, unsaid": ({"num_key_value_heads": ...}, ["n_heads 2 is not divisible by model.n_kv_heads 32"]),
+    "untied head": ({"tie_word_embeddings": False}, ["missing: lm_head.weight"]),
+    "untied head, unsaid": ({"tie_word_embeddings": ...}, ["missing: lm_head.weight"]),
     "parallel": ({"use_parallel_residual": True}, ["use_parallel_residual"]),
     "norms of queries": ({"qk_layernorm": True}, ["qk_layernorm"]),
     "another activation": ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'"]),
-    "another epsilon": ({"layer_norm_eps": 1e-6}, ["layer_norm_eps"]),
+    "another epsilon": ({"layer_norm_eps": -1e-5}, ["layer_norm_eps is -1e-05, not a positive number"]),
     "quantized": ({"quantization_config": {"bits": 4}}, ["quantized"]),
     "no size": ({"hidden_size": ...}, ["hidden_size is None"]),
     "wrong size": ({"intermediate_size": 100}, ["gate_proj.weight has shape [128, 32], not [100, 32]"]),
@@ -291,7 +292,7 @@ def test_another_architecture_is_refused(chat_folder, tmp_path, change):
 TENSOR_FAULTS = {
     "a bias": ({"model.layers.0.self_attn.q_proj.bias": np.ones(32, np.float32)}, ["unexpected", "q_proj.bias"]),
     "an untied head": ({"lm_head.weight": np.ones((261, 32), np.float32)}, ["lm_head.weight differs", "untied"]),
-    "integers": ({"model.norm.bias": np.ones(32, np.int32)}, ["model.norm.bias is int32"]),
+    "integers": ({"model.norm.bias": np.ones(32, np.int32)}, ["model.norm.bias is I32; only F64, F32, F16, BF16"]),
     "with a wrapper's name and without": (
         {"model.layers.0._orig_mod.input_layernorm.bias": np.ones(32, np.float32)},
         ["model.layers.0.input_layernorm.bias occurs twice"],
@@ -311,7 +312,7 @@ def test_unsound_tensors_are_refused(chat_folder, tmp_path, fault):
 def test_a_head_that_is_stored_twice_is_no_harm(chat_folder, tmp_path):
     folder = shutil.copytree(chat_folder, tmp_path / "folder")
     tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors[STABLELM.embedding]}, folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors[EMBEDDING]}, folder / "model.safetensors")
     assert_same_model(folder, chat_folder)
 
 

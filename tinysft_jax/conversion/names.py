@@ -17,7 +17,6 @@ from tinysft_jax.parameters import (
     Params,
     from_interleaved,
     model_parameter_shapes,
-    pad_vocabulary,
     to_interleaved,
     trim_vocabulary,
 )
@@ -34,7 +33,7 @@ class Layout:
     """The tensors of a family of files."""
 
     names: dict[str, str]  # path in the parameters → name in the file; `{}` is the layer, the first axis in "blocks"
-    head: str  # the output head's name; it is tied to the embedding, so a file need not hold it
+    head: str  # the output head's name; a file need not hold it if it is tied to the embedding
     interleaved: bool  # whether RoPE rotates features 2i and 2i + 1 of a head there; here it rotates i and i + half
 
     @property
@@ -42,7 +41,7 @@ class Layout:
         return self.names["tok_emb.embedding"]
 
     def paths(self, n_layers: int) -> dict[str, tuple[str, int | None]]:
-        """Every tensor's name → its path in the parameters and its layer, in the file's order; without the head."""
+        """Every tensor's name → its path in the parameters and its layer, in the file's order; without a tied head."""
         paths: dict[str, tuple[str, int | None]] = {}
         for in_blocks, group in itertools.groupby(self.names.items(), lambda item: "{}" in item[1]):
             rows = list(group)
@@ -63,36 +62,48 @@ class Layout:
             views[name] = array.T if path.endswith(".kernel") else array
         return views
 
-    def export_tensors(self, params: Params, config: GPTConfig) -> dict[str, np.ndarray]:
-        """The model's tensors as a file holds them, without the head, which is the embedding."""
+    def shapes(self, config: GPTConfig) -> dict[str, list[int]]:
+        """Every tensor's name → its shape in the file."""
+        sizes = {"vocab": config.vocab_size, "dim": config.dim, "hidden": config.hidden_dim, "head": config.head_dim}
+        sizes |= zip("qkv", config.qkv_dims, strict=True)
+        return {name: [sizes[axis] for axis in _AXES[path]] for name, (path, _) in self.paths(config.n_layers).items()}
+
+    def export_tensors(
+        self, params: Params, config: GPTConfig, dtype: np.typing.DTypeLike = np.float32
+    ) -> dict[str, np.ndarray]:
+        """The model's tensors as a file holds them, without a head that is the embedding."""
         params = jax.tree.map(np.asarray, trim_vocabulary(params, config))
         if self.interleaved:
             params = to_interleaved(params, config)
         # Copied, because a view would be saved with all of the array behind it.
-        return {name: np.array(view, order="C") for name, view in self.views(params, config.n_layers).items()}
+        return {name: np.array(view, dtype, order="C") for name, view in self.views(params, config.n_layers).items()}
 
-    def import_tensors(self, tensors: Mapping[str, np.ndarray], config: GPTConfig) -> Params:
-        """The parameters, float32 and the embedding padded, from a file's tensors.
+    def import_tensors(self, tensors: Mapping[str, Any], config: GPTConfig) -> Params:
+        """The parameters, float32 and the embedding padded, from a file's tensors: NumPy arrays, or what becomes one.
 
-        Raises: UserError, if the names or shapes are not the model's, a value is not finite, or the head is not tied.
+        Nothing is read or allocated before all shapes are known to be the model's.
+
+        Raises: UserError, if the names or shapes are not the model's, a value is not finite, or the head is not tied
+        where the model's is.
         """
+        if config.n_layers > len(tensors):
+            raise UserError(f"it has {len(tensors)} tensors, too few for {config.n_layers:,} layers")
         self.check_names(tensors, config.n_layers)
-        wanted = trim_vocabulary(model_parameter_shapes(config), config)
-        params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
-        views = self.views(params, config.n_layers)
-        shapes = {name: (list(tensors[name].shape), list(view.shape)) for name, view in views.items()}
+        shapes = {name: (list(tensors[name].shape), ours) for name, ours in self.shapes(config).items()}
         if wrong := [f"{name} has shape {its}, not {ours}" for name, (its, ours) in shapes.items() if its != ours]:
-            raise UserError("; ".join(wrong))
+            raise UserError("; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
+        params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model_parameter_shapes(config))
+        views = self.views(trim_vocabulary(params, config), config.n_layers)
         for name, view in views.items():
-            view[...] = tensors[name]
+            with np.errstate(over="ignore"):  # what is too large for float32 is refused below
+                view[...] = np.asarray(tensors[name])
             if not (finite := np.isfinite(view)).all():
                 first = np.argwhere(~finite)[0].tolist()
                 raise UserError(f"{name} has {(~finite).sum()} values that are not finite, the first at {first}")
-        if self.head in tensors and not np.array_equal(tensors[self.head], tensors[self.embedding]):
+        is_tied = self.head in tensors and self.head not in views
+        if is_tied and not np.array_equal(tensors[self.head], views[self.embedding]):
             raise UserError(f"{self.head} differs from {self.embedding}: an untied head, where this model ties the two")
-        if self.interleaved:
-            params = from_interleaved(params, config)
-        return pad_vocabulary(params, config)
+        return from_interleaved(params, config) if self.interleaved else params
 
     def check_names(self, found: Collection[str], n_layers: int) -> None:
         """Raises: UserError, if a file lacks tensors of the model or holds others."""
@@ -107,25 +118,49 @@ class Layout:
             raise UserError(f"its tensors are not this model's; {'; '.join(faults)}")
 
 
-# Path in the parameters, name in the PyTorch project, name in Hugging Face's StableLM.
+# Path in the parameters, shape in a file, name in the PyTorch project (None: its model has no such parameter), name in
+# Hugging Face's models.
+_LAYER = "model.layers.{}"
 _TENSORS = (
-    ("tok_emb.embedding", "tok_emb.weight", "model.embed_tokens.weight"),
-    ("blocks.ln_1.scale", "blocks.{}.ln_1.weight", "model.layers.{}.input_layernorm.weight"),
-    ("blocks.ln_1.bias", "blocks.{}.ln_1.bias", "model.layers.{}.input_layernorm.bias"),
-    ("blocks.attn.wq.kernel", "blocks.{}.attn.wq.weight", "model.layers.{}.self_attn.q_proj.weight"),
-    ("blocks.attn.wk.kernel", "blocks.{}.attn.wk.weight", "model.layers.{}.self_attn.k_proj.weight"),
-    ("blocks.attn.wv.kernel", "blocks.{}.attn.wv.weight", "model.layers.{}.self_attn.v_proj.weight"),
-    ("blocks.attn.wo.kernel", "blocks.{}.attn.wo.weight", "model.layers.{}.self_attn.o_proj.weight"),
-    ("blocks.ln_2.scale", "blocks.{}.ln_2.weight", "model.layers.{}.post_attention_layernorm.weight"),
-    ("blocks.ln_2.bias", "blocks.{}.ln_2.bias", "model.layers.{}.post_attention_layernorm.bias"),
-    ("blocks.mlp.w1.kernel", "blocks.{}.mlp.w1.weight", "model.layers.{}.mlp.gate_proj.weight"),
-    ("blocks.mlp.w2.kernel", "blocks.{}.mlp.w2.weight", "model.layers.{}.mlp.down_proj.weight"),
-    ("blocks.mlp.w3.kernel", "blocks.{}.mlp.w3.weight", "model.layers.{}.mlp.up_proj.weight"),
-    ("ln_f.scale", "ln_f.weight", "model.norm.weight"),
-    ("ln_f.bias", "ln_f.bias", "model.norm.bias"),
+    ("tok_emb.embedding", "vocab dim", "tok_emb.weight", "model.embed_tokens.weight"),
+    ("blocks.ln_1.scale", "dim", "blocks.{}.ln_1.weight", f"{_LAYER}.input_layernorm.weight"),
+    ("blocks.ln_1.bias", "dim", "blocks.{}.ln_1.bias", f"{_LAYER}.input_layernorm.bias"),
+    ("blocks.attn.wq.kernel", "q dim", "blocks.{}.attn.wq.weight", f"{_LAYER}.self_attn.q_proj.weight"),
+    ("blocks.attn.wk.kernel", "k dim", "blocks.{}.attn.wk.weight", f"{_LAYER}.self_attn.k_proj.weight"),
+    ("blocks.attn.wv.kernel", "v dim", "blocks.{}.attn.wv.weight", f"{_LAYER}.self_attn.v_proj.weight"),
+    ("blocks.attn.wq.bias", "q", None, f"{_LAYER}.self_attn.q_proj.bias"),
+    ("blocks.attn.wk.bias", "k", None, f"{_LAYER}.self_attn.k_proj.bias"),
+    ("blocks.attn.wv.bias", "v", None, f"{_LAYER}.self_attn.v_proj.bias"),
+    ("blocks.attn.q_norm.scale", "head", None, f"{_LAYER}.self_attn.q_norm.weight"),
+    ("blocks.attn.k_norm.scale", "head", None, f"{_LAYER}.self_attn.k_norm.weight"),
+    ("blocks.attn.wo.kernel", "dim q", "blocks.{}.attn.wo.weight", f"{_LAYER}.self_attn.o_proj.weight"),
+    ("blocks.ln_2.scale", "dim", "blocks.{}.ln_2.weight", f"{_LAYER}.post_attention_layernorm.weight"),
+    ("blocks.ln_2.bias", "dim", "blocks.{}.ln_2.bias", f"{_LAYER}.post_attention_layernorm.bias"),
+    ("blocks.mlp.w1.kernel", "hidden dim", "blocks.{}.mlp.w1.weight", f"{_LAYER}.mlp.gate_proj.weight"),
+    ("blocks.mlp.w2.kernel", "dim hidden", "blocks.{}.mlp.w2.weight", f"{_LAYER}.mlp.down_proj.weight"),
+    ("blocks.mlp.w3.kernel", "hidden dim", "blocks.{}.mlp.w3.weight", f"{_LAYER}.mlp.up_proj.weight"),
+    ("ln_f.scale", "dim", "ln_f.weight", "model.norm.weight"),
+    ("ln_f.bias", "dim", "ln_f.bias", "model.norm.bias"),
+    ("head.embedding", "vocab dim", None, "lm_head.weight"),
 )
-TORCH = Layout({path: name for path, name, _ in _TENSORS}, head="head.weight", interleaved=True)
-STABLELM = Layout({path: name for path, _, name in _TENSORS}, head="lm_head.weight", interleaved=False)
+_AXES = {path: axes.split() for path, axes, _, _ in _TENSORS}
+TORCH = Layout({path: name for path, _, name, _ in _TENSORS if name}, head="head.weight", interleaved=True)
+
+
+def huggingface_layout(config: GPTConfig) -> Layout:
+    """The tensors of a Hugging Face folder that holds a model of this shape."""
+
+    def has(path: str) -> bool:
+        if path == "head.embedding":
+            return not config.tied_head
+        if "_norm." in path:
+            return config.qk_norm
+        if path.endswith(".bias"):
+            return config.qkv_bias if ".attn." in path else config.norm == "layer"
+        return True
+
+    names = {path: name for path, _, _, name in _TENSORS if has(path)}
+    return Layout(names, head="lm_head.weight", interleaved=False)
 
 
 def own_entries(content: Mapping[Any, Any]) -> dict[str, Any]:

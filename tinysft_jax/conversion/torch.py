@@ -23,6 +23,7 @@ _torch = functools.partial(import_extra, "torch", "torch", "a PyTorch checkpoint
 _BUFFER = re.compile(r"blocks\.\d+\.attn\.(freqs_cis|mask)")
 # What the file's `config` holds; the PyTorch project has no place for the other fields of a GPTConfig.
 _CONFIG_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "max_seq_len")
+_SHAPE_KEYS = (*_CONFIG_KEYS, "mlp_ratio", "rope_theta")  # in which the PyTorch project's models differ
 # The float32 mask, a number for each pair of positions, takes 1 GiB then.
 LONGEST_CONTEXT = 16384
 
@@ -189,12 +190,11 @@ def _infer_config(
 
 
 def _stated_config(content: dict[Any, Any]) -> dict[str, int | float]:
-    """The entries of the file's `config` that are fields of a GPTConfig."""
+    """The entries of the file's `config` that say something about the shape."""
     config = {} if content.get("config") is None else content["config"]
     if not isinstance(config, dict):
         raise UserError(f"its config is a {type(config).__name__}, not a dict")
-    names = [field.name for field in dataclasses.fields(GPTConfig)]
-    stated = {name: config[name] for name in names if config.get(name) is not None}
+    stated = {name: config[name] for name in _SHAPE_KEYS if config.get(name) is not None}
     for name, value in stated.items():
         if type(value) not in (int, float) or not 0 < value <= LARGEST_SIZE:
             raise UserError(f"{name} is {shown(value)} in its config, not a positive number below 2^31")
@@ -230,11 +230,23 @@ def rope_theta(freqs_cis: Any) -> float | None:
     raise UserError("freqs_cis is not exp(i position theta^(-2k / head_dim)); only plain RoPE can be converted")
 
 
+def check_architecture(config: GPTConfig) -> None:
+    """Raises: UserError, if the PyTorch project has no model of this shape."""
+    wanted = {field.name: field.default for field in dataclasses.fields(config) if field.name not in _SHAPE_KEYS}
+    wanted |= {"n_kv_heads": config.n_heads, "head_dim": config.dim / config.n_heads}
+    found = {name: getattr(config, name) for name in wanted}
+    if differing := [f"{name} {shown(value)}" for name, value in found.items() if value != wanted[name]]:
+        raise UserError(
+            f"the PyTorch project has no such model, with {', '.join(differing)}; a Hugging Face folder can hold it"
+        )
+
+
 def write_torch_checkpoint(path: Path, params: Params, description: ModelDescription) -> None:
     """Writes a model, its embedding padded or not, as a `.pt` file.
 
     The PyTorch project loads it with `weights_only=True` and a strict `load_state_dict`.
     """
+    check_architecture(description.config)
     if description.config.max_seq_len > LONGEST_CONTEXT:
         raise UserError(
             f"a PyTorch checkpoint holds a mask of max_seq_len x max_seq_len numbers, too many for max_seq_len "

@@ -17,6 +17,7 @@ from tinysft_jax.console import Interrupted, RunError, UserError, lacks_memory, 
 from tinysft_jax.data.batches import Batch, BatchSource, epoch_batches
 from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.store import PreparedData, Split
+from tinysft_jax.export import check_exports
 from tinysft_jax.sharding import batch_shards, global_batch, make_mesh, process_part
 from tinysft_jax.training import log as logs
 from tinysft_jax.training.checkpoints import Checkpoints, RunStatus, locked, move_other_run, run_identity, save_best
@@ -119,6 +120,7 @@ def open_run(
         notes.append(f"validation: {sample}; the kept model: {final_rows:,} rows")
     else:
         notes.append("there is no validation data: the last model is kept")
+    check_exports(config.export, status.model.config)
     steps = steps_of(config, status.model.config, total_steps, len(data.tasks), mesh)
     state = steps.create(params, config.seed) if is_new else checkpoints.restore(steps.shapes, steps.shardings)
     log = RunLog(config, workdir, status.model.config, total_steps)

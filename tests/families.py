@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may ask a server
 
+import copy
 import json
 import struct
 from pathlib import Path
@@ -73,11 +74,11 @@ def hostile(draw: Random, config: dict[str, Any], weights: bytes) -> tuple[str, 
     header, data = weights[8 : 8 + length], weights[8 + length :]
     kind = draw.choice(["config", "config", "config", "cut", "bits", "header", "length"])
     if kind == "config":
-        config = json.loads(json.dumps(config))
+        config = copy.deepcopy(config)
         for _ in range(draw.randint(1, 2)):
             inner = draw.choice([config, config, *(value for value in config.values() if isinstance(value, dict))])
             key = draw.choice(sorted(inner) or ["rope_theta"])
-            inner[key] = draw.choice([*HOSTILE_VALUES, draw.randint(1, 300)])
+            inner[key] = copy.deepcopy(draw.choice([*HOSTILE_VALUES, draw.randint(1, 300)]))
             if draw.random() < 0.1:
                 del inner[key]
     elif kind == "cut":

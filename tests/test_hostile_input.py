@@ -236,17 +236,24 @@ NUMBERS = (
 )
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "dim", "n_layers", "n_heads", "max_seq_len", "mlp_ratio", "rope_theta"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("vocab_size", "dim", "n_layers", "n_heads", "max_seq_len", "mlp_ratio", "rope_theta"),
+        *("n_kv_heads", "head_dim", "norm_epsilon"),
+    ],
+)
 def test_numbers_that_can_be_no_shape(model, key):
     text = (model / "model.json").read_text()
     shape = json.loads(text)["model"]
+    allowed = {"n_kv_heads": "0", "head_dim": "0", "mlp_ratio": "2.5", "rope_theta": "2.5", "norm_epsilon": "2.5"}
     for number in NUMBERS:
-        if not (key in ("mlp_ratio", "rope_theta") and number == "2.5"):
+        if number != allowed.get(key):
             (model / "model.json").write_text(text.replace(f'"{key}": {shape[key]}', f'"{key}": {number}'))
             assert "model.json" in refusal(load_description, model), number
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "dim", "n_layers", "mlp_ratio"])
+@pytest.mark.parametrize("key", ["vocab_size", "dim", "n_layers", "n_heads", "head_dim", "mlp_ratio"])
 def test_a_shape_too_large_for_any_machine_is_compared_not_allocated(model, key):
     content = json.loads((model / "model.json").read_text())
     content["model"][key] = {"n_layers": 5000, "dim": 2**28, "mlp_ratio": 1e7}.get(key, 2**31 - 2)

@@ -10,8 +10,11 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import families
+import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,6 +25,7 @@ from torch_twin import TorchTwin, save
 from tinysft_jax import chat, files
 from tinysft_jax.checkpoints import load_description, load_tokenizer
 from tinysft_jax.console import RunError, UserError
+from tinysft_jax.conversion.huggingface import read_huggingface
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.data import prepare
 from tinysft_jax.data.batches import BatchSource
@@ -29,6 +33,7 @@ from tinysft_jax.data.encode import Encoder
 from tinysft_jax.data.packing import plan_epoch
 from tinysft_jax.data.sources import open_input
 from tinysft_jax.data.store import SPLITS, PreparedData
+from tinysft_jax.parameters import model_parameter_shapes
 from tinysft_jax.sampling.batch import read_requests
 from tinysft_jax.sampling.chat import load_transcript
 from tinysft_jax.tasks.make import TASK_NAMES, make_tasks
@@ -336,8 +341,19 @@ MODEL_JSON = {
     "tokenizer": {"kind": "gpt2", "bpe_ranks": 256},
     "source": {"kind": "pytorch", "file": "a.pt"},
 }
-MODEL_JSONS = altered(MODEL_JSON).map(lambda content: json.dumps(content).encode()) | st.just(
-    json.dumps(MODEL_JSON).encode()
+SHAPE_3 = {
+    "n_kv_heads": 1,
+    "head_dim": 8,
+    "norm": "rms",
+    "norm_epsilon": 1e-6,
+    "qkv_bias": True,
+    "qk_norm": False,
+    "tied_head": False,
+    "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 32},
+}
+MODEL_JSON_3 = MODEL_JSON | {"format_version": 3, "model": MODEL_JSON["model"] | SHAPE_3}
+MODEL_JSONS = (altered(MODEL_JSON) | altered(MODEL_JSON_3) | st.sampled_from([MODEL_JSON, MODEL_JSON_3])).map(
+    lambda content: json.dumps(content).encode()
 )
 
 
@@ -350,6 +366,27 @@ def test_model_json(fuzz, tmp_path):
         assert tokenizer.description()["tokenizer"]["bpe_ranks"] == tokenizer.bpe.ranks
 
     fuzz(damaged(MODEL_JSONS, HOSTILE_BYTES), act)
+
+
+def test_huggingface_folders(fuzz, tmp_path):
+    """Of each family: a `config.json` that lies about its tensors, or tensors that were damaged."""
+    originals = {}
+    for family in ("llama", "qwen2", "qwen3", "stablelm"):
+        folder = families.save(families.random_model(family), tmp_path / family)
+        config, weights = folder / "config.json", folder / "model.safetensors"
+        originals[family] = json.loads(config.read_text()), weights.read_bytes()
+
+    def act(given: tuple[str, int]) -> None:
+        family, seed = given
+        config, weights = families.hostile(Random(seed), *originals[family])
+        (tmp_path / "config.json").write_text(config)
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        description, params = read_huggingface(tmp_path)
+        shapes = jax.tree.map(lambda leaf: leaf.shape, model_parameter_shapes(description.config))
+        assert jax.tree.map(lambda leaf: leaf.shape, params) == shapes
+        json.dumps(description.to_json(), ensure_ascii=False).encode()
+
+    fuzz(st.tuples(st.sampled_from(sorted(originals)), st.integers(0, 2**63)), act)
 
 
 ARRAYS = st.builds(

@@ -4,6 +4,7 @@ import json
 import lzma
 import shutil
 from pathlib import Path
+from random import Random
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -129,3 +130,36 @@ def _tinyllama() -> tuple[Tokenizer, dict[str, str], str]:
 
 
 _MAKERS = {"llama3": _llama3, "qwen3": _qwen3, "tinyllama": _tinyllama}
+
+
+_VALUES = [None, True, -1, 0, 1.5, 2**31, 2**63, "", "a", "</s>", "<think>", [], ["a"], {}, {"type": "x"}, "\ud800"]
+
+
+def hostile(draw: Random, files: dict[str, bytes]) -> dict[str, bytes]:
+    """A folder's tokenizer files of which one was cut short, has other bits or other values, or is another template."""
+    name = draw.choice(["tokenizer.json"] * 4 + ["tokenizer_config.json", "chat_template.jinja"])
+    data = files[name]
+    kind = draw.choice(["cut", "bits", "values", "values"])
+    if kind == "cut":
+        data = data[: draw.randrange(len(data))]
+    elif kind == "bits":
+        changed = bytearray(data)
+        for _ in range(draw.randint(1, 3)):
+            changed[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        data = bytes(changed)
+    elif name == "chat_template.jinja":
+        pieces = data.decode().split(draw.choice([" ", "'", "}", "|"]))
+        draw.shuffle(pieces)
+        data = " ".join(pieces[: draw.randint(1, len(pieces))]).encode()
+    else:
+        content = json.loads(data)
+        for _ in range(draw.randint(1, 2)):
+            inner = content
+            while isinstance(inner, dict | list) and inner and draw.random() < 0.7:
+                parent, key = inner, draw.choice(sorted(inner) if isinstance(inner, dict) else range(len(inner)))
+                inner = parent[key]
+            if inner is content:
+                parent, key = content, draw.choice(sorted(content) or ["model"])
+            parent[key] = draw.choice(_VALUES)
+        data = json.dumps(content).encode()
+    return files | {name: data}

@@ -14,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing h
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from own_tokenizers import KINDS, make_tokenizer, write_folder
+from own_tokenizers import KINDS, hostile, make_tokenizer, write_folder
 
 from tinysft_jax import chat
 from tinysft_jax.chat_template import ChatTemplate
@@ -264,3 +264,30 @@ def test_text_survives(own, kind):
     for text in (" Hi", "Hi", "  Hi \n", "\n\n", " " * 100_000):
         assert tok.decode(tok.encode_text(text)) == (" " if kind == "tinyllama" else "") + text
         assert tok.decode(tok.bpe.encode(text, continues=True)) == text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama3", "qwen3", "tinyllama"])
+def test_hostile_files(own, tmp_path, capfd, kind):
+    """Seventy of each kind are refused in one line, lose their template with a line, or encode what they should."""
+    refused = 0
+    for seed in range(70):
+        write_files(tmp_path / str(seed), hostile(random.Random(f"{kind} {seed}"), own(kind).files))
+        try:
+            check_usable(read_tokenizer(tmp_path / str(seed), {}))
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 1000
+        assert "panicked" not in (noise := capfd.readouterr().err) and noise.count("\n") <= 1
+    assert 20 < refused < 70
+
+
+def check_usable(tok: ChatTokenizer) -> None:
+    """That a tokenizer does what it promises, on a conversation."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a cat"}]
+    json.dumps(tok.description(), ensure_ascii=False).encode()
+    if tok.template is not None:
+        ids, supervised = tok.encode_chat(messages)
+        assert ids.max() < tok.vocab_size and supervised.any()
+        assert ids[: len(tok.encode_prompt(messages[:1]))].tolist() == tok.encode_prompt(messages[:1]).tolist()
+    tok.decode(tok.encode_document("Hi"))

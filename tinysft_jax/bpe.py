@@ -94,6 +94,7 @@ class FileBpe:
         for token in content["added_tokens"]:
             token["special"] = token["special"] or token["content"] in controls
         self._first = _tokenizer(content)
+        content = json.loads(self._first.to_str())  # as the library understands it
         vocabulary = self._first.get_vocab()
         if missing := [token for token in (eot, *stops, *controls) if token not in vocabulary]:
             raise UserError(f"{TOKENIZER_JSON} has no token {shown(missing[0])}")
@@ -184,6 +185,8 @@ def _read_tokenizer_json(data: bytes) -> dict[str, Any]:
         raise UserError(f"{TOKENIZER_JSON} is damaged or cut short; copy it again") from None
     if kind != "BPE":
         raise UserError(f"its tokenizer is of the type {shown(kind)}; only BPE is read")
+    if content["model"].get("continuing_subword_prefix") or content["model"].get("end_of_word_suffix"):
+        raise UserError("its tokenizer marks parts of words with a prefix or suffix; only plain BPE is read")
     return content
 
 
@@ -195,8 +198,10 @@ def _tokenizer(content: dict[str, Any]) -> Any:
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # in text they are text
         return tokenizer
-    except Exception as error:  # the library raises nothing more special
-        raise UserError(f"{TOKENIZER_JSON} can't be read: {reason(error)}") from None
+    except BaseException as error:  # the library raises nothing more special, and where it panics no Exception
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise UserError(f"{TOKENIZER_JSON} can't be read: {reason(error)}") from None
+        raise
 
 
 def _steps(content: dict[str, Any], part: str, members: str) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import families
 import jax
 import numpy as np
+import own_tokenizers
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,6 +28,7 @@ from tinysft_jax import chat, files
 from tinysft_jax.checkpoints import load_description, load_tokenizer
 from tinysft_jax.console import RunError, UserError
 from tinysft_jax.conversion.huggingface import read_huggingface
+from tinysft_jax.conversion.tokenizer_files import read_tokenizer
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.data import prepare
 from tinysft_jax.data.batches import BatchSource
@@ -38,7 +41,7 @@ from tinysft_jax.sampling.batch import read_requests
 from tinysft_jax.sampling.chat import load_transcript
 from tinysft_jax.tasks.make import TASK_NAMES, make_tasks
 from tinysft_jax.tasks.records import parse_record, split_records
-from tinysft_jax.tokenizer import ChatTokenizer
+from tinysft_jax.tokenizer import ChatTokenizer, write_files
 
 torch = pytest.importorskip("torch")
 
@@ -385,6 +388,24 @@ def test_huggingface_folders(fuzz, tmp_path):
         shapes = jax.tree.map(lambda leaf: leaf.shape, model_parameter_shapes(description.config))
         assert jax.tree.map(lambda leaf: leaf.shape, params) == shapes
         json.dumps(description.to_json(), ensure_ascii=False).encode()
+
+    fuzz(st.tuples(st.sampled_from(sorted(originals)), st.integers(0, 2**63)), act)
+
+
+def test_tokenizer_folders(fuzz, tmp_path):
+    """Of each kind: files that were cut short or damaged, other values in them, and templates that are none."""
+    originals = {kind: own_tokenizers.make_tokenizer(kind, tmp_path / kind).files for kind in own_tokenizers.KINDS[1:]}
+
+    def act(given: tuple[str, int]) -> None:
+        kind, seed = given
+        shutil.rmtree(tmp_path / "folder", ignore_errors=True)
+        write_files(tmp_path / "folder", own_tokenizers.hostile(Random(seed), originals[kind]))
+        tokenizer = read_tokenizer(tmp_path / "folder", {})
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a cat"}]
+        json.dumps(tokenizer.description(), ensure_ascii=False).encode()
+        if tokenizer.template is not None:
+            assert tokenizer.encode_chat(messages)[1].any()
+        tokenizer.decode(tokenizer.encode_document("Hi"))
 
     fuzz(st.tuples(st.sampled_from(sorted(originals)), st.integers(0, 2**63)), act)
 

@@ -127,7 +127,8 @@ def test_ids_are_those_of_transformers(own, kind, tmp_path):
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
     assert len(theirs) == tok.vocab_size
     for messages in mixed_conversations(200):
-        for part, prompt in ((messages, False), (messages[:-1], True)):
+        parts = [(messages, False), (messages[:-1], True)] + [(messages[:-1], False)] * (len(messages) > 3)
+        for part, prompt in parts:
             expected = theirs.apply_chat_template(part, add_generation_prompt=prompt, enable_thinking=False)
             found = tok.encode_prompt(part) if prompt else tok.encode_chat(part)[0]
             assert found.tolist() == expected["input_ids"], part

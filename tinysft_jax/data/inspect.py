@@ -104,7 +104,7 @@ def read_row(split: Split, packing: Packing, row: int, seed: int = 0, epoch: int
 
 def render(segment: Segment, tokenizer: ChatTokenizer, marks: bool) -> Text:
     """A segment's text in colour; `marks`: put supervised text between marks as well."""
-    roles = np.isin(segment.tokens, list(tokenizer.control_ids.values()))
+    roles = np.isin(segment.tokens, list(set(tokenizer.control_ids.values()).difference(tokenizer.stop_ids)))
     kinds = zip(segment.supervised.tolist(), roles.tolist(), segment.tokens.tolist(), strict=True)
     text = Text()
     for (supervised, is_role), run in itertools.groupby(kinds, lambda kind: kind[:2]):

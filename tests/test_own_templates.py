@@ -252,7 +252,7 @@ def test_a_template_that_cant_be_proved_is_named_and_left_out(tmp_path, capsys, 
 def test_a_template_without_a_place_for_a_system_message(tmp_path):
     source = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TURNS + PROMPT
     tok = make_tokenizer("qwen3", tmp_path, source)
-    assert tok.template is not None and not tok.template.takes_system()
+    assert tok.template is not None and tok.template.begin_system is None
     turn = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
     assert tok.decode(tok.encode_chat(turn)[0]) == "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
     with pytest.raises(UserError, match="takes no system message"):

@@ -12,7 +12,7 @@ import tiktoken
 
 from tinysft_jax import chat
 from tinysft_jax.console import UserError, import_extra, reason, shown
-from tinysft_jax.files import NUMBER, TEXT, check
+from tinysft_jax.files import NUMBER, TEXT, TEXTS, check
 
 GPT2_RANKS = 50256
 MERGES_FILE = Path(__file__).parent / "assets" / "vocab.bpe"
@@ -90,9 +90,9 @@ class FileBpe:
     def __init__(self, files: Mapping[str, bytes], eot: str, stops: Sequence[str], controls: Collection[str] = ()):
         self.files, self.eot, self.stops, self._controls = dict(files), eot, tuple(stops), tuple(controls)
         content = _read_tokenizer_json(files[TOKENIZER_JSON])
-        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        added = content.pop("added")
         for token in content["added_tokens"]:
-            token["special"] = token["special"] or token["content"] in controls
+            token["special"] = token.get("special") is True or token["content"] in controls
         self._first = _tokenizer(content)
         content = json.loads(self._first.to_str())  # as the library understands it
         vocabulary = self._first.get_vocab()
@@ -157,7 +157,7 @@ def make_bpe(
         return Gpt2Bpe(description["bpe_ranks"])
     if kind != TOKENIZER_JSON:
         raise UserError(f"there is no tokenizer {shown(description)}; the kinds are gpt2 and {TOKENIZER_JSON}")
-    check(description, {"sha256": TEXT, "eot": TEXT, "stops": ("a list of texts", _is_text_list)}, "tokenizer")
+    check(description, {"sha256": TEXT, "eot": TEXT, "stops": TEXTS}, "tokenizer")
     if TOKENIZER_JSON not in files:
         raise UserError(f"its tokenizer/{TOKENIZER_JSON} is missing; copy it again")
     if (found := hashlib.sha256(files[TOKENIZER_JSON]).hexdigest()) != description["sha256"]:
@@ -168,26 +168,20 @@ def make_bpe(
     return FileBpe(files, description["eot"], description["stops"], controls)
 
 
-def _is_text_list(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
 def _read_tokenizer_json(data: bytes) -> dict[str, Any]:
-    """The content, checked as far as this program reads it."""
     try:
         content = json.loads(data)
-        kind, tokens = content["model"].get("type", "BPE"), content["added_tokens"]
-        if not all(isinstance(t["content"], str) and type(t["id"]) is int and t["content"] for t in tokens):
-            raise ValueError("added_tokens")
-        for token in tokens:
-            token["special"] = token.get("special") is True
+        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        kind, *marks = (
+            content["model"].get(key) for key in ("type", "continuing_subword_prefix", "end_of_word_suffix")
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{TOKENIZER_JSON} is damaged or cut short; copy it again") from None
-    if kind != "BPE":
+    if kind not in ("BPE", None):
         raise UserError(f"its tokenizer is of the type {shown(kind)}; only BPE is read")
-    if content["model"].get("continuing_subword_prefix") or content["model"].get("end_of_word_suffix"):
+    if any(marks):
         raise UserError("its tokenizer marks parts of words with a prefix or suffix; only plain BPE is read")
-    return content
+    return content | {"added": added}
 
 
 def _tokenizer(content: dict[str, Any]) -> Any:

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tinysft_jax.console import UserError, shown
+from tinysft_jax.console import UserError
+from tinysft_jax.files import TEXT, TEXT_OR_NULL, TEXTS, Kind, Schema, check
 
 # What a template strips from an end of a content: nothing, line breaks, or all white space.
 STRIPPED = {"nothing": "", "newlines": "\n", "whitespace": None}
 ROLES = ("system", "user", "assistant", "last_assistant")
-_OPTIONAL = ("begin_system", "after_system")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,31 +34,22 @@ class ChatTemplate:
     stripped: tuple[tuple[str, str], ...]
 
     def __post_init__(self):
-        for name in ("next_question", "end"):
-            if not any(control in getattr(self, name) for control in self.controls):
-                raise UserError("the chat template has no special token that ends an answer")
+        if not (self.controls and self._pattern.search(self.next_question) and self._pattern.search(self.end)):
+            raise UserError("the chat template has no special token that ends an answer")
 
     @property
     def stops(self) -> set[str]:
         """The special tokens that end an answer: the first after it."""
-        return {next(part for part in self._split(text) if part in self.controls) for text in self._after_answers}
-
-    @property
-    def _after_answers(self) -> tuple[str, str]:
-        return self.next_question, self.end
+        return {self._pattern.search(literal)[0] for literal in (self.next_question, self.end)}
 
     @functools.cached_property
     def _pattern(self) -> re.Pattern[str]:
         """Special tokens, of two that begin at one place the longer."""
-        spelled = sorted(self.controls, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, spelled))})")
+        return re.compile(f"({'|'.join(map(re.escape, sorted(self.controls, key=len, reverse=True)))})")
 
-    def _split(self, literal: str) -> list[str]:
-        """A literal as special tokens and the text between them."""
-        return [part for part in self._pattern.split(literal) if part]
-
-    def takes_system(self) -> bool:
-        return self.begin_system is not None
+    def split(self, literal: str) -> list[tuple[str, bool]]:
+        """The special tokens of a literal and the text between them, and whether each is a special token."""
+        return [(part, part in self.controls) for part in self._pattern.split(literal) if part]
 
     def parts(self, messages: Sequence[Mapping[str, Any]], answer_next: bool) -> Iterable[tuple[str, str]]:
         """The rendered conversation as (kind, text): "literal", a role of `ROLES`, or "turn_end", which ends an answer.
@@ -70,17 +61,16 @@ class ChatTemplate:
         for index, (role, message) in enumerate(zip(roles, messages, strict=True)):
             is_last = index == len(messages) - 1
             before = roles[index - 1] if index else None
-            if role == "system" and not self.takes_system():
+            if role == "system" and self.begin_system is None:
                 raise UserError("the model's chat template takes no system message; put it into the first question")
-            match before, role:
-                case None, _:
-                    yield "literal", (self.begin_system or "") if role == "system" else self.begin
-                case "system", _:
-                    yield "literal", self.after_system or ""
-                case "assistant", _:
-                    yield from self._after_answer(self.next_question)
-                case _:
-                    yield "literal", self.last_answer if is_last else self.answer
+            if before is None:
+                yield "literal", (self.begin_system or "") if role == "system" else self.begin
+            elif before == "assistant":
+                yield from self._after_answer(self.next_question)
+            elif before == "system":
+                yield "literal", self.after_system or ""
+            else:
+                yield "literal", self.last_answer if is_last else self.answer
             kind = "last_assistant" if role == "assistant" and is_last else role
             left, right = (STRIPPED[name] for name in self.stripped[ROLES.index(kind)])
             yield kind, message["content"].lstrip(left).rstrip(right)
@@ -94,10 +84,6 @@ class ChatTemplate:
         found = self._pattern.search(literal)
         yield "turn_end", literal[: found.end()]
         yield "literal", literal[found.end() :]
-
-    def split(self, literal: str) -> Iterable[tuple[str, bool]]:
-        """The parts of a literal, and whether each is a special token."""
-        return ((part, part in self.controls) for part in self._split(literal))
 
     def question(self, sections: Sequence[str]) -> str:
         """The last user message of a prompt that was split at its special tokens; the text between them."""
@@ -117,20 +103,20 @@ class ChatTemplate:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ChatTemplate":
         """Raises: UserError, if a part is missing or invalid."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        if content.keys() != set(names):
-            raise UserError(f"chat_template must be an object with exactly the keys {', '.join(names)}")
-        texts = {name: content[name] for name in names if name not in ("controls", "stripped")}
-        for name, text in texts.items():
-            if not isinstance(text, str) and not (text is None and name in _OPTIONAL):
-                raise UserError(f"chat_template.{name} is {shown(text)}; it must be text")
-        controls, stripped = content["controls"], content["stripped"]
-        if not (isinstance(controls, list) and controls and all(isinstance(c, str) and c for c in controls)):
-            raise UserError(f"chat_template.controls is {shown(controls)}; it must be a list of special tokens")
-        try:
-            ends = tuple((str(stripped[role][0]), str(stripped[role][1])) for role in ROLES)
-        except (KeyError, IndexError, TypeError):
-            ends = ()
-        if not ends or not {name for pair in ends for name in pair} <= STRIPPED.keys():
-            raise UserError(f"chat_template.stripped must have, for {', '.join(ROLES)}, two of {', '.join(STRIPPED)}")
-        return cls(**texts, controls=tuple(controls), stripped=ends)
+        check(content, _SCHEMA, "chat_template")
+        fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
+        stripped = tuple((left, right) for left, right in (content["stripped"][role] for role in ROLES))
+        return cls(**fields | {"controls": tuple(content["controls"]), "stripped": stripped})
+
+
+def _are_ends(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(x, str) and x in STRIPPED for x in value)
+
+
+_ENDS: Kind = (f"two of {', '.join(STRIPPED)}", _are_ends)
+_SCHEMA: Schema = {
+    **dict.fromkeys(("begin", "answer", "last_answer", "next_question", "end", "open_end"), TEXT),
+    **dict.fromkeys(("begin_system", "after_system"), TEXT_OR_NULL),
+    "controls": TEXTS,
+    "stripped": dict.fromkeys(ROLES, _ENDS),
+}

@@ -262,6 +262,7 @@ Schema = dict[str, "Kind | Schema"]
 
 TEXT: Kind = ("text", lambda value: isinstance(value, str))
 TEXT_OR_NULL: Kind = ("text or null", lambda value: isinstance(value, str | None))
+TEXTS: Kind = ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value))
 NUMBER: Kind = ("a whole number", lambda value: type(value) is int)
 REAL_OR_NULL: Kind = ("a number or null", lambda value: type(value) in (int, float, type(None)))
 COUNT: Kind = ("a whole number from 0 to 2^63 - 1", lambda value: type(value) is int and 0 <= value < 2**63)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tinysft_jax.bpe import TOKENIZER_JSON, FileBpe
-from tinysft_jax.console import UserError, shown
+from tinysft_jax.console import UserError
 from tinysft_jax.conversion.huggingface_tokenizer import control_template
 from tinysft_jax.conversion.take_apart import prove, take_apart
 from tinysft_jax.tokenizer import ChatTokenizer, read_files
@@ -26,8 +26,11 @@ def read_tokenizer(path: Path, config: Mapping[str, Any]) -> ChatTokenizer:
     kept = read_files(path)
     settings, generation = (_object(kept, name) for name in (_CONFIG, _GENERATION))
     variables = _special_tokens(settings, _object(kept, _SPECIAL_MAP))
-    added = {token["content"]: token["id"] for token in _added_tokens(kept)}
-    spelled = {id: token for token, id in added.items()}
+    try:
+        added = {token["content"]: token["id"] for token in _object(kept, TOKENIZER_JSON)["added_tokens"]}
+        spelled = {id: token for token, id in added.items()}
+    except (KeyError, TypeError):
+        raise UserError(f"{TOKENIZER_JSON} has no sound added_tokens; copy it again") from None
     ends = [spelled[id] for id in _end_ids(config, generation) if id in spelled]
     stops = dict.fromkeys([*([variables["eos_token"]] if variables.get("eos_token") else []), *ends])
     if not stops:
@@ -79,17 +82,9 @@ def _object(kept: Mapping[str, bytes], name: str) -> dict[str, Any]:
     return content
 
 
-def _added_tokens(kept: Mapping[str, bytes]) -> Iterator[dict[str, Any]]:
-    tokens = _object(kept, TOKENIZER_JSON).get("added_tokens")
-    for token in tokens if isinstance(tokens, list) else ():
-        if not (isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int):
-            raise UserError(f"its {TOKENIZER_JSON} has the added token {shown(token)}; copy it again")
-        yield token
-
-
-def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str | None]:
+def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
     """The special tokens by name, as text; the first source that has one counts."""
-    found: dict[str, str | None] = {}
+    found: dict[str, str] = {}
     for name in _SPECIAL:
         for source in sources:
             token = source.get(name)

@@ -46,4 +46,4 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "N n_in"]) -> Float[Array, "N n_out"]:
         out = checkpoint_name(_matmul(x, self.kernel[...]), LINEAR_OUTPUT)
-        return out if self.bias is None else (out.astype(jnp.float32) + self.bias[...]).astype(x.dtype)
+        return out if self.bias is None else (out.astype(jnp.float32) + self.bias[...][None]).astype(x.dtype)

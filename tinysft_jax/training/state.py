@@ -19,7 +19,7 @@ from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import UserError
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.parameters import ModelDescription, Params, pad_vocabulary, trim_vocabulary
+from tinysft_jax.parameters import TABLES, ModelDescription, Params, pad_vocabulary, trim_vocabulary
 from tinysft_jax.sharding import batch_sharding, state_sharding
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.config import check_model
@@ -67,14 +67,23 @@ def starting_model(init_from: str, shape: dict, data: PreparedData) -> tuple[Mod
 
 
 def grow_vocabulary(config: GPTConfig, params: Params, tokenizer: ChatTokenizer) -> tuple[GPTConfig, Params]:
-    """Adds an embedding for each control token, the mean of those of its marker's BPE pieces, and pads the result."""
+    """Adds a row for each control token, the mean of those of its marker's BPE pieces, and pads the result.
+
+    To the embedding, and to an untied head as well.
+    """
     grown = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
-    old = np.asarray(trim_vocabulary(params, config)["tok_emb"]["embedding"])
-    embedding = np.zeros((grown.vocab_size, config.dim), old.dtype)
-    embedding[: len(old)] = old
-    for marker, pieces in tokenizer.marker_pieces().items():
-        embedding[tokenizer.control_ids[marker]] = old[list(pieces)].mean(axis=0)
-    return grown, pad_vocabulary(params | {"tok_emb": {"embedding": embedding}}, grown)
+
+    def grow(table) -> np.ndarray:
+        old = np.asarray(table)
+        new = np.zeros((grown.vocab_size, config.dim), old.dtype)
+        new[: len(old)] = old
+        for marker, pieces in tokenizer.marker_pieces().items():
+            new[tokenizer.control_ids[marker]] = old[list(pieces)].mean(axis=0)
+        return new
+
+    params = trim_vocabulary(params, config)
+    tables = {name: jax.tree.map(grow, params[name]) for name in TABLES if name in params}
+    return grown, pad_vocabulary(params | tables, grown)
 
 
 def check_tokenizer(description: ModelDescription, tokenizer: ChatTokenizer, init_from: str) -> None:

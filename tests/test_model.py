@@ -1,17 +1,34 @@
+import copy
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_gpt
 import pytest
 from flax import nnx
 from runs import mesh_of
 from tiers import slow
+from tiny_model import FAMILIES, OTHERS, SCALING, family, random_params
 
 from tinysft_jax import accelerator
 from tinysft_jax.console import UserError
 from tinysft_jax.linear import Linear
-from tinysft_jax.model import GPT, GPTConfig, embed, head_logits, rotary_angles, rotate, scans_layers
+from tinysft_jax.model import (
+    GPT,
+    GPTConfig,
+    RopeScaling,
+    _head_norm,
+    _norm,
+    embed,
+    fuse_projections,
+    head_logits,
+    rotary_angles,
+    rotary_steps,
+    rotate,
+    scans_layers,
+)
+from tinysft_jax.parameters import count_parameters, make_model, pad_vocabulary, trim_vocabulary
 
 CONFIG = GPTConfig(vocab_size=200, dim=32, n_layers=2, n_heads=2, max_seq_len=512)
 
@@ -25,11 +42,29 @@ def random_tokens(*shape: int) -> jax.Array:
     return jax.random.randint(jax.random.key(1), shape, 0, CONFIG.vocab_size, jnp.int32)
 
 
+def check_changed(shape, change) -> None:
+    """Only what the class itself checks: these tests also check annotations, and refuse wrong types before."""
+    changed = copy.copy(shape)
+    for name, value in change.items():
+        object.__setattr__(changed, name, value)
+    changed.__post_init__()
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"dim": 30, "n_heads": 4}, "not divisible"),
-        ({"dim": 30, "n_heads": 10}, "odd"),
+        ({"dim": 30, "n_heads": 4, "head_dim": 0}, "model.dim 30 is not divisible by model.n_heads 4"),
+        ({"dim": 30, "head_dim": 0}, "head size 15 .* is odd"),
+        ({"head_dim": 7}, "head size 7 .* is odd"),
+        ({"head_dim": -2}, "head_dim"),
+        ({"n_heads": 4, "n_kv_heads": 3}, "model.n_heads 4 is not divisible by model.n_kv_heads 3"),
+        ({"n_kv_heads": 4}, "not divisible by model.n_kv_heads 4"),
+        ({"n_kv_heads": 1.0}, "n_kv_heads"),
+        ({"norm": "batch"}, "model.norm is 'batch'; it must be 'layer' or 'rms'"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon"),
+        ({"qk_norm": 1}, "model.qk_norm is 1; it must be true or false"),
+        ({"tied_head": None}, "tied_head"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"n_layers": True}, "n_layers"),
         ({"mlp_ratio": float("inf")}, "mlp_ratio"),
@@ -39,7 +74,59 @@ def random_tokens(*shape: int) -> jax.Array:
 )
 def test_a_shape_that_cannot_be_is_refused(change, complaint):
     with pytest.raises(UserError, match=complaint):
-        dataclasses.replace(CONFIG, **change)
+        check_changed(CONFIG, change)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"factor": 0.0}, "model.rope_scaling.factor"),
+        ({"original_max_seq_len": 128.0}, "original_max_seq_len is 128.0; it must be a positive int"),
+        ({"low_freq_factor": 4.0}, "low_freq_factor 4.0 is not below high_freq_factor 4.0"),
+    ],
+)
+def test_a_scaled_rotation_that_cannot_be_is_refused(change, complaint):
+    with pytest.raises(UserError, match=complaint):
+        check_changed(SCALING, change)
+
+
+def test_heads_that_are_not_given_follow_from_the_others():
+    assert (CONFIG.n_kv_heads, CONFIG.head_dim, CONFIG.qkv_dims) == (2, 16, (32, 32, 32))
+    assert family("qwen3").qkv_dims == (64, 16, 16)
+    changed = dataclasses.replace(CONFIG, n_heads=4, n_kv_heads=0, head_dim=0)
+    assert (changed.n_kv_heads, changed.head_dim) == (4, 8)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_familys_logits_are_those_of_the_formulas(name):
+    config = family(name)
+    params, tokens = random_params(config), random_tokens(1, 60)
+    logits = jax.jit(lambda params: make_model(config, params)(tokens))(params)
+    np.testing.assert_allclose(logits[0], numpy_gpt.logits(config, params, np.asarray(tokens[0])), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_parameters"),
+    [
+        ("default", 2 * (4 * 32**2 + 3 * 32 * 128 + 4 * 32) + 2 * 32 + 260 * 32),
+        ("llama", 2 * (2 * 32**2 + 2 * 32 * 16 + 3 * 32 * 128 + 2 * 32) + 32 + 2 * 260 * 32),
+        ("qwen2", 2 * (2 * 32**2 + 2 * (32 + 1) * 16 + 32 + 3 * 32 * 128 + 2 * 32) + 32 + 260 * 32),
+        ("qwen3", 2 * (2 * 32 * 64 + 2 * 32 * 16 + 2 * 16 + 3 * 32 * 128 + 2 * 32) + 32 + 260 * 32),
+    ],
+)
+def test_parameters_by_hand(name, n_parameters):
+    assert count_parameters(family(name)) == n_parameters
+
+
+def test_both_tables_of_an_untied_head_are_trimmed_and_padded():
+    config = family("llama")
+    params = random_params(config)
+    trimmed = trim_vocabulary(params, config)
+    padded = pad_vocabulary(trimmed, config)
+    for table in ("tok_emb", "head"):
+        assert trimmed[table]["embedding"].shape == (260, 32)
+        np.testing.assert_array_equal(padded[table]["embedding"][:260], params[table]["embedding"][:260])
+        assert padded[table]["embedding"].shape == (384, 32) and not padded[table]["embedding"][260:].any()
 
 
 def test_logits_are_float32_and_of_real_tokens_only(model):
@@ -53,17 +140,6 @@ def test_logits_are_float32_and_of_real_tokens_only(model):
 def test_a_row_longer_than_the_context_is_refused(model):
     with pytest.raises(ValueError, match="context is 512"):
         model(random_tokens(1, 513))
-
-
-@pytest.mark.parametrize("remat", ["full", *slow("dots")])
-def test_remat_changes_no_gradient(model, remat):
-    tokens = random_tokens(2, 16)
-
-    def gradients(model):
-        return nnx.to_pure_dict(nnx.grad(lambda model: jnp.mean(jax.nn.logsumexp(model(tokens), axis=-1)))(model))
-
-    rematerialised = GPT(CONFIG, rngs=nnx.Rngs(0), remat=remat)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradients(model), gradients(rematerialised))
 
 
 @pytest.mark.parametrize("length", [40, 300])
@@ -88,20 +164,45 @@ def test_a_segment_in_a_row_is_as_if_alone(model):
     np.testing.assert_allclose(packed[:, 10:], model(tokens[:, 10:]), atol=1e-5)
 
 
-def test_rotary_positions_turn_the_halves_of_a_head_against_each_other():
+@pytest.mark.parametrize("scaling", [None, SCALING, RopeScaling(4.0, 0.5, 8.0, 256)])
+def test_rotary_positions_turn_the_halves_of_a_head_against_each_other(scaling):
     x = np.random.default_rng(0).normal(size=(1, 5, 2, 16)).astype(np.float32)
-    positions = jnp.arange(5, dtype=jnp.int32)[None] + 100
-    frequencies = CONFIG.rope_theta ** -(np.arange(8) / 8)
-    expected = (x[..., :8] + 1j * x[..., 8:]) * np.exp(1j * np.outer(np.arange(5) + 100, frequencies))[:, None]
-    rotated = rotate(jnp.asarray(x), rotary_angles(positions, CONFIG))
-    np.testing.assert_allclose(rotated, np.concatenate([expected.real, expected.imag], -1), atol=1e-4)
+    positions, config = np.arange(5, dtype=np.int32) + 100, dataclasses.replace(CONFIG, rope_scaling=scaling)
+    np.testing.assert_allclose(1 / rotary_steps(config), numpy_gpt.frequencies(config), rtol=1e-5)
+    rotated = rotate(jnp.asarray(x), rotary_angles(jnp.asarray(positions)[None], config))
+    for head in range(2):
+        expected = numpy_gpt.rotate(config, x[0, :, head], positions)
+        np.testing.assert_allclose(rotated[0, :, head], expected, atol=1e-4)
 
 
-def test_bfloat16_computes_nearly_the_same():
-    tokens = random_tokens(2, 16)
-    full, half = (GPT(CONFIG, rngs=nnx.Rngs(0), dtype=dtype)(tokens) for dtype in (jnp.float32, jnp.bfloat16))
+def test_a_scaled_rotation_leaves_short_waves_alone_and_stretches_long_ones():
+    config = family("llama")
+    factors = rotary_steps(config) / rotary_steps(dataclasses.replace(config, rope_scaling=None))
+    assert factors[0] == 1 and 1 < factors[1] < 8
+    np.testing.assert_allclose(factors[2:], 8.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["default", *slow("everything", *OTHERS)])
+def test_bfloat16_computes_nearly_the_same(name):
+    tokens, params = random_tokens(2, 16), random_params(family(name), 0.02)
+    full, half = (
+        jax.jit(make_model(family(name), params, dtype=dtype).__call__)(tokens) for dtype in (jnp.float32, jnp.bfloat16)
+    )
     assert half.dtype == jnp.float32
     assert 0 < np.abs(full - half).max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["everything", *slow("default", *OTHERS)])
+def test_projections_side_by_side_are_what_they_were(name):
+    """Of unequal widths, with and without biases."""
+    layer = jax.tree.map(lambda leaf: leaf[0], random_params(family(name))["blocks"])
+    fused = fuse_projections(layer)
+    for part, whole, names in (("attn", "wqkv", ("wq", "wk", "wv")), ("mlp", "w13", ("w1", "w3"))):
+        assert not fused[part].keys() & set(names) and fused[part].keys() - {whole} == layer[part].keys() - set(names)
+        assert fused[part][whole].keys() == layer[part][names[0]].keys()
+        for kind, array in fused[part][whole].items():
+            separate = [layer[part][each][kind] for each in names]
+            np.testing.assert_array_equal(array, np.concatenate(separate, axis=-1))
 
 
 def test_64_bit_mode_is_refused():
@@ -119,7 +220,7 @@ def test_a_layer_multiplies_in_its_inputs_precision():
 
 def test_gradients_by_weights_are_summed_in_float32():
     """As products of what was rounded, and no rounder: bfloat16 would keep 3 of 7 digits."""
-    graph, params = nnx.split(Linear(8, 4, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(Linear(8, 4, bias=True, rngs=nnx.Rngs(0)))
     x = jax.random.normal(jax.random.key(1), (4096, 8), jnp.bfloat16)
     places = jax.random.normal(jax.random.key(2), (4096, 4), jnp.bfloat16)
 
@@ -127,11 +228,34 @@ def test_gradients_by_weights_are_summed_in_float32():
         return jnp.sum((places * nnx.merge(graph, params)(x)).astype(jnp.float32))
 
     d_params, d_x = jax.grad(total, argnums=(0, 1))(params, x)
-    expected = np.asarray(x, np.float64).T @ np.asarray(places, np.float64)
-    np.testing.assert_allclose(d_params["kernel"][...], expected, atol=1e-3)
+    places = np.asarray(places, np.float64)
+    np.testing.assert_allclose(d_params["kernel"][...], np.asarray(x, np.float64).T @ places, atol=1e-3)
+    np.testing.assert_allclose(d_params["bias"][...], places.sum(axis=0), atol=1e-3)
     assert d_x.dtype == jnp.bfloat16
     kernel = np.asarray(params["kernel"][...].astype(jnp.bfloat16), np.float64)
-    np.testing.assert_allclose(d_x.astype(np.float32), np.asarray(places, np.float64) @ kernel.T, atol=2e-3)
+    np.testing.assert_allclose(d_x.astype(np.float32), places @ kernel.T, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms", "head"])
+def test_norms_take_part_in_float32(kind):
+    """Their scales and biases are not rounded to what multiplies, nor are the gradients by these."""
+    config = family("default" if kind == "layer" else "qwen3", dim=8, head_dim=8)
+    graph, params = nnx.split((_head_norm if kind == "head" else _norm)(config, jnp.bfloat16, nnx.Rngs(0)))
+    params = jax.tree.map(lambda leaf: leaf + 1e-3, params)
+    x = jax.random.normal(jax.random.key(1), (4096, 8), jnp.bfloat16)
+    places = jax.random.normal(jax.random.key(2), (4096, 8), jnp.bfloat16)
+    out, pull = jax.vjp(lambda params: nnx.merge(graph, params)(x), params)
+    (gradient,) = pull(places)
+    values, places = np.asarray(x, np.float64), np.asarray(places, np.float64)
+    if kind == "layer":
+        values = values - values.mean(axis=-1, keepdims=True)
+        np.testing.assert_allclose(gradient["bias"][...], places.sum(axis=0), atol=1e-3)
+    normed = values / np.sqrt((values**2).mean(axis=-1, keepdims=True) + config.norm_epsilon)
+    np.testing.assert_allclose(gradient["scale"][...], (normed * places).sum(axis=0), atol=1e-3)
+    assert out.dtype == jnp.bfloat16
+    expected = normed * 1.001 + (0.001 if kind == "layer" else 0)
+    off = np.asarray(out, np.float64) - expected
+    assert np.abs(off / expected).max() < 2.0**-8, "one rounding, of the result"
 
 
 def test_a_frequent_tokens_row_gathers_all_its_gradient():

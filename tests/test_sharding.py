@@ -3,9 +3,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from tiny_model import FAMILIES, family
 
 from tinysft_jax.console import UserError
-from tinysft_jax.sharding import batch_shards, constrain, global_batch, make_mesh, process_part, state_sharding
+from tinysft_jax.parameters import model_parameter_shapes
+from tinysft_jax.sharding import (
+    PARAMETER_AXES,
+    batch_shards,
+    constrain,
+    global_batch,
+    make_mesh,
+    process_part,
+    state_sharding,
+)
 
 
 def test_one_size_may_be_what_is_left():
@@ -54,11 +64,44 @@ def test_optimizer_state_lies_as_its_parameter_and_odd_sizes_stay_whole():
     mesh = make_mesh(2, 2, 2)
     table = {"tok_emb": {"embedding": jax.ShapeDtypeStruct((256, 6), jnp.float32)}}
     odd = {"tok_emb": {"embedding": jax.ShapeDtypeStruct((256, 5), jnp.float32)}}
-    shardings = state_sharding(mesh, {"params": table, "opt_state": ({"mu": table}, odd), "step": jnp.int32(0)})
+    shardings = state_sharding(mesh, {"params": table, "opt_state": ({"mu": table}, odd), "step": jnp.int32(0)}, 2)
     assert shardings["params"]["tok_emb"]["embedding"].spec == PartitionSpec("tensor", "fsdp")
     assert shardings["opt_state"][0]["mu"]["tok_emb"]["embedding"].spec == PartitionSpec("tensor", "fsdp")
     assert shardings["opt_state"][1]["tok_emb"]["embedding"].spec == PartitionSpec("tensor", None)
     assert shardings["step"].spec == PartitionSpec()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_parameters_but_norms_have_axes(name):
+    """Nothing that is large is whole on each device because its name is missing in the table."""
+    for path, leaf in jax.tree.leaves_with_path(model_parameter_shapes(family(name))):
+        keys = [entry.key for entry in path]
+        is_norm = any("norm" in key or key.startswith("ln_") for key in keys)
+        axes = PARAMETER_AXES.get(".".join(keys))
+        assert is_norm if axes is None else len(axes) == leaf.ndim, keys
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "divided"),
+    [
+        ("everything", (2, 2, 2), True),
+        ("everything", (2, 1, 4), False),
+        ("qwen2", (4, 1, 2), True),
+        ("qwen3", (2, 2, 2), False),  # one head of keys
+    ],
+)
+def test_keys_and_values_are_divided_by_whole_heads_or_not_at_all(name, sizes, divided):
+    config, mesh = family(name), make_mesh(*sizes)
+    shapes = {"mu": model_parameter_shapes(config)}
+    shardings, (q_dim, k_dim, _) = state_sharding(mesh, shapes, config.n_kv_heads), config.qkv_dims
+    attn = jax.tree.map(lambda leaf, sharding: sharding.shard_shape(leaf.shape), shapes, shardings)["mu"]["blocks"][
+        "attn"
+    ]
+    dim, tensor = config.dim // sizes[1], sizes[2]
+    for part, width in (("wq", q_dim // tensor), ("wk", k_dim // (tensor if divided else 1))):
+        expected = {"kernel": (2, dim, width)} | ({"bias": (2, width)} if config.qkv_bias else {})
+        assert attn[part] == expected
+    assert attn["wv"] == attn["wk"] and attn["wo"]["kernel"] == (2, q_dim // tensor, dim)
 
 
 def test_an_activation_is_pinned_where_a_mesh_is_set():

@@ -1,5 +1,6 @@
-"""A tiny model that generates letters, in an order that random weights decide."""
+"""Tiny models: one of each family, and one that generates letters, in an order that random weights decide."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -8,12 +9,46 @@ from flax import nnx
 
 from tinysft_jax import files
 from tinysft_jax.checkpoints import write_model
-from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.parameters import ModelDescription, Params
+from tinysft_jax.model import GPT, GPTConfig, RopeScaling
+from tinysft_jax.parameters import ModelDescription, Params, make_model
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.tokenizer import ChatTokenizer
 
+# Of the four frequencies of heads of 8, this stretches two, leaves one alone, and one is in between.
+SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=128)
+
+# What differs from the PyTorch project's model. "everything" has all options at once: the quick tests are about it.
+# The epsilons are large, so that one that is not used shows.
+FAMILIES = {
+    "default": {},
+    "llama": {"n_heads": 4, "n_kv_heads": 2, "norm": "rms", "tied_head": False, "rope_scaling": SCALING},
+    "qwen2": {"n_heads": 4, "n_kv_heads": 2, "norm": "rms", "norm_epsilon": 1e-3, "qkv_bias": True},
+    "qwen3": {"n_heads": 4, "n_kv_heads": 1, "head_dim": 16, "norm": "rms", "norm_epsilon": 1e-3, "qk_norm": True},
+}
+FAMILIES["everything"] = FAMILIES["llama"] | FAMILIES["qwen2"] | FAMILIES["qwen3"] | {"n_kv_heads": 2}
+OTHERS = ("llama", "qwen2", "qwen3")  # for the slow tier
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
+
+
+def family(name: str, **changes) -> GPTConfig:
+    shape = {"vocab_size": 260, "dim": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 128}
+    return GPTConfig(**shape | FAMILIES[name] | changes)
+
+
+def random_params(config: GPTConfig, deviation: float = 0.1) -> Params:
+    """No parameter is trivial: a norm's scales are not 1, and biases not 0."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: leaf + rng.normal(0, deviation, leaf.shape).astype(np.float32), _initial(config))
+
+
+@functools.cache
+def _initial(config: GPTConfig) -> Params:
+    return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(0))))
+
+
+def random_model(config: GPTConfig, deviation: float = 0.1, **options) -> GPT:
+    return make_model(config, random_params(config, deviation), **options)
 
 
 def make_tokenizer(template: str | None) -> ChatTokenizer:

@@ -132,14 +132,21 @@ def _check_positive(name: str, value: object, kind: type) -> None:
 def _norm(config: GPTConfig, dtype, rngs: nnx.Rngs) -> nnx.Module:
     """The norm of blocks and head; its parameters' names in foreign formats are in `conversion/names.py`."""
     kind = nnx.LayerNorm if config.norm == "layer" else nnx.RMSNorm
-    return kind(config.dim, epsilon=config.norm_epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
+    options = {"epsilon": config.norm_epsilon, "dtype": dtype, "use_fast_variance": False, "promote_dtype": _unchanged}
+    return kind(config.dim, **options, rngs=rngs)
 
 
 def _head_norm(config: GPTConfig, dtype, rngs: nnx.Rngs) -> Callable[[jax.Array], jax.Array]:
     """The norm of each head's query or key, where the model has one."""
     if not config.qk_norm:
         return lambda x: x
-    return nnx.RMSNorm(config.head_dim, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+    options = {"epsilon": config.norm_epsilon, "dtype": dtype, "promote_dtype": _unchanged}
+    return nnx.RMSNorm(config.head_dim, **options, rngs=rngs)
+
+
+def _unchanged(arrays: tuple, dtype) -> tuple:
+    """A norm's input and parameters; flax would round them all, and so the parameters' gradients, to `dtype`."""
+    return arrays
 
 
 def _residual_std(config: GPTConfig) -> float:

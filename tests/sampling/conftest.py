@@ -1,26 +1,27 @@
 """One tiny model for all of these tests: what costs time here is compiling, so shapes are few."""
 
-import jax
+import functools
+from collections.abc import Callable
+
 import numpy as np
 import pytest
-from flax import nnx
+from tiny_model import family, random_model
 
-from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.model import GPT
 
 
 @pytest.fixture(scope="session")
-def model() -> GPT:
-    """A model with random parameters, none trivial, sure enough of its tokens that round-off decides nothing.
+def model_of() -> Callable[[str], GPT]:
+    """A model of a family with random parameters, none trivial, so sure of its tokens that round-off decides nothing.
 
     Its vocabulary is no multiple of 128 and its context no power of two.
     """
-    model = GPT(GPTConfig(vocab_size=200, dim=32, n_layers=2, n_heads=2, max_seq_len=96), rngs=nnx.Rngs(0))
-    graph, state = nnx.split(model)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: leaf + rng.normal(0, 0.3, leaf.shape).astype(np.float32), nnx.to_pure_dict(state)
-    )
-    return nnx.merge(graph, params)
+    return functools.cache(lambda name: random_model(family(name, vocab_size=200, max_seq_len=96), 0.3))
+
+
+@pytest.fixture(scope="session")
+def model(model_of) -> GPT:
+    return model_of("default")
 
 
 @pytest.fixture(scope="session")

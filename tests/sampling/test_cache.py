@@ -1,11 +1,14 @@
 """What a kept cache hands over, and that a stream from it says the same as one from nothing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import slow
 from tiny_model import decoder_of
 
 from tinysft_jax.sampling import decode
@@ -79,11 +82,17 @@ def test_a_prompt_of_long_and_short_pieces(decoder, fed, monkeypatch):
     assert fed == [(0, 32), (32, 13), (0, 16), (16, 16), (32, 8), (40, 5)]
 
 
+@pytest.fixture(scope="module")
+def decoder_of_family(model_of):
+    return functools.cache(lambda name: decoder_of(model_of(name)))
+
+
 @settings(max_examples=15)
-@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12), st.integers(0, 3)), min_size=2, max_size=5))
-def test_whatever_was_held_before_changes_nothing(decoder, turns):
+@given(turns=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12), st.integers(0, 3)), min_size=2, max_size=5))
+@pytest.mark.parametrize("name", ["default", *slow("everything")])
+def test_whatever_was_held_before_changes_nothing(decoder_of_family, name, turns):
     """Each turn keeps a beginning of what is held and adds to it; the context is 96, so caches grow on the way."""
-    kept = KeptCache()
+    kept, decoder = KeptCache(), decoder_of_family(name)
     for n_kept, n_added, seed in turns:
         added = np.random.default_rng(seed).integers(0, 200, n_added).tolist()
         prompt = [*kept.ids[:n_kept], *added]

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +8,13 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import decoder_of
+from tiers import slow
+from tiny_model import OTHERS, decoder_of
 
 from tinysft_jax import accelerator
 from tinysft_jax.checkpoints import load_model
 from tinysft_jax.console import UserError
-from tinysft_jax.model import GPT, GPTConfig, cached_hidden, head_logits
+from tinysft_jax.model import GPT, GPTConfig, cached_hidden
 from tinysft_jax.sampling import decode
 from tinysft_jax.sampling.decode import Decoder, generate
 from tinysft_jax.sampling.filters import SamplingOptions
@@ -29,9 +31,14 @@ def decoder(model) -> Decoder:
 
 
 @pytest.fixture(scope="session")
-def full_logits(model):
+def full_logits_of(model_of):
     """The whole forward pass, jitted for one length: rows are padded on the right, which causality hides."""
-    return jax.jit(lambda tokens: model(tokens))
+    return functools.cache(lambda name: jax.jit(lambda tokens: model_of(name)(tokens)))
+
+
+@pytest.fixture(scope="session")
+def full_logits(full_logits_of):
+    return full_logits_of("default")
 
 
 def naive_greedy(full_logits, prompt: list[int], n: int, context: int) -> list[int]:
@@ -64,20 +71,30 @@ def compiled() -> int:
 
 
 @pytest.fixture(scope="session")
-def cached_step(decoder):
-    def step(tokens, positions, cache):
-        hidden, cache = cached_hidden(decoder._params, tokens, positions, cache, decoder.config)
-        return hidden[:, 0], cache
+def programs_of(model_of):
+    """Of a family: its decoder, the hidden states of the whole forward pass, and a step of decoding, both jitted."""
 
-    return jax.jit(step)
+    @functools.cache
+    def programs(name: str):
+        model, decoder = model_of(name), decoder_of(model_of(name))
+
+        def step(tokens, positions, cache):
+            hidden, cache = cached_hidden(decoder._params, tokens, positions, cache, decoder.config)
+            return hidden[:, 0], cache
+
+        return decoder, jax.jit(lambda tokens: model.hidden(tokens)), jax.jit(step)
+
+    return programs
 
 
 @settings(max_examples=15)
 @given(lengths=st.lists(st.integers(1, 32), min_size=4, max_size=4), seed=st.integers(0, 2**32 - 1))
-def test_cached_logits_equal_the_full_forward(decoder, full_logits, cached_step, lengths, seed):
+@pytest.mark.parametrize("name", ["default", *slow("everything", *OTHERS)])
+def test_cached_hidden_states_equal_those_of_the_full_forward(programs_of, name, lengths, seed):
     """Prefill of ragged rows with garbage behind them, then known tokens one by one."""
+    decoder, full_hidden, cached_step = programs_of(name)
     tokens = np.random.default_rng(seed).integers(0, 200, (4, 96)).astype(np.int32)
-    expected = np.asarray(full_logits(tokens))
+    expected = np.asarray(full_hidden(tokens))
     prompts, rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)], np.arange(4)
     state = decoder._begin(prompts, [0] * 4, SamplingOptions(N_NEW))
     lengths = np.array(lengths, np.int32)
@@ -85,14 +102,14 @@ def test_cached_logits_equal_the_full_forward(decoder, full_logits, cached_step,
     state = decode.prefill(decoder._params, state, tokens[:, :32], lengths, decoder.config)
     hidden, cache = state.hidden, state.cache
     for step in range(8):
-        logits = head_logits(hidden, decoder._params["tok_emb"]["embedding"], 200)[:, :200]
-        np.testing.assert_allclose(logits, expected[rows, lengths - 1 + step], atol=1e-4)
+        np.testing.assert_allclose(hidden, expected[rows, lengths - 1 + step], atol=1e-4)
         hidden, cache = cached_step(tokens[rows, lengths + step][:, None], (lengths + step)[:, None], cache)
 
 
-def test_greedy_is_the_argmax_of_the_full_forward(model, prompts, full_logits):
-    out = generate(model, prompts, max_new_tokens=N_NEW, temperature=0)
-    assert out == [naive_greedy(full_logits, prompt, N_NEW, 96) for prompt in prompts]
+@pytest.mark.parametrize("name", ["default", "everything", *slow(*OTHERS)])
+def test_greedy_is_the_argmax_of_the_full_forward(model_of, prompts, full_logits_of, name):
+    out = generate(model_of(name), prompts, max_new_tokens=N_NEW, temperature=0)
+    assert out == [naive_greedy(full_logits_of(name), prompt, N_NEW, 96) for prompt in prompts]
     assert len({tuple(ids) for ids in out}) == len(prompts), "a model that says the same to everything proves little"
 
 
@@ -252,7 +269,9 @@ def test_half_precision_generates(model, decoder, prompts):
 
 def test_a_model_on_several_devices_generates_the_same(model, decoder, prompts):
     params = nnx.to_pure_dict(nnx.state(model))
-    params = jax.device_put(params, state_sharding(make_mesh(data=2, fsdp=2, tensor=2), params))
+    params = jax.device_put(
+        params, state_sharding(make_mesh(data=2, fsdp=2, tensor=2), params, model.config.n_kv_heads)
+    )
     assert not params["tok_emb"]["embedding"].is_fully_replicated
     options = SamplingOptions(max_new_tokens=N_NEW, temperature=0)
     divided = Decoder(model.config, params, model.dtype)

@@ -3,12 +3,15 @@ import json
 import sys
 import time
 
+import jax
 import pytest
 from fake_wandb import FakeWandb
 from runs import load_config
+from tiny_model import FAMILIES, family
 
 from tinysft_jax.console import Interrupted
 from tinysft_jax.model import GPTConfig
+from tinysft_jax.parameters import model_parameter_shapes
 from tinysft_jax.training import log as metrics
 from tinysft_jax.training.log import Rates, RunLog, read_metrics, train_flops
 
@@ -73,6 +76,16 @@ def test_rates_leave_out_compilation_and_pauses(monkeypatch):
 def test_training_flops_by_hand():
     """One layer: 4·16² of attention, 3·16·64 of MLP, 2·16·(50/2) of scores a token; the head is 260·16."""
     assert train_flops(CONFIG, 10, 3, 50) == 6 * (10 * (1024 + 3072 + 800) + 3 * 4160)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_training_flops_are_6_per_parameter_that_multiplies(name):
+    """Those of a layer for each token, those of the head for each supervised one; and scores of half a row's keys."""
+    config = family(name)
+    shapes = model_parameter_shapes(config)
+    kernels = sum(leaf.size for path, leaf in jax.tree.leaves_with_path(shapes["blocks"]) if path[-1].key == "kernel")
+    scores = config.n_layers * 2 * config.n_heads * config.head_dim * 50 / 2
+    assert train_flops(config, 10, 3, 50) == 6 * (10 * (kernels + scores) + 3 * 260 * 32)
 
 
 def test_an_unknown_device_has_no_peak():

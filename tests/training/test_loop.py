@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 from runs import assert_same_bits, latest_checkpoint, losses, stop_at, tiny_config
+from tiers import slow
+from tiny_model import OTHERS, family, make_tokenizer, random_params, save_model
 
 from tinysft_jax import files
 from tinysft_jax.checkpoints import load_description, load_model
@@ -16,6 +18,7 @@ from tinysft_jax.console import Interrupted, RunError, UserError
 from tinysft_jax.data import prepare
 from tinysft_jax.data.packing import plan_epoch
 from tinysft_jax.data.store import PreparedData
+from tinysft_jax.parameters import ModelDescription
 from tinysft_jax.training import loop
 from tinysft_jax.training.log import read_metrics
 
@@ -211,16 +214,21 @@ def test_an_evaluation_made_good_counts_after_a_kill(chat_data, tmp_path, monkey
     assert losses(tmp_path, "sft/val_loss") == {0: 9.0, 5: 1.0, 10: 2.0, 12: 3.0}
 
 
-def test_a_run_resumes_without_what_it_started_from(chat_data, finished, tmp_path):
-    """And from a checkpoint written in the background, between two others."""
-    shutil.copytree(finished / "model", tmp_path / "start")
-    config = tiny_config(chat_data, init_from=str(tmp_path / "start"))
-    loop.train(config, tmp_path / "whole")
+@pytest.mark.parametrize("name", ["everything", *slow("default", *OTHERS)])
+def test_a_run_resumes_without_what_it_started_from(chat_data, tmp_path, name):
+    """A model of any family. And from a checkpoint written in the background, between two others."""
+    config, language = family(name, dim=16, n_layers=1, max_seq_len=64), make_tokenizer("control").description()
+    description = ModelDescription(config, language["chat_template"], language["tokenizer"], {})
+    save_model(tmp_path / "start", random_params(config), description)
+    settings = tiny_config(chat_data, init_from=str(tmp_path / "start"))
+    loop.train(settings, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "part", symlinks=True)
     shutil.rmtree(tmp_path / "part" / "checkpoints" / "12")
     shutil.rmtree(tmp_path / "start")
-    loop.train(config, tmp_path / "part")
+    loop.train(settings, tmp_path / "part")
     assert_same_bits(tmp_path / "part", tmp_path / "whole")
+    assert load_description(tmp_path / "part" / "model").config == config
+    assert losses(tmp_path / "part")[12] < losses(tmp_path / "part")[1] - 0.5
 
 
 def test_a_resumed_run_remembers_its_best_model(chat_data, finished, tmp_path, monkeypatch):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -31,17 +32,21 @@ def saved(path, config=PLAIN, template=None, tokenizer=BYTES):
     return str(path)
 
 
-def test_control_tokens_start_as_the_mean_of_their_spellings():
-    tokenizer, params = ChatTokenizer("control", 256), params_of(PLAIN)
-    config, grown = grow_vocabulary(PLAIN, params, tokenizer)
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_control_tokens_start_as_the_mean_of_their_spellings(tied_head):
+    """In the embedding, and in an untied head as well."""
+    tokenizer, plain = ChatTokenizer("control", 256), dataclasses.replace(PLAIN, tied_head=tied_head)
+    params = params_of(plain)
+    config, grown = grow_vocabulary(plain, params, tokenizer)
     assert config.vocab_size == tokenizer.vocab_size == 260
-    old, new = params["tok_emb"]["embedding"], grown["tok_emb"]["embedding"]
-    np.testing.assert_array_equal(new[:257], old[:257])
     pieces = tokenizer.encode_text("<|user|>")
-    np.testing.assert_allclose(new[tokenizer.control_ids["<|user|>"]], old[pieces].mean(axis=0), rtol=1e-6)
-    assert np.all(new[260:] == 0) and len(new) == config.padded_vocab_size
+    for name in ("tok_emb",) if tied_head else ("tok_emb", "head"):
+        old, new = params[name]["embedding"], grown[name]["embedding"]
+        np.testing.assert_array_equal(new[:257], old[:257])
+        np.testing.assert_allclose(new[tokenizer.control_ids["<|user|>"]], old[pieces].mean(axis=0), rtol=1e-6)
+        assert np.all(new[260:] == 0) and len(new) == config.padded_vocab_size
     tokens = jnp.arange(20, dtype=jnp.int32)[None]
-    before, after = make_model(PLAIN, params)(tokens), make_model(config, grown)(tokens)
+    before, after = (jax.jit(make_model(*model).__call__)(tokens) for model in ((plain, params), (config, grown)))
     np.testing.assert_allclose(before, after[..., :257], atol=1e-6)
 
 

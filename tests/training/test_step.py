@@ -1,4 +1,6 @@
 import contextlib
+import functools
+import itertools
 import re
 
 import jax
@@ -8,6 +10,7 @@ import pytest
 from flax import nnx
 from runs import mesh_of
 from tiers import slow
+from tiny_model import OTHERS, family, random_params
 
 from tinysft_jax import accelerator
 from tinysft_jax.attention import backends
@@ -15,15 +18,20 @@ from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.packing import PackingPlan, plan_epoch
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.model import GPT, GPTConfig
-from tinysft_jax.sharding import global_batch
+from tinysft_jax.sharding import global_batch, state_sharding
 from tinysft_jax.training import step as step_module
 from tinysft_jax.training.state import make_steps
 from tinysft_jax.training.step import make_optimizer, make_train_step, supervised_nll, warmup_cosine
 
-CONFIG = GPTConfig(vocab_size=260, dim=32, n_layers=2, n_heads=2, max_seq_len=128)
-GRAPH, PARAMS = nnx.split(GPT(CONFIG, rngs=nnx.Rngs(0)))
-PARAMS = nnx.to_pure_dict(PARAMS)
+CONFIG, PARAMS = family("default"), random_params(family("default"))
 OPTIMIZER = make_optimizer(1e-3, 0.01, 0.9, 0.95, 1.0)
+
+
+def graph_of(name: str, **options) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: GPT(family(name), rngs=nnx.Rngs(0), **options)))
+
+
+GRAPH = graph_of("default")
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +39,25 @@ def split(chat_data):
     return PreparedData(chat_data).split("train")
 
 
-def sums_and_gradient(batch):
-    """Σ weight · nll and Σ weight of one batch, and the gradient of their quotient."""
+@functools.cache
+def mean_loss_and_gradient(name: str = "default", **options):
+    """Jitted: Σ weight · nll and Σ weight of a batch, and the gradient of their quotient."""
+    graph = graph_of(name, **options)
 
     def mean_loss(params, batch):
-        model = nnx.merge(GRAPH, params)
-        hidden, table = model.hidden(batch["tokens"], batch["segment_ids"], batch["positions"]), model.tok_emb
-        nll = supervised_nll(hidden, table.embedding[...], batch["targets"], batch["weights"], CONFIG.vocab_size)
+        model = nnx.merge(graph, params)
+        hidden = model.hidden(batch["tokens"], batch["segment_ids"], batch["positions"])
+        nll = supervised_nll(hidden, model.head_table(), batch["targets"], batch["weights"], CONFIG.vocab_size)
         weight = jnp.sum(batch["weights"])
         return nll / weight, (nll, weight)
 
-    (_, sums), gradient = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(PARAMS, batch)
-    return sums, gradient
+    return jax.jit(jax.grad(mean_loss, has_aux=True))
 
 
-def one_step(batch, accumulation=1):
-    state = {"params": PARAMS, "opt_state": OPTIMIZER.init(PARAMS), "step": jnp.int32(0)}
-    step = make_train_step(GRAPH, OPTIMIZER, lambda step: jnp.float32(1e-3), accumulation)
+def one_step(batch, accumulation=1, name="default"):
+    params = random_params(family(name))
+    state = {"params": params, "opt_state": OPTIMIZER.init(params), "step": jnp.int32(0)}
+    step = make_train_step(graph_of(name), OPTIMIZER, lambda step: jnp.float32(1e-3), accumulation)
     return jax.jit(step)(state, batch)
 
 
@@ -55,23 +65,52 @@ def assert_trees_close(one, other, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), one, other)
 
 
-def test_a_packed_row_has_the_loss_and_gradients_of_its_conversations_alone(split):
-    packed = BatchSource(split, plan_epoch(split.lengths, 128), 4, 128)[0]
-    members = plan_epoch(split.lengths, 128).order[: int((packed["segment_ids"].max(axis=1)).sum())]
+@pytest.fixture(scope="module")
+def packed_and_alone(split):
+    """Four packed rows, and their conversations a row each; both with rows of padding, so that they have one shape."""
+    plan = plan_epoch(split.lengths, 128)
+    packed = BatchSource(split, plan, 4, 128)[0]
+    members = plan.order[: int(packed["segment_ids"].max(axis=1).sum())]
     alone = BatchSource(split, PackingPlan(members, np.arange(len(members) + 1)), len(members), 128)[0]
-    (packed_sums, packed_gradient), (alone_sums, alone_gradient) = sums_and_gradient(packed), sums_and_gradient(alone)
-    np.testing.assert_allclose(packed_sums, alone_sums, rtol=1e-5)
-    assert_trees_close(packed_gradient, alone_gradient, atol=1e-5)
+    assert 4 < len(members) <= 24
+
+    def padded(batch):
+        return {key: np.pad(rows, ((0, 24 - len(rows)), (0, 0))) for key, rows in batch.items()}
+
+    return padded(packed), padded(alone)
 
 
-def test_accumulated_micro_batches_equal_one_batch(split):
+@pytest.mark.parametrize("name", ["default", "everything", *slow(*OTHERS)])
+def test_a_packed_row_has_the_loss_and_gradients_of_its_conversations_alone(packed_and_alone, name):
+    params, gradient_of = random_params(family(name)), mean_loss_and_gradient(name)
+    (gradient, sums), (alone_gradient, alone_sums) = (gradient_of(params, batch) for batch in packed_and_alone)
+    np.testing.assert_allclose(sums, alone_sums, rtol=1e-5)
+    assert_trees_close(gradient, alone_gradient, atol=1e-5)
+
+
+QUICK = ("default", "full", "on"), ("everything", "full", "off")
+ALL = itertools.product(("default", "everything", *OTHERS), ("none", "dots", "full"), ("on", "off"))
+
+
+@pytest.mark.parametrize("how", [*QUICK, *slow(*sorted({*ALL} - {*QUICK}))])
+def test_layers_recomputed_or_one_by_one_have_the_same_loss_and_gradients(packed_and_alone, how):
+    name, remat, scan_layers = how
+    batch, params = packed_and_alone[0], random_params(family(name))
+    gradient, sums = mean_loss_and_gradient(name)(params, batch)
+    found, found_sums = mean_loss_and_gradient(name, remat=remat, scan_layers=scan_layers)(params, batch)
+    np.testing.assert_allclose(found_sums, sums, rtol=1e-6)
+    assert_trees_close(found, gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["default", *slow("everything", *OTHERS)])
+def test_accumulated_micro_batches_equal_one_batch(split, name):
     """With unequal numbers of supervised tokens, and one micro-batch without any."""
     batch = BatchSource(split, plan_epoch(split.lengths, 128), 8, 128)[0]
     batch["weights"][1::4] = 0
     batch["weights"][0, 40:] = 0
-    whole_state, whole = one_step(batch)
+    whole_state, whole = one_step(batch, name=name)
     for accumulation in (2, 4):
-        state, metrics = one_step(batch, accumulation)
+        state, metrics = one_step(batch, accumulation, name)
         assert_trees_close(metrics, whole, rtol=1e-5)
         assert_trees_close(state["params"], whole_state["params"], atol=2e-6)
 
@@ -85,17 +124,17 @@ def test_a_batch_without_targets_is_harmless(split):
 
 
 def losses_on(
-    mesh_sizes, split, n_steps: int, evaluates=False, dtype=jnp.float32, **options
+    mesh_sizes, split, n_steps: int, evaluates=False, dtype=jnp.float32, name="default", accumulation=1, **options
 ) -> tuple[list[float], list[int]]:
     """Losses of the first steps of a run on a mesh, and how often the train and evaluation step were compiled."""
-    mesh = mesh_of(*mesh_sizes)
+    mesh, config = mesh_of(*mesh_sizes), family(name)
     source = BatchSource(split, plan_epoch(split.lengths, 128), 8, 128)
     with jax.set_mesh(mesh):
         schedule = warmup_cosine(1e-3, 2, 40)
         optimizer = make_optimizer(schedule, 0.01, 0.9, 0.95, 1.0)
-        model = nnx.eval_shape(lambda: GPT(CONFIG, rngs=nnx.Rngs(0), dtype=dtype, **options))
-        steps = make_steps(mesh, model, optimizer, schedule, n_tasks=2)
-        state, losses = steps.create(PARAMS, 0), []
+        model = nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), dtype=dtype, **options))
+        steps = make_steps(mesh, model, optimizer, schedule, n_tasks=2, accumulation=accumulation)
+        state, losses = steps.create(random_params(config), 0), []
         for index in range(n_steps):
             state, metrics = steps.train(state, global_batch(mesh, source[index % len(source)]))
             losses.append(float(metrics["loss"]))
@@ -135,6 +174,35 @@ MESHES = [
 def test_many_devices_give_the_losses_of_one(split, single_losses, mesh_sizes):
     assert single_losses[19] < single_losses[0] - 0.1
     np.testing.assert_allclose(losses_on(mesh_sizes, split, 20)[0], single_losses[:20], rtol=1e-5)
+
+
+# Where `tensor` divides the heads of keys, and where it does not, and they are whole on each device.
+KEY_HEADS = [(2, 2, 2), (2, 1, 4)]
+
+
+@pytest.mark.usefixtures("not_from_disk")
+@pytest.mark.parametrize("name", ["everything", *slow(*OTHERS)])
+def test_many_devices_give_the_gradients_of_one(packed_and_alone, name):
+    batch, params, config = packed_and_alone[0], random_params(family(name)), family(name)
+    gradient, sums = mean_loss_and_gradient(name)(params, batch)
+    for mesh_sizes in KEY_HEADS:
+        mesh = mesh_of(*mesh_sizes)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(params, state_sharding(mesh, params, config.n_kv_heads))
+            found, found_sums = mean_loss_and_gradient(name)(placed, global_batch(mesh, batch))
+        np.testing.assert_allclose(found_sums, sums, rtol=1e-6)
+        assert_trees_close(jax.device_get(found), gradient, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("not_from_disk")
+@pytest.mark.parametrize("name", ["everything", *OTHERS])
+def test_many_devices_and_micro_batches_give_the_losses_of_one(split, name):
+    single = losses_on((1, 1, 1), split, 20, name=name)[0]
+    assert single[-1] < single[0] - 0.1
+    for mesh_sizes, accumulation in zip(KEY_HEADS, (2, 1), strict=True):
+        many = losses_on(mesh_sizes, split, 20, name=name, accumulation=accumulation)[0]
+        np.testing.assert_allclose(many, single, rtol=1e-5)
 
 
 def test_bfloat16_gives_the_losses_of_float32_within_a_hundredth(split, single_losses):
@@ -232,18 +300,24 @@ def test_the_schedule_warms_up_and_comes_down_to_zero():
     assert warmup_cosine(1.0, 0, 10)(jnp.int32(0)) == 1
 
 
-@pytest.mark.slow
-def test_weight_decay_may_be_for_matrices_only():
-    """A norm's scale, stacked over layers, has two axes like a matrix, and is none."""
-    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-    for decayed, norms in (("all", 1 - 1e-3 * 0.1), ("matrices", 1.0)):
+@pytest.mark.parametrize("name", ["everything", *slow("default", *OTHERS)])
+def test_weight_decay_may_be_for_matrices_only(name):
+    """A norm's scale or a bias, stacked over layers, has two axes like a matrix, and is none. An untied head is one."""
+    params = random_params(family(name))
+    zeros, decay = jax.tree.map(jnp.zeros_like, params), 1e-3 * 0.1
+    for decayed in ("all", "matrices"):
         optimizer = make_optimizer(1e-3, 0.1, 0.9, 0.95, 1.0, decayed)
-        updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
-        factors = jax.tree.map(lambda u, p: 1 + float(jnp.sum(u) / jnp.sum(p)), updates, PARAMS)
-        assert factors["blocks"]["mlp"]["w1"]["kernel"] == pytest.approx(1 - 1e-3 * 0.1, rel=1e-6)
-        assert factors["tok_emb"]["embedding"] == pytest.approx(1 - 1e-3 * 0.1, rel=1e-6)
-        for scale in (factors["ln_f"]["scale"], factors["blocks"]["ln_1"]["scale"]):
-            assert scale == pytest.approx(norms, rel=1e-6)
+        updates = jax.jit(lambda zeros, params, of=optimizer: of.update(zeros, of.init(params), params)[0])(
+            zeros, params
+        )
+        for path, update in jax.tree.leaves_with_path(updates):
+            leaf, is_matrix = get(params, path), path[-1].key in ("kernel", "embedding")
+            assert is_matrix == (leaf.size > 256), path
+            np.testing.assert_allclose(update, -decay * leaf * (decayed == "all" or is_matrix), rtol=1e-6)
+
+
+def get(tree, path):
+    return functools.reduce(lambda tree, entry: tree[entry.key], path, tree)
 
 
 def test_the_average_follows_the_parameters(split):

@@ -70,20 +70,21 @@ def starting_model(init_from: str, shape: dict, data: PreparedData) -> tuple[Mod
 def grow_vocabulary(config: GPTConfig, params: Params, tokenizer: ChatTokenizer) -> tuple[GPTConfig, Params]:
     """Adds a row for each control token, the mean of those of its marker's BPE pieces, and pads the result.
 
-    To the embedding, and to the head if that is a table of its own.
+    To the embedding, and to an untied head as well.
     """
     grown = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
 
-    def grow(old: np.ndarray) -> np.ndarray:
-        table = np.zeros((grown.vocab_size, config.dim), old.dtype)
-        table[: len(old)] = old
+    def grow(table) -> np.ndarray:
+        old = np.asarray(table)
+        new = np.zeros((grown.vocab_size, config.dim), old.dtype)
+        new[: len(old)] = old
         for marker, pieces in tokenizer.marker_pieces().items():
-            table[tokenizer.control_ids[marker]] = old[list(pieces)].mean(axis=0)
-        return table
+            new[tokenizer.control_ids[marker]] = old[list(pieces)].mean(axis=0)
+        return new
 
-    trimmed = jax.tree.map(np.asarray, trim_vocabulary(params, config))
-    tables = {name: jax.tree.map(grow, trimmed[name]) for name in TABLES if name in trimmed}
-    return grown, pad_vocabulary(trimmed | tables, grown)
+    params = trim_vocabulary(params, config)
+    tables = {name: jax.tree.map(grow, params[name]) for name in TABLES if name in params}
+    return grown, pad_vocabulary(params | tables, grown)
 
 
 def check_tokenizer(description: ModelDescription, tokenizer: ChatTokenizer, init_from: str) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 Row = dict[str, int | float | bool | str]  # figures by name

@@ -33,7 +33,7 @@ from tinysft_jax.data import prepare
 from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.packing import PackingPlan, plan_epoch
 from tinysft_jax.data.store import PreparedData, Split
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.sharding import global_batch, make_mesh
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -6,7 +6,8 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
+from tinysft_jax.model import GPT
 from tinysft_jax.training.state import make_steps
 from tinysft_jax.training.step import TrainState, make_optimizer, warmup_cosine
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
 
 
 def logits(config: GPTConfig, params: dict, tokens: np.ndarray) -> np.ndarray:

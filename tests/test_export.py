@@ -15,7 +15,7 @@ from tinysft_jax.console import UserError
 from tinysft_jax.conversion.huggingface import read_huggingface
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.export import check_exports, check_output, export_run, parse_export
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.training import loop
 
 torch = pytest.importorskip("torch")

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 from runs import mesh_of
 from tiers import slow
 
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.sharding import batch_sharding
 from tinysft_jax.training import step as train_step
 

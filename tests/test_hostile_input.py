@@ -25,7 +25,8 @@ from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.data import prepare
 from tinysft_jax.data.reading import MAX_BYTES
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
+from tinysft_jax.model import GPT
 from tinysft_jax.parameters import ModelDescription
 from tinysft_jax.sampling import chat as interactive
 from tinysft_jax.sampling.batch import read_requests

@@ -13,11 +13,10 @@ from tiny_model import FAMILIES, OTHERS, SCALING, family, random_params
 
 from tinysft_jax import accelerator
 from tinysft_jax.console import UserError
+from tinysft_jax.gpt_config import GPTConfig, RopeScaling
 from tinysft_jax.linear import Linear
 from tinysft_jax.model import (
     GPT,
-    GPTConfig,
-    RopeScaling,
     _head_norm,
     _norm,
     embed,

@@ -21,7 +21,8 @@ from tinysft_jax.data import prepare
 from tinysft_jax.data.batches import batches
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation import run as evaluation
-from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
+from tinysft_jax.model import GPT
 from tinysft_jax.parameters import ModelDescription, make_model
 from tinysft_jax.sampling.chat import Session
 from tinysft_jax.sampling.decode import Decoder

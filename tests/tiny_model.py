@@ -9,7 +9,8 @@ from flax import nnx
 
 from tinysft_jax import files
 from tinysft_jax.checkpoints import write_model
-from tinysft_jax.model import GPT, GPTConfig, RopeScaling
+from tinysft_jax.gpt_config import GPTConfig, RopeScaling
+from tinysft_jax.model import GPT
 from tinysft_jax.parameters import ModelDescription, Params, make_model
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.tokenizer import ChatTokenizer

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 # Imported when first used: JAX takes seconds to import, and preparing data, say, does without.
 _MODULES = {
     "GPT": "model",
-    "GPTConfig": "model",
+    "GPTConfig": "gpt_config",
     "load_model": "checkpoints",
     "ChatTokenizer": "tokenizer",
     "load_tokenizer": "checkpoints",

@@ -23,7 +23,8 @@ from tinysft_jax import distributed, files, parameters
 from tinysft_jax.console import RunError, UserError, reason
 from tinysft_jax.conversion.huggingface import read_folder_tokenizer, read_huggingface
 from tinysft_jax.conversion.torch import read_torch_checkpoint
-from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
+from tinysft_jax.model import GPT
 from tinysft_jax.parameters import ModelDescription, Params
 from tinysft_jax.tokenizer import FILES_DIRECTORY, ChatTokenizer, read_files, write_files
 

@@ -12,7 +12,7 @@ from tinysft_jax.conversion import huggingface
 from tinysft_jax.conversion.families import family_of
 from tinysft_jax.conversion.model_card import CARD_CONTENT, RunRecord, read_run, write_card
 from tinysft_jax.conversion.torch import check_architecture, write_torch_checkpoint
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params
 
 KINDS = ("model", "torch", "huggingface")  # "torch" is a file, the others are directories

@@ -12,7 +12,8 @@ from flax import nnx
 
 from tinysft_jax.console import UserError, shown
 from tinysft_jax.files import check
-from tinysft_jax.model import GPT, LARGEST_SIZE, GPTConfig, RopeScaling
+from tinysft_jax.gpt_config import LARGEST_SIZE, GPTConfig, RopeScaling
+from tinysft_jax.model import GPT
 from tinysft_jax.tokenizer import ChatTokenizer, parse_template
 
 # Version 1 had queries and keys interleaved, see `from_interleaved`; versions 1 and 2 only the PyTorch project's model.

@@ -15,7 +15,8 @@ from tiny_model import make_model_directory
 
 from tinysft_jax.checkpoints import open_model
 from tinysft_jax.conversion.huggingface import write_huggingface
-from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
+from tinysft_jax.model import GPT
 from tinysft_jax.parameters import ModelDescription
 from tinysft_jax.tokenizer import ChatTokenizer
 

@@ -27,7 +27,7 @@ from tinysft_jax.conversion.families import family_of, read_config
 from tinysft_jax.conversion.huggingface import read_huggingface, rounded, write_huggingface
 from tinysft_jax.conversion.names import huggingface_layout
 from tinysft_jax.conversion.parity import measure_parity
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params, make_model, model_parameter_shapes, trim_vocabulary
 
 torch = pytest.importorskip("torch")

@@ -15,7 +15,7 @@ from torch_twin import TorchTwin, save, without_buffers
 from tinysft_jax.conversion.names import TORCH
 from tinysft_jax.conversion.parity import measure_parity, torch_logits
 from tinysft_jax.conversion.torch import read_torch_checkpoint
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.parameters import make_model
 from tinysft_jax.training.step import make_optimizer, make_train_step, supervised_nll
 

@@ -15,7 +15,7 @@ from tinysft_jax.console import RunError, UserError
 from tinysft_jax.conversion.names import TORCH, bare_name
 from tinysft_jax.conversion.parity import measure_parity
 from tinysft_jax.conversion.torch import LONGEST_CONTEXT, read_torch_checkpoint, write_torch_checkpoint
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.parameters import model_parameter_shapes
 
 torch = pytest.importorskip("torch")

@@ -14,7 +14,8 @@ from tiny_model import OTHERS, decoder_of
 from tinysft_jax import accelerator
 from tinysft_jax.checkpoints import load_model
 from tinysft_jax.console import UserError
-from tinysft_jax.model import GPT, GPTConfig, cached_hidden
+from tinysft_jax.gpt_config import GPTConfig
+from tinysft_jax.model import GPT, cached_hidden
 from tinysft_jax.sampling import decode
 from tinysft_jax.sampling.decode import Decoder, generate
 from tinysft_jax.sampling.filters import SamplingOptions

@@ -8,7 +8,7 @@ import pytest
 from tiny_model import LETTERS, make_config, make_decoder, make_tokenizer
 
 from tinysft_jax.console import UserError
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.sampling import decode
 from tinysft_jax.sampling.chat import Session
 from tinysft_jax.sampling.decode import Decoder, Prompt, check_prompt

@@ -18,7 +18,7 @@ from tiers import slow
 
 from tinysft_jax import files
 from tinysft_jax.console import RunError, UserError
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.parameters import ModelDescription
 from tinysft_jax.training import checkpoints as checkpoints_module
 from tinysft_jax.training import loop

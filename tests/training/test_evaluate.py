@@ -14,7 +14,8 @@ from tinysft_jax.console import Interrupted
 from tinysft_jax.data import prepare
 from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
+from tinysft_jax.model import GPT
 from tinysft_jax.training import loop
 from tinysft_jax.training.evaluate import Evaluator, evaluation_rows, n_evaluations
 from tinysft_jax.training.step import make_eval_step

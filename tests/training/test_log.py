@@ -10,7 +10,7 @@ from runs import load_config
 from tiny_model import FAMILIES, family
 
 from tinysft_jax.console import Interrupted
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.parameters import model_parameter_shapes
 from tinysft_jax.training import log as metrics
 from tinysft_jax.training.log import Rates, RunLog, read_metrics, train_flops

@@ -11,7 +11,8 @@ from tiny_model import save_model
 
 from tinysft_jax.console import UserError
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
+from tinysft_jax.model import GPT
 from tinysft_jax.parameters import ModelDescription, make_model, trim_vocabulary
 from tinysft_jax.sharding import make_mesh
 from tinysft_jax.tokenizer import ChatTokenizer

@@ -17,7 +17,8 @@ from tinysft_jax.attention import backends
 from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.packing import PackingPlan, plan_epoch
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
+from tinysft_jax.model import GPT
 from tinysft_jax.sharding import global_batch, state_sharding
 from tinysft_jax.training import step as step_module
 from tinysft_jax.training.state import make_steps

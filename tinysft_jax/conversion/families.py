@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from tinysft_jax.console import UserError, shown
 from tinysft_jax.conversion.names import mlp_ratio
-from tinysft_jax.model import LARGEST_SIZE, GPTConfig, RopeScaling
+from tinysft_jax.gpt_config import LARGEST_SIZE, GPTConfig, RopeScaling
 
 
 class Family(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tinysft_jax import chat, files
 from tinysft_jax.console import UserError
 from tinysft_jax.conversion.families import FAMILIES, family_of
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.parameters import ModelDescription, count_parameters
 
 CARD_CONTENT = ("README.md", "loss.png", "evaluation.png")

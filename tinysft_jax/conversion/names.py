@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from tinysft_jax.console import UserError
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.parameters import (
     Params,
     from_interleaved,

@@ -14,7 +14,7 @@ import numpy as np
 from tinysft_jax.bpe import GPT2_RANKS
 from tinysft_jax.console import RunError, UserError, import_extra, reason, shown
 from tinysft_jax.conversion.names import OWN_KEY, TORCH, bare_name, mlp_ratio, own_entries
-from tinysft_jax.model import LARGEST_SIZE, GPTConfig
+from tinysft_jax.gpt_config import LARGEST_SIZE, GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params, parse_trained_length
 from tinysft_jax.tokenizer import ChatTokenizer
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 from tinysft_jax import chat, files, locks
 from tinysft_jax.console import Interrupted, Progress, RunError, UserError, reason
 from tinysft_jax.data.reading import TOO_LONG, read_json
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.sampling.decode import Decoder, check_prompt
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.text import encode_request, system_message, text_options

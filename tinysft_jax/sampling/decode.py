@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from tinysft_jax import accelerator
 from tinysft_jax.console import UserError
-from tinysft_jax.model import GPT, GPTConfig, LayerCache, cached_hidden, fuse_projections, head_logits
+from tinysft_jax.gpt_config import GPTConfig
+from tinysft_jax.model import GPT, LayerCache, cached_hidden, fuse_projections, head_logits
 from tinysft_jax.parameters import Params
 from tinysft_jax.sampling.filters import Knobs, SamplingOptions, draw, penalize
 from tinysft_jax.sampling.kept_cache import KeptCache

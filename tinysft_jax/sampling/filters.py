@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt32
 
 from tinysft_jax.console import UserError
-from tinysft_jax.model import VOCAB_MULTIPLE
+from tinysft_jax.gpt_config import VOCAB_MULTIPLE
 
 # The vocabulary is searched block by block; its padded size is a multiple of this.
 BLOCK = VOCAB_MULTIPLE

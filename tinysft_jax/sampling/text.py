@@ -9,7 +9,7 @@ from typing import Any
 
 from tinysft_jax.chat import check_not_blank
 from tinysft_jax.console import UserError
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.tokenizer import ChatTokenizer

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from tinysft_jax import distributed, files
 from tinysft_jax.console import Progress, UserError, reason
-from tinysft_jax.model import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
 
 MetricLine = dict[str, int | float]  # a line of metrics.jsonl: "step", and what was measured then
 

@@ -18,7 +18,8 @@ from tinysft_jax.attention.backends import choose_backend
 from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import UserError
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.model import GPT, GPTConfig
+from tinysft_jax.gpt_config import GPTConfig
+from tinysft_jax.model import GPT
 from tinysft_jax.parameters import TABLES, ModelDescription, Params, pad_vocabulary, trim_vocabulary
 from tinysft_jax.sharding import batch_sharding, state_sharding
 from tinysft_jax.tokenizer import ChatTokenizer

@@ -18,7 +18,7 @@ import transformers  # noqa: E402
 
 LLAMA3 = {
     "rope_type": "llama3",
-    "rope_theta": 10000.0,
+    "rope_theta": 2000.0,
     "factor": 4.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,

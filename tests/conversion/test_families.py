@@ -290,7 +290,7 @@ READ = {
     "all heads": ("qwen2", {"num_key_value_heads": None}, {"n_kv_heads": 4, "qkv_bias": True}),
     "tied by default": ("llama", {"tie_word_embeddings": ...}, {"tied_head": False}),
     "scaled, of old": ("llama", {"rope_scaling": SCALED}, {"rope_theta": 5e5}),
-    "scaled, new": ("llama", {"rope_parameters": LLAMA3, "rope_theta": ...}, {"rope_theta": 1e4}),
+    "scaled, new": ("llama", {"rope_parameters": LLAMA3, "rope_theta": ...}, {"rope_theta": 2000.0}),
     "scaled, both": ("llama", {"rope_parameters": {"rope_type": "yarn"}, "rope_scaling": SCALED}, {"rope_theta": 5e5}),
     "a whole number": ("llama", {"rope_theta": 500000}, {"rope_theta": 5e5}),
     "no harm": ("llama", {"pretraining_tp": 4, "sliding_window": None, "attention_dropout": 0.1}, {"qkv_bias": False}),

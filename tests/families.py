@@ -5,20 +5,24 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may ask a server
 
 import copy
+import itertools
 import json
 import struct
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 
+from tinysft_jax.conversion.huggingface import read_huggingface  # noqa: E402
+from tinysft_jax.parameters import ModelDescription, Params  # noqa: E402
+
 LLAMA3 = {
     "rope_type": "llama3",
-    "rope_theta": 10000.0,
+    "rope_theta": 2000.0,
     "factor": 4.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -62,6 +66,45 @@ def random_model(family: str, kv_heads: int = 2, **changes: Any) -> "torch.nn.Mo
 def save(model: "torch.nn.Module", folder: Path, dtype: str = "float32", **options: Any) -> Path:
     model.to(getattr(torch, dtype)).save_pretrained(folder, **options)
     return folder
+
+
+FAMILIES = ("llama", "qwen2", "qwen3", "stablelm")
+# Name → family and what differs from `random_model`'s own.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"head_dim": 16, "rope_parameters": LLAMA3}),
+    "qwen2": ("qwen2", {"kv_heads": 1, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True}),
+}
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{family}, {kv_heads} heads of keys{', tied' * tied}": (
+        family,
+        {"kv_heads": kv_heads, "tie_word_embeddings": tied},
+    )
+    for family, kv_heads, tied in itertools.product(FAMILIES, (1, 2, 4), (False, True))
+}
+MORE |= {f"{family}, scaled": (family, {"rope_parameters": LLAMA3}) for family in ("qwen2", "qwen3")}
+MORE |= {
+    "llama, default rotation": ("llama", {"rope_parameters": None}),
+    "qwen2, large heads": ("qwen2", {"head_dim": 24}),
+    "stablelm, scaled": ("stablelm", {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 1.0}}),
+    "three layers": ("llama", {"num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 37}),
+}
+
+
+class Made(NamedTuple):
+    """A random model of transformers, the folder that it saved, and what is read from it."""
+
+    model: "torch.nn.Module"
+    folder: Path
+    description: ModelDescription
+    params: Params
+
+
+def make(case: str, folder: Path) -> Made:
+    family, changes = (CASES | MORE)[case]
+    model = random_model(family, **changes)
+    return Made(model, save(model, folder), *read_huggingface(folder))
 
 
 HOSTILE_VALUES = [-1, 0, 1, 2, 3, 8, 2.5, 2**30, 2**31 - 1, 2**31, 2**63, 10**400, 1e308, 5e-324, -0.0, float("nan")]

@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may ask a server
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,3 +48,11 @@ def make_folder(tmp_path_factory) -> Callable[..., Path]:
         return made[template, bpe_ranks, unused]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_family(tmp_path_factory) -> Callable:
+    """Makes one of `families.CASES` or `families.MORE`: a random model of transformers, and what it was read as."""
+    import families  # with torch, which the other tests here do without
+
+    return functools.cache(lambda case: families.make(case, tmp_path_factory.mktemp("family")))

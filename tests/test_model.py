@@ -59,7 +59,7 @@ def check_changed(shape, change) -> None:
         ({"n_heads": 4, "n_kv_heads": 3}, "model.n_heads 4 is not divisible by model.n_kv_heads 3"),
         ({"n_kv_heads": 4}, "not divisible by model.n_kv_heads 4"),
         ({"n_kv_heads": 1.0}, "n_kv_heads"),
-        ({"norm": "batch"}, "model.norm is 'batch'; it must be 'layer' or 'rms'"),
+        ({"norm": "batch"}, "model.norm is 'batch'; it must be one of layer, rms"),
         ({"norm_epsilon": 0.0}, "norm_epsilon"),
         ({"qk_norm": 1}, "model.qk_norm is 1; it must be true or false"),
         ({"tied_head": None}, "tied_head"),

@@ -166,7 +166,7 @@ def test_data_and_model_that_do_not_fit_are_refused_before_anything_else(qwen, c
     changed = shutil.copytree(qwen / "model", tmp_path / "changed")
     template = (changed / "chat_template.jinja").read_text()
     (changed / "chat_template.jinja").write_text(template.replace("assistant\\n", "assistant:\\n"))
-    with pytest.raises(UserError, match=r"has the chat template its own, the data another; .*--tokenizer"):
+    with pytest.raises(UserError, match=r"has the chat template of its own, the data of another model; .*--tokenizer"):
         train(tmp_path / "work", changed, qwen / "data")
     assert not (tmp_path / "work").exists()
 

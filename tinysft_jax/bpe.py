@@ -71,10 +71,9 @@ class Gpt2Bpe:
         """The tokenizer's entry in `model.json` and `data.json`."""
         return {"kind": "gpt2", "bpe_ranks": self.ranks}
 
-    def fingerprint(self, special_ids: dict[str, int]) -> str:
-        """A hash of what decides the ids, the template's special tokens included."""
-        tokens = [token.hex() for token in _ranked(self.ranks)]
-        return hashlib.sha256(json.dumps([_PATTERN, tokens, special_ids]).encode()).hexdigest()[:16]
+    def identity(self) -> list[Any]:
+        """What decides the ids of text, in JSON."""
+        return [_PATTERN, [token.hex() for token in _ranked(self.ranks)]]
 
 
 class FileBpe:
@@ -137,9 +136,9 @@ class FileBpe:
         """The tokenizer's entry in `model.json` and `data.json`."""
         return {"kind": TOKENIZER_JSON, "sha256": self._sha256, "eot": self.eot, "stops": list(self.stops)}
 
-    def fingerprint(self, special_ids: dict[str, int]) -> str:
-        """A hash of what decides the ids, the template's special tokens included."""
-        return hashlib.sha256(json.dumps([self.description(), special_ids]).encode()).hexdigest()[:16]
+    def identity(self) -> list[Any]:
+        """What decides the ids of text, in JSON."""
+        return [self.description()]
 
 
 def make_bpe(

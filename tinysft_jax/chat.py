@@ -2,15 +2,31 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from tinysft_jax.chat_template import ChatTemplate
+from tinysft_jax.chat_template import ROLES, ChatTemplate, Messages, Piece, is_supervised
 from tinysft_jax.console import UserError, shown
 
 DEFAULT_SYSTEM = "You are a helpful assistant that answers questions about stories."
 END_OF_TEXT = "<|endoftext|>"
 ROLE_MARKERS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
-TEMPLATES = ("control", "text")
+_SYSTEM, _USER, _ASSISTANT = ROLE_MARKERS.values()
+_LITERALS = {
+    "begin": _SYSTEM + DEFAULT_SYSTEM + _USER,
+    "begin_system": _SYSTEM,
+    "after_system": _USER,
+    "answer": _ASSISTANT,
+    "last_answer": _ASSISTANT,
+    "next_question": END_OF_TEXT + _USER,
+    "end": END_OF_TEXT,
+    "open_end": "",
+    "stripped": (("nothing", "nothing"),) * len(ROLES),
+}
+# The project's own. In "text" markers of roles are plain text.
+TEMPLATES = {
+    "control": ChatTemplate(**_LITERALS, controls=(*ROLE_MARKERS.values(), END_OF_TEXT)),
+    "text": ChatTemplate(**_LITERALS, controls=(END_OF_TEXT,)),
+}
 MESSAGE_FIELDS = ("role", "content", "weight")
 
 # Not white space, nor one of the control, format and filler characters that show nothing.
@@ -20,16 +36,6 @@ _VISIBLE = re.compile(
 )
 
 Template = Literal["control", "text"] | ChatTemplate | None
-Messages = Sequence[Mapping[str, Any]]
-
-
-class Piece(NamedTuple):
-    """A part of a conversation that is encoded on its own; so the supervision mask is built along with the ids."""
-
-    text: str  # to encode, or the spelling of a control token
-    control: bool  # whether it is a control token
-    supervised: bool
-    answer: bool = False  # whether it is the text of an answer
 
 
 def chat_pieces(messages: Messages, template: Template) -> list[Piece]:
@@ -37,8 +43,8 @@ def chat_pieces(messages: Messages, template: Template) -> list[Piece]:
 
     Answers and the end-of-text after each are supervised, unless their weight is 0. In the template "control" all
     markers are control tokens. In "text" only end-of-text is one: all between two answers is one text, and a message
-    that contains a marker is refused. In a model's own template the special tokens in its literals are control tokens,
-    and all text between two of them is one, except answers, which are encoded as they are generated: by themselves.
+    that contains a marker is refused. In a model's own template the special tokens in its literals are control tokens.
+    Answers are encoded as they are generated: by themselves.
     """
     check_messages(messages, needs_answer=True)
     return _lay_out(messages, template)
@@ -55,51 +61,14 @@ def prompt_pieces(messages: Messages, template: Template) -> list[Piece]:
 def _lay_out(messages: Messages, template: Template, answer_next: bool = False) -> list[Piece]:
     if template is None:
         raise UserError("there is no chat template: this model completes plain text")
-    if isinstance(template, ChatTemplate):
-        return _lay_out_own(messages, template, answer_next)
     if template == "text":
         _check_no_markers(messages)
-    if messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
-    pieces: list[Piece] = []
-    prompt: list[Piece] = []  # since the last answer
-    for message in messages:
-        prompt.append(Piece(ROLE_MARKERS[message["role"]], control=True, supervised=False))
-        if message["role"] == "assistant":
-            supervised = _is_supervised(message)
-            answer = [Piece(message["content"], False, supervised, answer=True), Piece(END_OF_TEXT, True, supervised)]
-            pieces += _joined(prompt, template) + answer
-            prompt = []
-        else:
-            prompt.append(Piece(message["content"], control=False, supervised=False))
-    if answer_next:
-        prompt.append(Piece(ROLE_MARKERS["assistant"], control=True, supervised=False))
-    return pieces + _joined(prompt, template)
+    return as_template(template).pieces(messages, answer_next)
 
 
-def _lay_out_own(messages: Messages, template: ChatTemplate, answer_next: bool) -> list[Piece]:
-    pieces: list[Piece] = []
-    weights = iter(_is_supervised(message) for message in messages if message["role"] == "assistant")
-    supervised = False  # of the answer at hand
-    for kind, text in template.parts(messages, answer_next):
-        is_answer = kind in ("assistant", "last_assistant")
-        supervised = next(weights) if is_answer else supervised
-        spelled = template.split(text) if kind in ("literal", "turn_end") else [(text, False)]
-        for part, is_control in spelled:
-            new = Piece(part, is_control, supervised and (is_answer or kind == "turn_end"), is_answer)
-            last = pieces[-1] if pieces else new
-            if pieces and not (last.control or last.answer or new.control or new.answer):
-                pieces[-1] = last._replace(text=last.text + part)
-            else:
-                pieces.append(new)
-    return pieces
-
-
-def _joined(prompt: list[Piece], template: Template) -> list[Piece]:
-    """In "text", one piece: the checkpoints of that template were trained on prompts encoded as a whole."""
-    if template == "control" or not prompt:
-        return prompt
-    return [Piece("".join(piece.text for piece in prompt), control=False, supervised=False)]
+def as_template(template: str | ChatTemplate) -> ChatTemplate:
+    """The template of a name, and any other as it is."""
+    return TEMPLATES[template] if isinstance(template, str) else template
 
 
 def _check_no_markers(messages: Messages) -> None:
@@ -139,12 +108,8 @@ def check_messages(messages: object, needs_answer: bool = False) -> None:
                 f"in a message of the role '{role}'"
             )
         expected = ("assistant",) if role == "user" else ("user",)
-    if needs_answer and not any(map(_is_supervised, messages)):
+    if needs_answer and not any(map(is_supervised, messages)):
         raise UserError("there is nothing to learn: messages need at least one of the assistant whose weight is not 0")
-
-
-def _is_supervised(message: Mapping[str, Any]) -> bool:
-    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _check_content(content: object, where: str) -> None:

@@ -1,10 +1,10 @@
-"""A model's own chat template, taken apart: the literal text between contents, and the special tokens in it."""
+"""Chat templates: the literal text between contents, and the special tokens in it."""
 
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from tinysft_jax.console import UserError
 from tinysft_jax.files import TEXT, TEXT_OR_NULL, TEXTS, Kind, Schema, check
@@ -12,6 +12,17 @@ from tinysft_jax.files import TEXT, TEXT_OR_NULL, TEXTS, Kind, Schema, check
 # What a template strips from an end of a content: nothing, line breaks, or all white space.
 STRIPPED = {"nothing": "", "newlines": "\n", "whitespace": None}
 ROLES = ("system", "user", "assistant", "last_assistant")
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Piece(NamedTuple):
+    """A part of a conversation that is encoded on its own; so the supervision mask is built along with the ids."""
+
+    text: str  # to encode, or the spelling of a control token
+    control: bool  # whether it is a control token
+    supervised: bool
+    answer: bool = False  # whether it is the text of an answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,52 +58,62 @@ class ChatTemplate:
         """Special tokens, of two that begin at one place the longer."""
         return re.compile(f"({'|'.join(map(re.escape, sorted(self.controls, key=len, reverse=True)))})")
 
-    def split(self, literal: str) -> list[tuple[str, bool]]:
-        """The special tokens of a literal and the text between them, and whether each is a special token."""
-        return [(part, part in self.controls) for part in self._pattern.split(literal) if part]
+    def pieces(self, messages: Messages, answer_next: bool = False) -> list[Piece]:
+        """The pieces of a conversation; of a prompt (`answer_next`) up to where the answer begins.
 
-    def parts(self, messages: Sequence[Mapping[str, Any]], answer_next: bool) -> Iterable[tuple[str, str]]:
-        """The rendered conversation as (kind, text): "literal", a role of `ROLES`, or "turn_end", which ends an answer.
-
-        A prompt (`answer_next`) ends where the answer begins. Raises: UserError, if there is a system message and the
-        template takes none.
+        All text between two special tokens is one piece, except answers. Raises: UserError, if there is a system
+        message and the template takes none.
         """
-        roles = [message["role"] for message in messages]
-        for index, (role, message) in enumerate(zip(roles, messages, strict=True)):
-            is_last = index == len(messages) - 1
-            before = roles[index - 1] if index else None
+        pieces: list[Piece] = []
+        for new in self._parts(messages, answer_next):
+            last = pieces[-1] if pieces else new
+            if pieces and not (last.control or last.answer or new.control or new.answer):
+                pieces[-1] = last._replace(text=last.text + new.text)
+            else:
+                pieces.append(new)
+        return pieces
+
+    def _parts(self, messages: Messages, answer_next: bool) -> Iterator[Piece]:
+        before, supervised = "", False  # the role of the message before, and whether it is learned
+        for number, message in enumerate(messages, start=1):
+            role, is_last = message["role"], number == len(messages)
             if role == "system" and self.begin_system is None:
                 raise UserError("the model's chat template takes no system message; put it into the first question")
-            if before is None:
-                yield "literal", (self.begin_system or "") if role == "system" else self.begin
-            elif before == "assistant":
-                yield from self._after_answer(self.next_question)
-            elif before == "system":
-                yield "literal", self.after_system or ""
+            if before == "assistant":
+                yield from self._after_answer(self.next_question, supervised)
+            elif before == "user":
+                yield from self._literal(self.last_answer if is_last else self.answer)
             else:
-                yield "literal", self.last_answer if is_last else self.answer
-            kind = "last_assistant" if role == "assistant" and is_last else role
+                first = self.begin_system if role == "system" else self.begin
+                yield from self._literal((self.after_system if before else first) or "")
+            before, supervised = role, is_supervised(message)
+            kind = "last_assistant" if is_last and role == "assistant" else role
             left, right = (STRIPPED[name] for name in self.stripped[ROLES.index(kind)])
-            yield kind, message["content"].lstrip(left).rstrip(right)
-        if roles[-1] == "assistant":
-            yield from self._after_answer(self.end)
+            yield Piece(message["content"].lstrip(left).rstrip(right), False, supervised, role == "assistant")
+        if before == "assistant":
+            yield from self._after_answer(self.end, supervised)
         else:
-            yield "literal", self.last_answer if answer_next else self.open_end
+            yield from self._literal(self.last_answer if answer_next else self.open_end)
 
-    def _after_answer(self, literal: str) -> Iterable[tuple[str, str]]:
+    def _literal(self, text: str) -> list[Piece]:
+        return [Piece(part, part in self.controls, False) for part in self._pattern.split(text) if part]
+
+    def _after_answer(self, text: str, supervised: bool) -> list[Piece]:
         """Up to its first special token a literal ends the answer before it."""
-        found = self._pattern.search(literal)
-        yield "turn_end", literal[: found.end()]
-        yield "literal", literal[found.end() :]
+        end = self._pattern.search(text).end()
+        return [piece._replace(supervised=supervised) for piece in self._literal(text[:end])] + self._literal(
+            text[end:]
+        )
 
     def question(self, sections: Sequence[str]) -> str:
         """The last user message of a prompt that was split at its special tokens; the text between them."""
         after = self._pattern.split(self.last_answer)  # texts and special tokens in turn
         section = sections[-1 - len(after) // 2].removesuffix(after[0])
         literals = (self.begin, self.after_system or "", self.next_question)
-        before = sorted({self._pattern.split(literal)[-1] for literal in literals}, key=len, reverse=True)
-        first = next((text for text in before if section.startswith(text)), "")
-        return section.removeprefix(first)
+        for before in sorted({self._pattern.split(literal)[-1] for literal in literals}, key=len, reverse=True):
+            if section.startswith(before):
+                return section.removeprefix(before)
+        return section.rpartition(before)[2]  # a system message is in the same section
 
     def to_json(self) -> dict[str, Any]:
         content = dataclasses.asdict(self)
@@ -107,6 +128,10 @@ class ChatTemplate:
         fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
         stripped = tuple((left, right) for left, right in (content["stripped"][role] for role in ROLES))
         return cls(**fields | {"controls": tuple(content["controls"]), "stripped": stripped})
+
+
+def is_supervised(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _are_ends(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """The shape of a GPT: by default the PyTorch project's, and any of the Llama and Qwen families."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 from tinysft_jax.console import UserError, shown
 
@@ -21,8 +21,7 @@ class RopeScaling:
     original_max_seq_len: int
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            _check_positive(f"model.rope_scaling.{field.name}", getattr(self, field.name), field.type)
+        _check_fields(self, "model.rope_scaling")
         if self.low_freq_factor >= self.high_freq_factor:
             raise UserError(
                 f"model.rope_scaling.low_freq_factor {self.low_freq_factor} is not below high_freq_factor "
@@ -56,16 +55,7 @@ class GPTConfig:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("n_kv_heads", "head_dim") and value == 0:
-                continue
-            if field.type in (int, float):
-                _check_positive(f"model.{field.name}", value, field.type)
-            elif field.type is bool and not isinstance(value, bool):
-                raise UserError(f"model.{field.name} is {shown(value)}; it must be true or false")
-        if self.norm not in ("layer", "rms"):
-            raise UserError(f"model.norm is {shown(self.norm)}; it must be 'layer' or 'rms'")
+        _check_fields(self, "model")
         if not isinstance(self.rope_scaling, RopeScaling | None):
             raise UserError(f"model.rope_scaling is {shown(self.rope_scaling)}; it must be a RopeScaling or None")
         if not self.head_dim:
@@ -95,7 +85,18 @@ class GPTConfig:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def _check_positive(name: str, value: object, kind: type) -> None:
-    kinds = (int, float) if kind is float else (int,)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= LARGEST_SIZE:
-        raise UserError(f"{name} is {shown(value)}; it must be a positive {kind.__name__} below 2^31")
+def _check_fields(shape: object, name: str) -> None:
+    """Checks numbers, which are positive (or a default of 0), and choices; a float may be written as an int."""
+    for field in dataclasses.fields(shape):
+        value, kind, wanted = getattr(shape, field.name), field.type, ""
+        if kind in (int, float):
+            is_number = type(value) in (int, kind) and (0 < value <= LARGEST_SIZE or value == 0 == field.default)
+            wanted = "" if is_number else f"a positive {kind.__name__} below 2^31"
+        elif kind is bool and type(value) is not bool:
+            wanted = "true or false"
+        elif get_origin(kind) is Literal and value not in get_args(kind):
+            wanted = f"one of {', '.join(get_args(kind))}"
+        if wanted:
+            raise UserError(f"{name}.{field.name} is {shown(value)}; it must be {wanted}")
+        if kind is float:
+            object.__setattr__(shape, field.name, float(value))

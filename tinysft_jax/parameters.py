@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from flax import nnx
 
 from tinysft_jax.console import UserError, shown
 from tinysft_jax.files import check
-from tinysft_jax.gpt_config import LARGEST_SIZE, GPTConfig, RopeScaling
+from tinysft_jax.gpt_config import GPTConfig, RopeScaling
 from tinysft_jax.model import GPT
 from tinysft_jax.tokenizer import ChatTokenizer, parse_template
 
@@ -73,33 +73,18 @@ class ModelDescription:
 
 def _parse_config(shape: dict[str, Any], format_version: Any) -> GPTConfig:
     """The shape in `model.json`; versions before 3 have only the keys up to `rope_theta`."""
-    fields = {field.name: field.type for field in dataclasses.fields(GPTConfig)}
-    required = list(fields)[: list(fields).index("rope_theta") + 1]
-    known = required if format_version in (1, 2) else list(fields)
-    if not (shape.keys() <= set(known) and shape.keys() >= set(required)):
+    fields, scaling = [field.name for field in dataclasses.fields(GPTConfig)], shape.get("rope_scaling")
+    required = fields[: fields.index("rope_theta") + 1]
+    known = required if format_version in (1, 2) else fields
+    if not set(required) <= shape.keys() <= set(known):
         others = f" than {', '.join(known)}" if known != required else ""
         raise UserError(f"'model' must have the keys {', '.join(required)}, and no others{others}")
-    values = {name: _value(name, value, fields[name]) for name, value in shape.items()}
-    if (scaling := shape.get("rope_scaling")) is not None:
-        fields = {field.name: field.type for field in dataclasses.fields(RopeScaling)}
-        if not isinstance(scaling, dict) or scaling.keys() != fields.keys():
-            raise UserError(f"model.rope_scaling must have exactly the keys {', '.join(fields)}")
-        numbers = {name: _value(f"rope_scaling.{name}", scaling[name], kind) for name, kind in fields.items()}
-        values["rope_scaling"] = RopeScaling(**numbers)
-    return GPTConfig(**values)
-
-
-def _value(name: str, value: Any, kind: Any) -> Any:
-    """A value as its field has it; a RopeScaling's object as it is."""
-    if kind is float and type(value) is int and abs(value) <= LARGEST_SIZE:  # 4.0 may be written as 4
-        return float(value)
-    if kind in (int, float) and type(value) is not kind:
-        raise UserError(f"model.{name} is {shown(value)}; it must be a positive {kind.__name__}")
-    if kind is bool and not isinstance(value, bool):
-        raise UserError(f"model.{name} is {shown(value)}; it must be true or false")
-    if get_origin(kind) is Literal and value not in get_args(kind):
-        raise UserError(f"model.{name} is {shown(value)}; it must be one of {', '.join(get_args(kind))}")
-    return value
+    if isinstance(scaling, dict):
+        names = [field.name for field in dataclasses.fields(RopeScaling)]
+        if scaling.keys() != set(names):
+            raise UserError(f"model.rope_scaling must have exactly the keys {', '.join(names)}")
+        scaling = RopeScaling(**scaling)
+    return GPTConfig(**shape | ({"rope_scaling": scaling} if "rope_scaling" in shape else {}))
 
 
 def parse_trained_length(content: dict[str, Any], config: GPTConfig) -> int | None:

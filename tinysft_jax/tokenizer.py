@@ -1,5 +1,7 @@
 """Conversations and text to token ids, and back."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -53,12 +55,13 @@ class ChatTokenizer:
         self.longest_token = max(map(len, self._token_bytes))  # in bytes
         self.control_ids = {marker: size + i for i, marker in enumerate(markers)}
         self.eot_id = self.bpe.special_ids[self.bpe.eot]
-        stops = set(self.bpe.stops)
         if isinstance(template, ChatTemplate):
             self.control_ids = {control: self.bpe.special_ids[control] for control in template.controls}
-            stops |= template.stops
-        self.stop_ids = tuple(sorted(self.bpe.special_ids[stop] for stop in stops))
-        self._special_ids = self.bpe.special_ids | {chat.END_OF_TEXT: self.eot_id} | self.control_ids
+            self._special_ids = self.bpe.special_ids
+        else:  # spells the end of a text as GPT-2 does
+            self._special_ids = self.bpe.special_ids | {chat.END_OF_TEXT: self.eot_id} | self.control_ids
+        ends = [self._special_ids[stop] for stop in chat.as_template(template).stops] if template else []
+        self.stop_ids = tuple(sorted({*ends, *(self.bpe.special_ids[stop] for stop in self.bpe.stops)}))
         self._bos = [self.bpe.special_ids[token] for token in self.bpe.bos]
         self.files = self.bpe.files
 
@@ -122,16 +125,10 @@ class ChatTokenizer:
 
     def question(self, prompt: Int32[np.ndarray, " n"]) -> str:
         """The last user message of a prompt, as the template has it."""
-        if isinstance(self.template, ChatTemplate):
-            ends = np.flatnonzero(np.isin(prompt, list(self.control_ids.values()))).tolist()
-            bounds = zip([0, *(end + 1 for end in ends)], [*ends, len(prompt)], strict=True)
-            texts = [self.decode(prompt[start:end]).removeprefix(self.bpe.prefix) for start, end in bounds]
-            return self.template.question(texts)
-        user, assistant = chat.ROLE_MARKERS["user"], chat.ROLE_MARKERS["assistant"]
-        if self.template == "text":  # the markers are text, and no other text spells them
-            return self.decode(prompt).rpartition(user)[2].removesuffix(assistant)
-        begin = int(np.flatnonzero(prompt == self.control_ids[user])[-1]) + 1
-        return self.decode(prompt[begin:-1])
+        template = chat.as_template(self.template)
+        ends = np.flatnonzero(np.isin(prompt, [self._special_ids[control] for control in template.controls])).tolist()
+        bounds = zip([0, *(end + 1 for end in ends)], [*ends, len(prompt)], strict=True)
+        return template.question([self.decode(prompt[a:b]).removeprefix(self.bpe.prefix) for a, b in bounds])
 
     def marker_pieces(self) -> dict[str, list[int]]:
         """Role marker → the BPE ids of its spelling. A new marker's embedding starts as the mean of theirs."""
@@ -153,10 +150,10 @@ class ChatTokenizer:
 
     def fingerprint(self) -> str:
         """A hash of everything that decides the ids: how text is split, the BPE tokens by id, the special tokens."""
-        special_ids = {self.bpe.eot: self.eot_id, **self.control_ids}
+        special: dict[str, Any] = {self.bpe.eot: self.eot_id, **self.control_ids}
         if isinstance(self.template, ChatTemplate):
-            special_ids |= {"template": self.template.to_json()}
-        return self.bpe.fingerprint(special_ids)
+            special |= {"template": self.template.to_json()}
+        return hashlib.sha256(json.dumps([*self.bpe.identity(), special]).encode()).hexdigest()[:16]
 
 
 def read_files(directory: Path) -> dict[str, bytes]:

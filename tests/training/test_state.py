@@ -82,7 +82,7 @@ def test_random_weights_take_the_datas_vocabulary(chat_data):
     [
         ({"kind": "gpt2", "bpe_ranks": 300}, None, 301, "--bpe_ranks 300"),
         (None, None, 301, "names no tokenizer.*--bpe_ranks 300"),
-        (BYTES, "text", 257, "--template text"),
+        (BYTES, "text", 257, "prepare the data with --tokenizer"),
     ],
 )
 def test_a_model_of_another_language_is_refused(chat_data, tmp_path, tokenizer, template, vocab_size, complaint):

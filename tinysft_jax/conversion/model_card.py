@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from tinysft_jax import chat, files
 from tinysft_jax.console import UserError
 from tinysft_jax.conversion.families import FAMILIES, family_of
-from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.parameters import ModelDescription, count_parameters
 
 CARD_CONTENT = ("README.md", "loss.png", "evaluation.png")
@@ -74,7 +73,7 @@ def write_card(
     facts = {
         "title": title,
         "parameters": f"{count_parameters(config):,}",
-        "architecture": _architecture(config),
+        "architecture": FAMILIES[family_of(config)].architecture,
         "shape": f"{config.n_layers}, {config.dim}, {config.n_heads}, {config.hidden_dim}",
         "context": f"{config.max_seq_len:,}",
         "vocabulary": f"{config.vocab_size:,}",
@@ -92,19 +91,6 @@ def write_card(
     if report:
         parts += [_evaluation(report), *_figure(directory, "evaluation", report / "report.png")]
     files.write_text(directory / "README.md", "\n\n".join(part.strip() for part in parts) + "\n")
-
-
-def _architecture(config: GPTConfig) -> str:
-    parts = [
-        "LayerNorm with biases" if config.norm == "layer" else "RMSNorm",
-        "RoPE (scaled as in Llama 3)" if config.rope_scaling else "RoPE",
-        *([f"{config.n_kv_heads} heads of keys and values"] if config.n_kv_heads < config.n_heads else []),
-        *(["biases of queries, keys and values"] if config.qkv_bias else []),
-        *(["norms of queries and keys"] if config.qk_norm else []),
-        "SwiGLU",
-        "tied embeddings" if config.tied_head else "an untied head",
-    ]
-    return f"`{FAMILIES[family_of(config)].architecture}`: {', '.join(parts)}"
 
 
 def _figure(directory: Path, name: str, plot: Path) -> list[str]:

@@ -7,27 +7,15 @@ from taking all memory and time. It gets what transformers gives it.
 
 import datetime
 import json
+import re
 import resource
 import sys
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS, MEMORY = 10, 2 << 30
 LONGEST = 1 << 20  # characters of a rendered conversation
-
-
-class Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what is supervised; here it changes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012  (as Jinja declares it)
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
 
 
 def _raise(message: object) -> None:
@@ -44,10 +32,12 @@ def render(template: str, variables: dict, renders: list[dict]) -> list[dict[str
     `renders` are the variables of each: messages, add_generation_prompt, ….
     """
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _raise, "strftime_now": datetime.datetime.now().strftime}
+    # transformers' mark of what is supervised becomes a comment, which keeps how it strips white space.
+    template = re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{#\1 \2#}", template)
     compiled, results = environment.from_string(template), []
     for each in renders:
         try:

@@ -101,11 +101,11 @@ def check_tokenizer(description: ModelDescription, tokenizer: ChatTokenizer, ini
         raise UserError(f"{init_from} is a chat model, the data plain text; prepare conversations to fine-tune it")
     same_files = description.tokenizer_files == tokenizer.files != {}  # a template may put in the day it is read on
     if template not in (None, tokenizer.description()["chat_template"]) and not same_files:
-        its, flag = (f"{template!r}", f"--template {template}") if isinstance(template, str) else ("its own", "")
-        the_datas = f"{wanted!r}" if isinstance(wanted, str) else "another"
+        its = repr(template) if isinstance(template, str) else "of its own"
+        the_datas = repr(wanted) if isinstance(wanted, str) else "of another model"
         raise UserError(
             f"{init_from} has the chat template {its}, the data {the_datas}; prepare the data with "
-            f"{flag or f'--tokenizer {init_from}'}"
+            f"--tokenizer {init_from}"
         )
 
 

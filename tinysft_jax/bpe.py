@@ -236,24 +236,17 @@ def _token_bytes(vocabulary: dict[str, int], added: Collection[str], byte_level:
     if (size := max(vocabulary.values(), default=-1) + 1) > _MOST_IDS:
         raise UserError(f"{TOKENIZER_JSON} has the id {size - 1:,}; a vocabulary of over {_MOST_IDS:,} is not read")
     byte_of, table = _alphabet(), [b""] * size
-    single = {chr_: byte for chr_, byte in byte_of.items()} if byte_level else _fallbacks()
+    single = byte_of if byte_level else {f"<0x{byte:02X}>": byte for byte in range(256)}
     if absent := [byte for token, byte in single.items() if byte in _NEEDED_BYTES and token not in vocabulary]:
         raise UserError(f"its tokenizer can't spell every text: the byte 0x{absent[0]:02X} has no token")
     for token, id in vocabulary.items():
-        if token in added:
+        if token in added or (byte_level and not byte_of.keys() >= set(token)):
             table[id] = token.encode()
-        elif not byte_level:
-            table[id] = bytes([single[token]]) if token in single else token.replace(_SPACE, " ").encode()
-        elif all(character in byte_of for character in token):
+        elif byte_level:
             table[id] = bytes(byte_of[character] for character in token)
         else:
-            table[id] = token.encode()
+            table[id] = bytes([single[token]]) if token in single else token.replace(_SPACE, " ").encode()
     return table
-
-
-def _fallbacks() -> dict[str, int]:
-    """SentencePiece's tokens of single bytes."""
-    return {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 
 def read_merges(path: Path = MERGES_FILE) -> tuple[list[str], list[tuple[str, str]]]:

@@ -45,18 +45,13 @@ class ChatTemplate:
     stripped: tuple[tuple[str, str], ...]
 
     def __post_init__(self):
-        if not (self.controls and self._pattern.search(self.next_question) and self._pattern.search(self.end)):
+        if not all(any(piece.control for piece in self._literal(text)) for text in (self.next_question, self.end)):
             raise UserError("the chat template has no special token that ends an answer")
 
     @property
     def stops(self) -> set[str]:
         """The special tokens that end an answer: the first after it."""
-        return {self._pattern.search(literal)[0] for literal in (self.next_question, self.end)}
-
-    @functools.cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        """Special tokens, of two that begin at one place the longer."""
-        return re.compile(f"({'|'.join(map(re.escape, sorted(self.controls, key=len, reverse=True)))})")
+        return {next(p.text for p in self._literal(text) if p.control) for text in (self.next_question, self.end)}
 
     def pieces(self, messages: Messages, answer_next: bool = False) -> list[Piece]:
         """The pieces of a conversation; of a prompt (`answer_next`) up to where the answer begins.
@@ -96,30 +91,29 @@ class ChatTemplate:
             yield from self._literal(self.last_answer if answer_next else self.open_end)
 
     def _literal(self, text: str) -> list[Piece]:
-        return [Piece(part, part in self.controls, False) for part in self._pattern.split(text) if part]
+        return _split(text, self.controls)
 
-    def _after_answer(self, text: str, supervised: bool) -> list[Piece]:
+    def _after_answer(self, text: str, supervised: bool) -> Iterator[Piece]:
         """Up to its first special token a literal ends the answer before it."""
-        end = self._pattern.search(text).end()
-        return [piece._replace(supervised=supervised) for piece in self._literal(text[:end])] + self._literal(
-            text[end:]
-        )
+        for piece in self._literal(text):
+            yield piece._replace(supervised=supervised)
+            supervised = supervised and not piece.control
 
     def question(self, sections: Sequence[str]) -> str:
         """The last user message of a prompt that was split at its special tokens; the text between them."""
-        after = self._pattern.split(self.last_answer)  # texts and special tokens in turn
-        section = sections[-1 - len(after) // 2].removesuffix(after[0])
-        literals = (self.begin, self.after_system or "", self.next_question)
-        for before in sorted({self._pattern.split(literal)[-1] for literal in literals}, key=len, reverse=True):
+        after = self._literal(self.last_answer)
+        section = sections[-1 - sum(piece.control for piece in after)]
+        section = section.removesuffix("" if after[0].control else after[0].text)
+        ends = [self._literal(text or "")[-1:] for text in (self.begin, self.after_system, self.next_question)]
+        spelled = sorted({piece.text for end in ends for piece in end if not piece.control}, key=len, reverse=True)
+        for before in spelled:
             if section.startswith(before):
                 return section.removeprefix(before)
-        return section.rpartition(before)[2]  # a system message is in the same section
+        return section.rpartition(spelled[-1])[2] if spelled else section  # a system message is before it
 
     def to_json(self) -> dict[str, Any]:
-        content = dataclasses.asdict(self)
-        content["controls"] = list(self.controls)
-        content["stripped"] = {role: list(ends) for role, ends in zip(ROLES, self.stripped, strict=True)}
-        return content
+        stripped = {role: list(ends) for role, ends in zip(ROLES, self.stripped, strict=True)}
+        return dataclasses.asdict(self) | {"controls": list(self.controls), "stripped": stripped}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ChatTemplate":
@@ -128,6 +122,14 @@ class ChatTemplate:
         fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
         stripped = tuple((left, right) for left, right in (content["stripped"][role] for role in ROLES))
         return cls(**fields | {"controls": tuple(content["controls"]), "stripped": stripped})
+
+
+@functools.lru_cache(maxsize=256)
+def _split(literal: str, controls: tuple[str, ...]) -> list[Piece]:
+    """The special tokens of a literal, of two that begin at one place the longer, and the text between them."""
+    spelled = "|".join(map(re.escape, sorted(controls, key=len, reverse=True)))
+    parts = re.split(f"({spelled})", literal) if controls else [literal]
+    return [Piece(part, part in controls, False) for part in parts if part]
 
 
 def is_supervised(message: Mapping[str, Any]) -> bool:

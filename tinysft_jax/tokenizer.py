@@ -68,7 +68,7 @@ class ChatTokenizer:
     def __reduce__(self) -> tuple[Any, ...]:
         return ChatTokenizer, (self.template, 0, self.bpe)
 
-    def with_template(self, template: str | None) -> "ChatTokenizer":
+    def with_template(self, template: str | ChatTemplate | None) -> "ChatTokenizer":
         """The same vocabulary with another template."""
         return ChatTokenizer(template, bpe=self.bpe)
 

@@ -5,7 +5,9 @@ can't be compiled. Jinja's sandbox keeps the template from everything but its va
 from taking all memory and time. It gets what transformers gives it.
 """
 
+import contextlib
 import datetime
+import functools
 import json
 import re
 import resource
@@ -22,23 +24,19 @@ def _raise(message: object) -> None:
     raise jinja2.TemplateError(str(message))
 
 
-def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
 def render(template: str, variables: dict, renders: list[dict]) -> list[dict[str, str]]:
     """The rendered conversations: of each `{"text": ...}` or `{"error": ...}`.
 
     `renders` are the variables of each: messages, add_generation_prompt, ….
     """
-    environment = ImmutableSandboxedEnvironment(
+    sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise, "strftime_now": datetime.datetime.now().strftime}
+    sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    sandbox.globals |= {"raise_exception": _raise, "strftime_now": datetime.datetime.now().strftime}
     # transformers' mark of what is supervised becomes a comment, which keeps how it strips white space.
     template = re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{#\1 \2#}", template)
-    compiled, results = environment.from_string(template), []
+    compiled, results = sandbox.from_string(template), []
     for each in renders:
         try:
             text = compiled.render(**variables, **each)
@@ -50,8 +48,9 @@ def render(template: str, variables: dict, renders: list[dict]) -> list[dict[str
 
 
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    for kind, limit in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, SECONDS)):
+        with contextlib.suppress(ValueError, OSError):  # macOS limits no memory
+            resource.setrlimit(kind, (limit, limit))
     try:
         result: object = render(**json.load(sys.stdin))
     except Exception as error:

@@ -36,9 +36,9 @@ def read_tokenizer(path: Path, config: Mapping[str, Any]) -> ChatTokenizer:
     if not stops:
         raise UserError("neither its tokenizer_config.json nor its config.json names a special token that ends a text")
     eot, source = next(iter(stops)), _template(kept, settings)
-    bpe = FileBpe(kept, eot, list(stops))
+    plain = ChatTokenizer(None, bpe=FileBpe(kept, eot, list(stops)))
     if source is None:
-        return ChatTokenizer(None, bpe=bpe)
+        return plain
     try:
         template = take_apart(source, variables, added)
         tokenizer = ChatTokenizer(template, bpe=FileBpe(kept, eot, list(stops), template.controls))
@@ -46,7 +46,7 @@ def read_tokenizer(path: Path, config: Mapping[str, Any]) -> ChatTokenizer:
         return tokenizer
     except UserError as error:
         print(f"note: {path}: its chat template is not used: {error}", file=sys.stderr)
-        return ChatTokenizer(None, bpe=bpe)
+        return plain
 
 
 def to_write(tokenizer: ChatTokenizer) -> dict[str, bytes]:

@@ -96,9 +96,7 @@ def _make_tokenizer(flags: Namespace, is_text: bool) -> ChatTokenizer:
     from tinysft_jax.checkpoints import load_tokenizer  # imports JAX, which takes a second
 
     tokenizer = load_tokenizer(flags.tokenizer)
-    if is_text:
-        return tokenizer.with_template(None)
-    return tokenizer.with_template("control") if tokenizer.template is None else tokenizer
+    return tokenizer.with_template(None if is_text else tokenizer.template or "control")
 
 
 def prepare(

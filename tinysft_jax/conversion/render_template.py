@@ -14,6 +14,7 @@ import resource
 import sys
 
 import jinja2
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS, MEMORY = 10, 2 << 30
@@ -29,9 +30,7 @@ def render(template: str, variables: dict, renders: list[dict]) -> list[dict[str
 
     `renders` are the variables of each: messages, add_generation_prompt, ….
     """
-    sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     sandbox.globals |= {"raise_exception": _raise, "strftime_now": datetime.datetime.now().strftime}
     # transformers' mark of what is supervised becomes a comment, which keeps how it strips white space.

@@ -10,7 +10,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from runs import assert_same_bits, latest_checkpoint, losses, stop_at, tiny_config
 from tiers import slow
-from tiny_model import OTHERS, family, make_tokenizer, random_params, save_model
+from tiny_model import family, make_tokenizer, random_params, save_model
 
 from tinysft_jax import files
 from tinysft_jax.checkpoints import load_description, load_model
@@ -214,7 +214,7 @@ def test_an_evaluation_made_good_counts_after_a_kill(chat_data, tmp_path, monkey
     assert losses(tmp_path, "sft/val_loss") == {0: 9.0, 5: 1.0, 10: 2.0, 12: 3.0}
 
 
-@pytest.mark.parametrize("name", ["everything", *slow("default", *OTHERS)])
+@pytest.mark.parametrize("name", ["everything", *slow("default", "llama")])
 def test_a_run_resumes_without_what_it_started_from(chat_data, tmp_path, name):
     """A model of any family. And from a checkpoint written in the background, between two others."""
     config, language = family(name, dim=16, n_layers=1, max_seq_len=64), make_tokenizer("control").description()

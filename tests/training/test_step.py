@@ -89,11 +89,15 @@ def test_a_packed_row_has_the_loss_and_gradients_of_its_conversations_alone(pack
     assert_trees_close(gradient, alone_gradient, atol=1e-5)
 
 
-QUICK = ("default", "full", "on"), ("everything", "full", "off")
-ALL = itertools.product(("default", "everything", *OTHERS), ("none", "dots", "full"), ("on", "off"))
+HOW = [
+    ("default", "full", "on"),
+    ("everything", "full", "off"),
+    *slow(("default", "dots", "on"), ("everything", "dots", "on"), ("everything", "none", "off")),
+    *slow(*itertools.product(OTHERS, ("full",), ("on", "off"))),
+]
 
 
-@pytest.mark.parametrize("how", [*QUICK, *slow(*sorted({*ALL} - {*QUICK}))])
+@pytest.mark.parametrize("how", HOW)
 def test_layers_recomputed_or_one_by_one_have_the_same_loss_and_gradients(packed_and_alone, how):
     name, remat, scan_layers = how
     batch, params = packed_and_alone[0], random_params(family(name))
@@ -103,7 +107,7 @@ def test_layers_recomputed_or_one_by_one_have_the_same_loss_and_gradients(packed
     assert_trees_close(found, gradient, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["default", *slow("everything", *OTHERS)])
+@pytest.mark.parametrize("name", ["default", *slow("everything")])
 def test_accumulated_micro_batches_equal_one_batch(split, name):
     """With unequal numbers of supervised tokens, and one micro-batch without any."""
     batch = BatchSource(split, plan_epoch(split.lengths, 128), 8, 128)[0]
@@ -113,7 +117,9 @@ def test_accumulated_micro_batches_equal_one_batch(split, name):
     for accumulation in (2, 4):
         state, metrics = one_step(batch, accumulation, name)
         assert_trees_close(metrics, whole, rtol=1e-5)
-        assert_trees_close(state["params"], whole_state["params"], atol=2e-6)
+        assert_trees_close(state["opt_state"], whole_state["opt_state"], atol=1e-8)
+        # Where a gradient is all but 0, its root mean square that it is divided by is, too.
+        assert_trees_close(state["params"], whole_state["params"], atol=2e-6 if name == "default" else 1e-5)
 
 
 def test_a_batch_without_targets_is_harmless(split):
@@ -197,7 +203,7 @@ def test_many_devices_give_the_gradients_of_one(packed_and_alone, name):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("not_from_disk")
-@pytest.mark.parametrize("name", ["everything", *OTHERS])
+@pytest.mark.parametrize("name", ["everything", "qwen3"])
 def test_many_devices_and_micro_batches_give_the_losses_of_one(split, name):
     single = losses_on((1, 1, 1), split, 20, name=name)[0]
     assert single[-1] < single[0] - 0.1

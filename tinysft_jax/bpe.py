@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -102,10 +103,9 @@ class FileBpe:
         self.token_bytes = _token_bytes(vocabulary, added, _is_byte_level(content))
         self._rest = self._first if (rest := _without_prefix(content)) == content else _tokenizer(rest)
         self.prefix = "" if self._rest is self._first else " "
-        special = {token["content"] for token in content["added_tokens"] if token["special"]}
-        self.special_ids = {token: vocabulary[token] for token in sorted({eot, *stops, *special})}
+        special = {eot, *stops, *(token["content"] for token in content["added_tokens"] if token["special"])}
+        self.special_ids = {token: vocabulary[token] for token in sorted(special)}
         self.bos = self._begins()
-        self._sha256 = hashlib.sha256(files[TOKENIZER_JSON]).hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FileBpe, (self.files, self.eot, self.stops, self._controls)
@@ -127,14 +127,14 @@ class FileBpe:
 
     def _begins(self) -> tuple[str, ...]:
         """The special tokens that the file's post-processor puts before a text."""
-        spelled = {id: token for token, id in self.special_ids.items()}
-        plain, whole = (self._first.encode("a", add_special_tokens=flag).ids for flag in (False, True))
-        before = whole[: whole.index(plain[0])] if plain[0] in whole else []
-        return tuple(spelled[id] for id in before if id in spelled)
+        plain, whole = (self._first.encode("a", add_special_tokens=flag) for flag in (False, True))
+        before = itertools.takewhile(lambda id: id != plain.ids[0], whole.ids)
+        return tuple(token for id in before for token, its in self.special_ids.items() if its == id)
 
     def description(self) -> dict[str, Any]:
         """The tokenizer's entry in `model.json` and `data.json`."""
-        return {"kind": TOKENIZER_JSON, "sha256": self._sha256, "eot": self.eot, "stops": list(self.stops)}
+        sha256 = hashlib.sha256(self.files[TOKENIZER_JSON]).hexdigest()
+        return {"kind": TOKENIZER_JSON, "sha256": sha256, "eot": self.eot, "stops": list(self.stops)}
 
     def identity(self) -> list[Any]:
         """What decides the ids of text, in JSON."""

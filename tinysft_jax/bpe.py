@@ -105,7 +105,10 @@ class FileBpe:
         self.prefix = "" if self._rest is self._first else " "
         special = {eot, *stops, *(token["content"] for token in content["added_tokens"] if token["special"])}
         self.special_ids = {token: vocabulary[token] for token in sorted(special)}
-        self.bos = self._begins()
+        # What the file's post-processor puts before a text.
+        plain, whole = (self._first.encode("a", add_special_tokens=flag).ids for flag in (False, True))
+        before = set(itertools.takewhile(lambda id: id != plain[0], whole))
+        self.bos = tuple(token for token, id in self.special_ids.items() if id in before)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FileBpe, (self.files, self.eot, self.stops, self._controls)
@@ -124,12 +127,6 @@ class FileBpe:
             return self.encode(text)
         finally:
             self._first.encode_special_tokens = True
-
-    def _begins(self) -> tuple[str, ...]:
-        """The special tokens that the file's post-processor puts before a text."""
-        plain, whole = (self._first.encode("a", add_special_tokens=flag) for flag in (False, True))
-        before = itertools.takewhile(lambda id: id != plain.ids[0], whole.ids)
-        return tuple(token for id in before for token, its in self.special_ids.items() if its == id)
 
     def description(self) -> dict[str, Any]:
         """The tokenizer's entry in `model.json` and `data.json`."""

@@ -1,7 +1,7 @@
 """Renders a chat template, in a process of its own: it is a program that somebody else wrote.
 
-Reads the arguments of `render` from stdin as JSON, and writes its result, or `{"error": ...}`. Jinja's sandbox keeps the
-template from everything but what transformers gives it; the process's limits keep it from taking all memory and time.
+Reads the arguments of `render` from stdin as JSON, and writes its result, or `{"error": ...}`. Jinja's sandbox keeps
+the template from everything but what transformers gives it; limits of the process keep it from all memory and time.
 """
 
 import contextlib

@@ -12,16 +12,12 @@ import re
 import resource
 import sys
 
-import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 SECONDS, MEMORY = 10, 2 << 30
 LONGEST = 1 << 20  # characters of a rendered conversation
 
 
 def _raise(message: object) -> None:
-    raise jinja2.TemplateError(str(message))
+    raise ValueError(message)
 
 
 def render(template: str, variables: dict, renders: list[dict]) -> list[dict[str, str]]:
@@ -29,6 +25,9 @@ def render(template: str, variables: dict, renders: list[dict]) -> list[dict[str
 
     `renders` are the variables of each: messages, add_generation_prompt, ….
     """
+    from jinja2.ext import loopcontrols  # an extra
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     sandbox.globals |= {"raise_exception": _raise, "strftime_now": datetime.datetime.now().strftime}

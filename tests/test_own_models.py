@@ -88,6 +88,7 @@ def test_a_run_resumes_to_the_same_bits(qwen, work, tmp_path, monkeypatch):
         train(tmp_path / "work", qwen / "model", qwen / "data")
     monkeypatch.undo()
     train(tmp_path / "work", qwen / "model", qwen / "data")
+    assert load_tokenizer(tmp_path / "work").fingerprint() == load_tokenizer(work).fingerprint()
     assert losses(tmp_path / "work") == losses(work) and losses(work)[6] < losses(work)[1] - 0.2
     resumed = arrays((tmp_path / "work" / "model").resolve() / "params")
     for name, array in arrays((work / "model").resolve() / "params").items():
@@ -103,6 +104,8 @@ def test_a_fine_tuned_folder_comes_back(qwen, work, tmp_path):
     answer = "".join(session.ask("Say cat dog"))
     prompt = tok.encode_prompt([{"role": "user", "content": "Say cat dog"}])
     (ids,) = decoder.generate([prompt], session.options)
+    assert session.options.stop_ids == (360,) and {359, 361, 362} <= set(session.options.forbidden_ids)
+    assert 360 not in session.options.forbidden_ids
     assert answer == tok.decode(ids) and not {359, 361, 362} & set(ids)
 
     (tmp_path / "out").mkdir()

@@ -249,6 +249,27 @@ def test_a_template_that_cant_be_proved_is_named_and_left_out(tmp_path, capsys, 
     assert re.search(complaint, error), error
 
 
+@pytest.mark.parametrize("source", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}"])
+def test_a_template_reaches_nothing_but_its_variables(source):
+    (refused,) = take_apart.render(source, {}, [([{"role": "user", "content": "U"}], False)])
+    assert isinstance(refused, UserError) and "SecurityError" in str(refused)
+
+
+def test_an_added_token_with_an_id_that_the_library_does_not_give_it_is_refused(tmp_path):
+    folder = write_folder("qwen3", tmp_path / "folder")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"][-1]["id"] += 7
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="an id that it can't have"):
+        read_tokenizer(folder, {})
+
+
+def test_a_question_may_spell_what_is_before_questions(own):
+    for kind, text in (("tinyllama", "a </s>\n<|user|>\nb"), ("smollm2", "user\nuser\na"), ("llama3", "user b")):
+        prompt = own(kind).encode_prompt([{"role": "system", "content": text}, {"role": "user", "content": text}])
+        assert own(kind).question(prompt) == text
+
+
 def test_a_template_without_a_place_for_a_system_message(tmp_path):
     source = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TURNS + PROMPT
     tok = make_tokenizer("qwen3", tmp_path, source)

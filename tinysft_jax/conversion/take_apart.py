@@ -33,13 +33,11 @@ def take_apart(source: str, variables: Mapping[str, str], added: Collection[str]
     padded = _padded(turns) + _padded(with_system)
     chats = [(messages, False) for messages in (turns, with_system, turns[:2], turns[:1], *padded)]
     texts = render(source, variables, [*chats, (turns[:1], True)])
-    begin, answer, next_question, *again, last_answer, end = plain = _gaps(texts[0], turns)
+    begin, answer, next_question, *_, last_answer, end = plain = _gaps(texts[0], turns)
     system = [None] if isinstance(texts[1], UserError) else _gaps(texts[1], with_system)
     one_turn, (_, open_end) = _gaps(texts[2], turns[:2]), _gaps(texts[3], turns[:1])
-    if [answer, next_question] != again or one_turn != [begin, last_answer, end]:
+    if one_turn != [begin, last_answer, end]:
         raise UserError("what it puts between messages depends on their number")
-    if system[2:] not in ([], plain[1:]):
-        raise UserError("what it puts between messages depends on the system message")
     if _gaps(texts[-1], turns[:1]) != [begin, last_answer]:
         raise UserError("add_generation_prompt gives something else than what it puts before an answer")
     stripped = {"system": ("nothing", "nothing")} if len(system) == 1 else _stripped(texts[8:12], with_system, system)

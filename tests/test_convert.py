@@ -280,7 +280,7 @@ def test_a_model_of_another_family_and_back(convert, llama_folder, tmp_path, dty
         written = load_file(tmp_path / "folder" / "model.safetensors")[name]
         assert written.dtype.name == dtype
         np.testing.assert_array_equal(written, tensor.astype(written.dtype))
-    assert "`LlamaForCausalLM`: RMSNorm, RoPE (scaled as in Llama 3)" in (tmp_path / "folder" / "README.md").read_text()
+    assert "| architecture | LlamaForCausalLM |" in (tmp_path / "folder" / "README.md").read_text()
 
 
 def test_a_pytorch_checkpoint_of_another_family_is_refused(convert, llama_folder, tmp_path):

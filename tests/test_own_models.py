@@ -104,7 +104,7 @@ def test_a_fine_tuned_folder_comes_back(qwen, work, tmp_path):
     answer = "".join(session.ask("Say cat dog"))
     prompt = tok.encode_prompt([{"role": "user", "content": "Say cat dog"}])
     (ids,) = decoder.generate([prompt], session.options)
-    assert session.options.stop_ids == (360,) and {359, 361, 362} <= set(session.options.forbidden_ids)
+    assert session.options.stop_ids == (360,) and {358, 359, 361, 362} <= set(session.options.forbidden_ids)
     assert 360 not in session.options.forbidden_ids
     assert answer == tok.decode(ids) and not {359, 361, 362} & set(ids)
 
@@ -169,7 +169,7 @@ def test_data_and_model_that_do_not_fit_are_refused_before_anything_else(qwen, c
     changed = shutil.copytree(qwen / "model", tmp_path / "changed")
     template = (changed / "chat_template.jinja").read_text()
     (changed / "chat_template.jinja").write_text(template.replace("assistant\\n", "assistant:\\n"))
-    with pytest.raises(UserError, match=r"has the chat template of its own, the data of another model; .*--tokenizer"):
+    with pytest.raises(UserError, match=r"has its own chat template, the data another model's; .*--tokenizer"):
         train(tmp_path / "work", changed, qwen / "data")
     assert not (tmp_path / "work").exists()
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -313,3 +314,72 @@ def check_usable(tok: ChatTokenizer) -> None:
         assert ids.max() < tok.vocab_size and supervised.any()
         assert ids[: len(tok.encode_prompt(messages[:1]))].tolist() == tok.encode_prompt(messages[:1]).tolist()
     tok.decode(tok.encode_document("Hi"))
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False, "trim_offsets": True}
+REMOVE = {"type": "Split", "pattern": {"String": "a"}, "behavior": "Removed", "invert": False}
+TO_X = {"type": "Replace", "pattern": {"String": "e"}, "content": "x"}
+# Kind, change to tokenizer.json, complaint.
+CHANGED = {
+    "replaces letters": ("qwen3", lambda c: c.update(normalizer=TO_X), "changes the text"),
+    "lower case": ("qwen3", lambda c: c.update(normalizer={"type": "Lowercase"}), "changes the text"),
+    "removes letters": (
+        "qwen3",
+        lambda c: c.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [REMOVE, BYTES]}),
+        "changes the text",
+    ),
+    "draws at random": ("qwen3", lambda c: c["model"].update(dropout=0.5), "only BPE is read"),
+    "takes what is spelled": ("tinyllama", lambda c: c["model"].update(ignore_merges=True), "makes a special token"),
+    "is a unigram": ("qwen3", lambda c: c["model"].update(type="Unigram"), "only BPE is read"),
+    "has no bytes": ("tinyllama", lambda c: c["model"].update(byte_fallback=False), "can't spell every text"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_tokenizer_that_changes_text_is_refused(tmp_path, change):
+    kind, alter, complaint = CHANGED[change]
+    folder = write_folder(kind, tmp_path / "folder")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    alter(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=complaint):
+        read_tokenizer(folder, {})
+
+
+def test_an_end_that_is_an_ordinary_token_is_refused(tmp_path):
+    folder = write_folder("qwen3", tmp_path / "folder")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "e"}))
+    with pytest.raises(UserError, match="has no added token 'e'"):
+        read_tokenizer(folder, {})
+
+
+def test_metaspace_puts_a_space_before_the_first_text_alone(tmp_path):
+    """As transformers 5 builds SentencePiece tokenizers."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = write_folder("tinyllama", tmp_path / "folder")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    content |= {"normalizer": None, "pre_tokenizer": metaspace}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tok, theirs = read_tokenizer(folder, {}), PreTrainedTokenizerFast.from_pretrained(folder)
+    assert tok.template is not None
+    for messages in mixed_conversations(50):
+        assert tok.encode_chat(messages)[0].tolist() == theirs.apply_chat_template(messages)["input_ids"]
+
+
+def test_a_text_that_the_library_fails_at_is_refused(tmp_path):
+    folder = write_folder("tinyllama", tmp_path / "folder")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["unk_token"] = "nope"
+    del content["model"]["vocab"]["<0x01>"]
+    content["model"]["vocab"] = {t: i for i, t in enumerate(content["model"]["vocab"])}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tokenizer\.json can't encode this text"):
+        read_tokenizer(folder, {}).encode_text("a\x01b")
+
+
+def test_a_missing_package_is_said_and_no_template_left_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(UserError, match=r"a chat template needs jinja2: pip install -e '\.\[hf\]'"):
+        make_tokenizer("qwen3", tmp_path)

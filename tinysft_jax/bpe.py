@@ -30,6 +30,9 @@ _SPACE = "\u2581"  # stands for a space in the tokens of SentencePiece
 # characters that don't exist. The library leaves those out.
 _NEEDED_BYTES = {0x0A, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)}
 _MOST_IDS = 1 << 22
+_MARKS = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
+# What a tokenizer must give back unchanged.
+_SAMPLES = ("".join(map(chr, range(0x20, 0x7F))), "  a  cat's 1,234 ", "\n\n a\n", "Été à Łódź, 日本 🐱")
 
 
 class TooBlank(UserError):
@@ -44,10 +47,10 @@ class Gpt2Bpe:
       special_ids: spelling → id of the tokens that no text gives.
       eot: the spelling of end-of-text, which ends a document; `stops`: the spellings of what ends an answer.
       bos: spellings of what begins a document.
-      prefix: what is put before a text, and what follows a special token: nothing or a space.
+      prefix: what is put before a text: nothing or a space; with `prefixes_sections`, after a special token as well.
     """
 
-    eot, stops, bos, prefix = chat.END_OF_TEXT, (chat.END_OF_TEXT,), (), ""
+    eot, stops, bos, prefix, prefixes_sections = chat.END_OF_TEXT, (chat.END_OF_TEXT,), (), "", False
     files: Mapping[str, bytes] = {}
 
     def __init__(self, ranks: int):
@@ -96,19 +99,30 @@ class FileBpe:
         self._first = _tokenizer(content)
         content = json.loads(self._first.to_str())  # as the library understands it
         vocabulary = self._first.get_vocab()
-        if missing := [token for token in (eot, *stops, *controls) if token not in vocabulary]:
-            raise UserError(f"{TOKENIZER_JSON} has no token {shown(missing[0])}")
-        if moved := [token for token, id in added.items() if vocabulary.get(token) != id]:
-            raise UserError(f"{TOKENIZER_JSON} gives its added token {shown(moved[0])} an id that it can't have")
+        for token in (eot, *stops, *controls, *added):
+            if token not in added or vocabulary.get(token) != added[token]:
+                raise UserError(f"{TOKENIZER_JSON} has no added token {shown(token)}, or with an id that it can't have")
         self.token_bytes = _token_bytes(vocabulary, added, _is_byte_level(content))
         self._rest = self._first if (rest := _without_prefix(content)) == content else _tokenizer(rest)
         self.prefix = "" if self._rest is self._first else " "
+        schemes = {step.get("prepend_scheme") for step in _steps(content, "pre_tokenizer", "pretokenizers")}
+        self.prefixes_sections = "first" not in schemes
         special = {eot, *stops, *(token["content"] for token in content["added_tokens"] if token["special"])}
         self.special_ids = {token: vocabulary[token] for token in sorted(special)}
+        self._check()
         # What the file's post-processor puts before a text.
         plain, whole = (self._first.encode("a", add_special_tokens=flag).ids for flag in (False, True))
-        before = set(itertools.takewhile(lambda id: id != plain[0], whole))
-        self.bos = tuple(token for token, id in self.special_ids.items() if id in before)
+        spelled = {id: token for token, id in self.special_ids.items()}
+        self.bos = tuple(spelled[id] for id in itertools.takewhile(lambda id: id != plain[0], whole) if id in spelled)
+
+    def _check(self) -> None:
+        """Raises: UserError, if text comes back changed, or gives a special token."""
+        for text in (*_SAMPLES, *self.special_ids):
+            ids = self.encode(text, continues=True)
+            if b"".join(map(self.token_bytes.__getitem__, ids)) != text.encode():
+                raise UserError(f"its tokenizer changes the text {shown(text)}; it can't be used here")
+            if not set(ids + self.encode(text)).isdisjoint(self.special_ids.values()):
+                raise UserError(f"its tokenizer makes a special token of the text {shown(text)}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FileBpe, (self.files, self.eot, self.stops, self._controls)
@@ -118,7 +132,10 @@ class FileBpe:
 
         SentencePiece puts a space before a text; not before one that `continues` another.
         """
-        return (self._rest if continues else self._first).encode(text, add_special_tokens=False).ids
+        try:
+            return (self._rest if continues else self._first).encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            raise _failure(error, "can't encode this text") from None
 
     def encode_whole(self, text: str) -> list[int]:
         """Encodes a text in which special tokens are spelled: what transformers does with a rendered template."""
@@ -156,11 +173,8 @@ def make_bpe(
     check(description, {"sha256": TEXT, "eot": TEXT, "stops": TEXTS}, "tokenizer")
     if TOKENIZER_JSON not in files:
         raise UserError(f"its tokenizer/{TOKENIZER_JSON} is missing; copy it again")
-    if (found := hashlib.sha256(files[TOKENIZER_JSON]).hexdigest()) != description["sha256"]:
-        raise UserError(
-            f"its tokenizer/{TOKENIZER_JSON} has the SHA-256 {found[:16]}…, not {description['sha256'][:16]!r}…: it is "
-            "another one, or damaged"
-        )
+    if hashlib.sha256(files[TOKENIZER_JSON]).hexdigest() != description["sha256"]:
+        raise UserError(f"its tokenizer/{TOKENIZER_JSON} is another one, or damaged")
     return FileBpe(files, description["eot"], description["stops"], controls)
 
 
@@ -168,15 +182,11 @@ def _read_tokenizer_json(data: bytes) -> dict[str, Any]:
     try:
         content = json.loads(data)
         added = {token["content"]: token["id"] for token in content["added_tokens"]}
-        kind, *marks = (
-            content["model"].get(key) for key in ("type", "continuing_subword_prefix", "end_of_word_suffix")
-        )
+        kind, *marks = (content["model"].get(key) for key in ("type", *_MARKS))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{TOKENIZER_JSON} is damaged or cut short; copy it again") from None
-    if kind not in ("BPE", None):
-        raise UserError(f"its tokenizer is of the type {shown(kind)}; only BPE is read")
-    if any(marks):
-        raise UserError("its tokenizer marks parts of words with a prefix or suffix; only plain BPE is read")
+    if kind not in ("BPE", None) or any(marks):
+        raise UserError(f"its tokenizer is of the type {shown(kind)}; only BPE is read, without {', '.join(_MARKS)}")
     return content | {"added": added}
 
 
@@ -188,10 +198,14 @@ def _tokenizer(content: dict[str, Any]) -> Any:
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # in text they are text
         return tokenizer
-    except BaseException as error:  # the library raises nothing more special, and where it panics no Exception
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise UserError(f"{TOKENIZER_JSON} can't be read: {reason(error)}") from None
-        raise
+    except BaseException as error:
+        raise _failure(error, "can't be read") from None
+
+
+def _failure(error: BaseException, what: str) -> BaseException:
+    """A UserError for what the library raises: nothing more special, and where it panics no Exception."""
+    is_its = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    return UserError(f"{TOKENIZER_JSON} {what}: {reason(error)}") if is_its else error
 
 
 def _steps(content: dict[str, Any], part: str, members: str) -> list[dict[str, Any]]:
@@ -202,9 +216,6 @@ def _steps(content: dict[str, Any], part: str, members: str) -> list[dict[str, A
 
 def _is_byte_level(content: dict[str, Any]) -> bool:
     """Whether tokens are spelled in GPT-2's alphabet; else in SentencePiece's. Raises: UserError, if in neither."""
-    normalizers = {step.get("type") for step in _steps(content, "normalizer", "normalizers")}
-    if others := normalizers - {None, "NFC", "Prepend", "Replace"}:
-        raise UserError(f"its tokenizer's normalizer {shown(sorted(others)[0])} changes text; it can't be used here")
     if any(step.get("type") == "ByteLevel" for step in _steps(content, "pre_tokenizer", "pretokenizers")):
         return True
     if content["model"].get("byte_fallback") is not True:

@@ -63,12 +63,7 @@ def _lay_out(messages: Messages, template: Template, answer_next: bool = False) 
         raise UserError("there is no chat template: this model completes plain text")
     if template == "text":
         _check_no_markers(messages)
-    return as_template(template).pieces(messages, answer_next)
-
-
-def as_template(template: str | ChatTemplate) -> ChatTemplate:
-    """The template of a name, and any other as it is."""
-    return TEMPLATES[template] if isinstance(template, str) else template
+    return TEMPLATES.get(template, template).pieces(messages, answer_next)
 
 
 def _check_no_markers(messages: Messages) -> None:

@@ -6,7 +6,6 @@ embedding.
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import logging
 import sys
@@ -60,17 +59,20 @@ def open_model(path: str | Path, n_heads: int | None = None) -> tuple[ModelDescr
 def load_tokenizer(path: str | Path) -> ChatTokenizer:
     """The tokenizer of a prepared data set, or of a model at any path that `open_model` takes."""
     path = Path(path).expanduser()
-    if (path / "data.json").exists():
-        description = files.read_json(path / "data.json", "a prepared data set", format_version=3)
-        make = functools.partial(ChatTokenizer.from_description, description, read_files(path / FILES_DIRECTORY))
-    elif (kind := model_kind(path)) == "huggingface":
-        make = functools.partial(read_folder_tokenizer, path)
-    elif kind == "torch":
-        make = open_model(path)[0].make_tokenizer
-    else:
-        make = load_description(path / "model" if kind == "work" else path).make_tokenizer
+    kind = "data" if (path / "data.json").exists() else model_kind(path)
+    if kind == "data":
+        content = files.read_json(path / "data.json", "a prepared data set", format_version=3)
+        kept = read_files(path / FILES_DIRECTORY)
+    elif kind != "huggingface":
+        place = path / "model" if kind == "work" else path
+        description = open_model(path)[0] if kind == "torch" else load_description(place)
+        content, kept = description.to_json(), description.tokenizer_files
     try:
-        return make()
+        if kind != "huggingface":
+            return ChatTokenizer.from_description(content, kept)
+        if tokenizer := read_folder_tokenizer(path)[0]:
+            return tokenizer
+        raise UserError("it has no tokenizer.json, so its tokenizer is unknown")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

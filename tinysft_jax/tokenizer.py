@@ -52,7 +52,7 @@ class ChatTokenizer:
         markers = list(chat.ROLE_MARKERS.values()) if template == "control" else []
         self._token_bytes = self.bpe.token_bytes + [marker.encode() for marker in markers]
         self.vocab_size = len(self._token_bytes)
-        self.longest_token = max(map(len, self._token_bytes))  # in bytes
+        self.longest_token = max(128, *map(len, self._token_bytes))  # in bytes; at least as of GPT-2's vocabulary
         self.control_ids = {marker: size + i for i, marker in enumerate(markers)}
         self.eot_id = self.bpe.special_ids[self.bpe.eot]
         if isinstance(template, ChatTemplate):
@@ -60,7 +60,7 @@ class ChatTokenizer:
             self._special_ids = self.bpe.special_ids
         else:  # spells the end of a text as GPT-2 does
             self._special_ids = self.bpe.special_ids | {chat.END_OF_TEXT: self.eot_id} | self.control_ids
-        ends = [self._special_ids[stop] for stop in chat.as_template(template).stops] if template else []
+        ends = [self._special_ids[stop] for stop in chat.TEMPLATES.get(template, template).stops] if template else []
         self.stop_ids = tuple(sorted({*ends, *(self.bpe.special_ids[stop] for stop in self.bpe.stops)}))
         self._bos = [self.bpe.special_ids[token] for token in self.bpe.bos]
         self.files = self.bpe.files
@@ -105,7 +105,8 @@ class ChatTokenizer:
             if piece.control:
                 new = [self._special_ids[piece.text]]
             else:  # an answer continues the prompt, whatever that ends with
-                new = self.bpe.encode(piece.text, continues=piece.answer or not after_control)
+                begins = not ids or (after_control and self.bpe.prefixes_sections)
+                new = self.bpe.encode(piece.text, continues=piece.answer or not begins)
             after_control = piece.control
             ids += new
             supervised += [piece.supervised] * len(new)
@@ -125,7 +126,7 @@ class ChatTokenizer:
 
     def question(self, prompt: Int32[np.ndarray, " n"]) -> str:
         """The last user message of a prompt, as the template has it."""
-        template = chat.as_template(self.template)
+        template = chat.TEMPLATES.get(self.template, self.template)
         ends = np.flatnonzero(np.isin(prompt, [self._special_ids[control] for control in template.controls])).tolist()
         bounds = zip([0, *(end + 1 for end in ends)], [*ends, len(prompt)], strict=True)
         return template.question([self.decode(prompt[a:b]).removeprefix(self.bpe.prefix) for a, b in bounds])
@@ -159,7 +160,10 @@ class ChatTokenizer:
 def read_files(directory: Path) -> dict[str, bytes]:
     """Name → content of a tokenizer's files; empty if there are none."""
     try:
-        return {name: (directory / name).read_bytes() for name in KEPT if (directory / name).is_file()}
+        found = [directory / name for name in KEPT if (directory / name).is_file()]
+        if large := [path for path in found if path.stat().st_size > files.MAX_TEXT_BYTES]:
+            raise UserError(f"{large[0]} is too large for a tokenizer's file")
+        return {path.name: path.read_bytes() for path in found}
     except OSError as error:
         raise UserError(f"can't read {directory}: {error.strerror}") from None
 
@@ -177,6 +181,6 @@ def parse_template(template: Any) -> str | ChatTemplate | None:
     """The `chat_template` of a description. Raises: UserError, if it is invalid."""
     if isinstance(template, Mapping):
         return ChatTemplate.from_json(template)
-    if template is not None and template not in chat.TEMPLATES:
+    if template is not None and not (isinstance(template, str) and template in chat.TEMPLATES):
         raise UserError(f"chat_template is {shown(template)}; it must be 'control', 'text', an object or null")
     return template

@@ -77,7 +77,7 @@ REFUSED = {
     "stablelm's head size": ("stablelm", {"head_dim": 32}, ["head_dim is 32, not hidden_size / num_attention_heads"]),
     "theta": ("llama", {"rope_theta": "x"}, ["rope_theta is 'x'"]),
     "epsilon": ("llama", {"rms_norm_eps": float("nan")}, ["rms_norm_eps is nan, not a positive number"]),
-    "no epsilon": ("qwen2", {"rms_norm_eps": 0}, ["rms_norm_eps is 0.0"]),
+    "no epsilon": ("qwen2", {"rms_norm_eps": 0}, ["rms_norm_eps is 0"]),
     "tied, or": ("qwen2", {"tie_word_embeddings": "yes"}, ["tie_word_embeddings is 'yes', not true or false"]),
     "no size": ("qwen2", {"hidden_size": ...}, ["hidden_size is None"]),
     "heads": ("qwen2", {"num_key_value_heads": 3}, ["n_heads 4 is not divisible by model.n_kv_heads 3"]),

@@ -161,9 +161,8 @@ def _read(content: dict[str, Any], key: str, kind: type) -> Any:
     value = content.get(key)
     if value is None and key in ("num_key_value_heads", "head_dim"):
         return 0
-    if kind is float and type(value) is int and abs(value) <= LARGEST_SIZE:
-        value = float(value)
-    if type(value) is not kind or not (kind is bool or 0 < value <= LARGEST_SIZE):
+    is_kind = type(value) is kind or (kind is float and type(value) is int)
+    if not is_kind or not (kind is bool or 0 < value <= LARGEST_SIZE):
         raise UserError(f"its {key} is {shown(value)}, not {_WORDS[kind]}")
     return value
 

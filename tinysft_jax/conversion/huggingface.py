@@ -94,7 +94,7 @@ def read_huggingface(path: Path) -> tuple[ModelDescription, Params]:
     """Reads a Hugging Face folder, as `checkpoints.open_model` does."""
     content = _read_json(path / "config.json")
     try:
-        config, (tokenizer, pad_id) = read_config(content), _read_tokenizer(path, content)
+        config, (tokenizer, pad_id) = read_config(content), read_folder_tokenizer(path)
         if tokenizer and tokenizer.vocab_size > config.vocab_size:
             raise UserError(f"its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
         params = huggingface_layout(config).import_tensors(_open_tensors(path), config)
@@ -113,21 +113,17 @@ def read_huggingface(path: Path) -> tuple[ModelDescription, Params]:
     return dataclasses.replace(model, tokenizer_files=tokenizer.files), params
 
 
-def read_folder_tokenizer(path: Path) -> ChatTokenizer:
-    """The tokenizer of a Hugging Face folder. Raises: UserError, if there is none, or it can't be used."""
-    if tokenizer := _read_tokenizer(path, _read_json(path / "config.json"))[0]:
-        return tokenizer
-    raise UserError("it has no tokenizer.json, so its tokenizer is unknown")
+def read_folder_tokenizer(path: Path) -> tuple[ChatTokenizer | None, int | None]:
+    """A folder's tokenizer, and the id of the pad token that this package added; both None if it has no tokenizer.json.
 
-
-def _read_tokenizer(path: Path, config: dict[str, Any]) -> tuple[ChatTokenizer | None, int | None]:
-    """The tokenizer, and the id of the pad token that this package added; both None if there is no `tokenizer.json`."""
+    Raises: UserError, if it can't be used.
+    """
     if not (path / TOKENIZER_JSON).is_file():
         return None, None
     if recognised := huggingface_tokenizer.recognise(_read_json(path / TOKENIZER_JSON)):
         return recognised
     try:
-        return tokenizer_files.read_tokenizer(path, config), None
+        return tokenizer_files.read_tokenizer(path, _read_json(path / "config.json")), None
     except UserError as error:
         raise UserError(f"{error} (without {TOKENIZER_JSON} the model is read alone)") from None
 

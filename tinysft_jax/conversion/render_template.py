@@ -13,24 +13,25 @@ import resource
 import sys
 
 SECONDS, MEMORY = 10, 2 << 30
-LONGEST = 1 << 20  # characters of a rendered conversation
+LONGEST = 1 << 14  # characters of a rendered conversation
 
 
 def _raise(message: object) -> None:
     raise ValueError(message)
 
 
-def render(template: str, variables: dict, renders: list[dict]) -> list[dict[str, str]]:
+def render(template: str, variables: dict, renders: list[dict], now: str) -> list[dict[str, str]]:
     """The rendered conversations: of each `{"text": ...}` or `{"error": ...}`.
 
-    `renders` are the variables of each: messages, add_generation_prompt, ….
+    `renders` are the variables of each: messages, add_generation_prompt, …; `now` is the time that it shows.
     """
     from jinja2.ext import loopcontrols  # an extra
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    sandbox.globals |= {"raise_exception": _raise, "strftime_now": datetime.datetime.now().strftime}
+    strftime = datetime.datetime.fromisoformat(now).strftime
+    sandbox.globals |= {"raise_exception": _raise, "strftime_now": strftime}
     # transformers' mark of what is supervised becomes a comment, which keeps how it strips white space.
     template = re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{#\1 \2#}", template)
     compiled, results = sandbox.from_string(template), []
@@ -38,7 +39,7 @@ def render(template: str, variables: dict, renders: list[dict]) -> list[dict[str
         try:
             text = compiled.render(**variables, **each)
             text.encode()
-            results.append({"text": text} if len(text) <= LONGEST else {"error": "it renders a megabyte"})
+            results.append({"text": text} if len(text) <= LONGEST else {"error": "it is too long"})
         except Exception as error:  # a template can raise anything
             results.append({"error": f"{type(error).__name__}: {error}"[:300]})
     return results

@@ -1,5 +1,6 @@
 """A model's chat template in Jinja → a `ChatTemplate`, and the proof that both lay out conversations alike."""
 
+import datetime
 import itertools
 import json
 import random
@@ -9,14 +10,14 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from tinysft_jax import chat
-from tinysft_jax.bpe import FileBpe
 from tinysft_jax.chat_template import ROLES, STRIPPED, ChatTemplate
-from tinysft_jax.console import UserError, import_extra, shown
+from tinysft_jax.console import UserError, shown
 from tinysft_jax.conversion import render_template
 from tinysft_jax.tokenizer import ChatTokenizer
 
 Messages = list[dict[str, str]]
 PROBES = 200
+_NOW = datetime.datetime.now().isoformat()  # the day that templates show
 SECONDS = 2 * render_template.SECONDS  # for all renderings; the process limits its own time, too
 _WORDS = ("Hello", "a", "B2", "cat's", "don't", "3,141", "é", "ß", "🐱", "日本", "x=y", '"Hi"', "{{ a }}", "<b>", "…")
 _WHITE = ("", "", " ", "\n", "\n\n", "\t", "  ", " \n")
@@ -57,7 +58,6 @@ def prove(tokenizer: ChatTokenizer, source: str, variables: Mapping[str, str]) -
     Raises: UserError, with the first conversation that differs.
     """
     template, bpe = tokenizer.template, tokenizer.bpe
-    assert isinstance(template, ChatTemplate) and isinstance(bpe, FileBpe)
     probes = list(itertools.islice(_probes(template.begin_system is not None), PROBES))
     conversations = [(messages, False) for messages in probes] + [(messages[:-1], True) for messages in probes]
     texts = render(source, variables, conversations)
@@ -69,7 +69,7 @@ def prove(tokenizer: ChatTokenizer, source: str, variables: Mapping[str, str]) -
         spaced = any(piece.answer and piece.text[:1].isspace() for piece in pieces)
         same_ids = ids.tolist() == bpe.encode_whole(text)
         if not same_ids and not (spaced and "".join(piece.text for piece in pieces) == text):
-            raise UserError(f"taken apart it gives another text or other ids for the conversation {shown(messages)}")
+            raise UserError(f"taken apart it gives another text or other ids for the answer {shown(messages[-1])}")
 
 
 def render(
@@ -79,11 +79,10 @@ def render(
 
     Raises: UserError, if the template can't be compiled, or takes too much time or memory.
     """
-    import_extra("jinja2", "hf", "a chat template")
     # Models that can think in silence first (Qwen3) are asked not to: an answer that is learned has no thoughts.
     given = {**variables, "tools": None, "documents": None, "enable_thinking": False}
     renders = [{"messages": messages, "add_generation_prompt": prompt} for messages, prompt in conversations]
-    request = json.dumps({"template": source, "variables": given, "renders": renders}).encode()
+    request = json.dumps({"template": source, "variables": given, "renders": renders, "now": _NOW}).encode()
     command = [sys.executable, "-I", render_template.__file__]
     try:
         done = subprocess.run(command, input=request, capture_output=True, timeout=SECONDS, check=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tinysft_jax.bpe import TOKENIZER_JSON, FileBpe
-from tinysft_jax.console import UserError
+from tinysft_jax.console import UserError, import_extra
 from tinysft_jax.conversion.huggingface_tokenizer import control_template
 from tinysft_jax.conversion.take_apart import prove, take_apart
 from tinysft_jax.tokenizer import ChatTokenizer, read_files
@@ -39,13 +39,14 @@ def read_tokenizer(path: Path, config: Mapping[str, Any]) -> ChatTokenizer:
     plain = ChatTokenizer(None, bpe=FileBpe(kept, eot, list(stops)))
     if source is None:
         return plain
+    import_extra("jinja2", "hf", "a chat template")
     try:
         template = take_apart(source, variables, added)
         tokenizer = ChatTokenizer(template, bpe=FileBpe(kept, eot, list(stops), template.controls))
         prove(tokenizer, source, variables)
         return tokenizer
     except UserError as error:
-        print(f"note: {path}: its chat template is not used: {error}", file=sys.stderr)
+        print(f"note: {path}: its chat template is not used, and conversations get another: {error}", file=sys.stderr)
         return plain
 
 
@@ -103,7 +104,7 @@ def _end_ids(*sources: Mapping[str, Any]) -> Iterator[int]:
 def _template(kept: Mapping[str, bytes], settings: Mapping[str, Any]) -> str | None:
     """The chat template in Jinja, from where transformers takes it; None if the model has none."""
     if _JINJA in kept:
-        return kept[_JINJA].decode("utf-8", errors="replace")
+        return kept[_JINJA].decode("utf-8", errors="surrogateescape")
     template = _object(kept, "chat_template.json").get("chat_template", settings.get("chat_template"))
     if isinstance(template, list):  # several by name
         named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}

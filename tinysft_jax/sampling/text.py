@@ -39,8 +39,8 @@ CAPABILITIES = {
 def text_options(options: SamplingOptions, tokenizer: ChatTokenizer, config: GPTConfig) -> SamplingOptions:
     """The options for text: stop ids end it; other special tokens and ids that the tokenizer lacks are never drawn."""
     unknown = range(tokenizer.vocab_size, config.vocab_size)
-    controls = set(tokenizer.control_ids.values()).difference(tokenizer.stop_ids)
-    forbidden = (*options.forbidden_ids, *sorted(controls), *unknown)
+    special = {*tokenizer.control_ids.values(), *tokenizer.bpe.special_ids.values()}.difference(tokenizer.stop_ids)
+    forbidden = (*options.forbidden_ids, *sorted(special), *unknown)
     return dataclasses.replace(options, stop_ids=tokenizer.stop_ids, forbidden_ids=forbidden)
 
 

@@ -101,12 +101,9 @@ def check_tokenizer(description: ModelDescription, tokenizer: ChatTokenizer, ini
         raise UserError(f"{init_from} is a chat model, the data plain text; prepare conversations to fine-tune it")
     same_files = description.tokenizer_files == tokenizer.files != {}  # a template may put in the day it is read on
     if template not in (None, tokenizer.description()["chat_template"]) and not same_files:
-        its = repr(template) if isinstance(template, str) else "of its own"
-        the_datas = repr(wanted) if isinstance(wanted, str) else "of another model"
-        raise UserError(
-            f"{init_from} has the chat template {its}, the data {the_datas}; prepare the data with "
-            f"--tokenizer {init_from}"
-        )
+        its = f"the chat template {template!r}" if isinstance(template, str) else "its own chat template"
+        the_datas = repr(wanted) if isinstance(wanted, str) else "another model's"
+        raise UserError(f"{init_from} has {its}, the data {the_datas}; prepare the data with --tokenizer {init_from}")
 
 
 class Steps(NamedTuple):

@@ -62,7 +62,7 @@ def residual_bytes(config, dtype, remat: str) -> int:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_formula_counts_what_jax_keeps(name, remat):
     config = family(name, **SHAPE)
-    for dtype in (jnp.bfloat16, jnp.float32):
+    for dtype in (jnp.bfloat16, *([jnp.float32] if name == "everything" else [])):
         # Without the gradient by the head's table, which is computed with the loss.
         found = residual_bytes(config, dtype, remat) - 4 * config.padded_vocab_size * config.dim
         expected = memory.kept_bytes(config, ROWS * LENGTH, remat, jnp.dtype(dtype).itemsize)

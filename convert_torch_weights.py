@@ -78,7 +78,7 @@ def print_model(description: ModelDescription) -> None:
         print(f"assumed     {', '.join(f'{key} {value:g}' for key, value in assumed.items())}: the file doesn't say")
     print(f"parameters  {count_parameters(config):,}")
     template = description.chat_template
-    own = "the model's own, equal to its Jinja in ids on 200 conversations"
+    own = "the model's own"
     print(f"template    {own if isinstance(template, dict) else template or 'none: the model completes plain text'}")
 
 

@@ -383,3 +383,22 @@ def test_a_missing_package_is_said_and_no_template_left_out(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(UserError, match=r"a chat template needs jinja2: pip install -e '\.\[hf\]'"):
         make_tokenizer("qwen3", tmp_path)
+
+
+def test_a_named_template_may_have_any_name(tmp_path, capsys):
+    """Several templates are a list; one whose name is no text is not the default one."""
+    folder = write_folder("qwen3", tmp_path / "folder")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for names, expected in ((([], "default"), True), ((["a"], {"b": 1}), False)):
+        named = [{"name": name, "template": template} for name in names]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+        assert (read_tokenizer(folder, {}).template is not None) == expected
+
+
+def test_a_question_is_found_where_nothing_is_between_it_and_its_answer():
+    parts = dict.fromkeys(("begin", "begin_system", "after_system", "answer", "last_answer", "open_end"), "")
+    ends = {"next_question": "</s>", "end": "</s>"}
+    template = ChatTemplate(**parts, **ends, controls=("</s>",), stripped=(("nothing", "nothing"),) * 4)
+    assert template.question(["U, A", "the question"]) == "the question"

@@ -103,10 +103,10 @@ class FileBpe:
             if token not in added or vocabulary.get(token) != added[token]:
                 raise UserError(f"{TOKENIZER_JSON} has no added token {shown(token)}, or with an id that it can't have")
         self.token_bytes = _token_bytes(vocabulary, added, _is_byte_level(content))
-        self._rest = self._first if (rest := _without_prefix(content)) == content else _tokenizer(rest)
-        self.prefix = "" if self._rest is self._first else " "
-        schemes = {step.get("prepend_scheme") for step in _steps(content, "pre_tokenizer", "pretokenizers")}
-        self.prefixes_sections = "first" not in schemes
+        rest = _without_prefix(content)
+        self._rest, self.prefix = (self._first, "") if rest == content else (_tokenizer(rest), " ")
+        steps = _steps(content, "pre_tokenizer", "pretokenizers")
+        self.prefixes_sections = all(step.get("prepend_scheme") != "first" for step in steps)
         special = {eot, *stops, *(token["content"] for token in content["added_tokens"] if token["special"])}
         self.special_ids = {token: vocabulary[token] for token in sorted(special)}
         self._check()

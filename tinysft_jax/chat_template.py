@@ -103,7 +103,7 @@ class ChatTemplate:
         """The last user message of a prompt that was split at its special tokens; the text between them."""
         after = self._literal(self.last_answer)
         section = sections[-1 - sum(piece.control for piece in after)]
-        section = section.removesuffix("" if after[0].control else after[0].text)
+        section = section.removesuffix("".join(piece.text for piece in after[:1] if not piece.control))
         ends = [self._literal(text or "")[-1:] for text in (self.begin, self.after_system, self.next_question)]
         spelled = sorted({piece.text for end in ends for piece in end if not piece.control}, key=len, reverse=True)
         for before in spelled:

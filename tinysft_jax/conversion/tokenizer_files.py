@@ -31,23 +31,23 @@ def read_tokenizer(path: Path, config: Mapping[str, Any]) -> ChatTokenizer:
         spelled = {id: token for token, id in added.items()}
     except (KeyError, TypeError):
         raise UserError(f"{TOKENIZER_JSON} has no sound added_tokens; copy it again") from None
-    ends = [spelled[id] for id in _end_ids(config, generation) if id in spelled]
-    stops = dict.fromkeys([*([variables["eos_token"]] if variables.get("eos_token") else []), *ends])
+    ends = (spelled.get(id) for id in _end_ids(config, generation))
+    stops = list(dict.fromkeys(filter(None, (variables.get("eos_token"), *ends))))
     if not stops:
         raise UserError("neither its tokenizer_config.json nor its config.json names a special token that ends a text")
-    eot, source = next(iter(stops)), _template(kept, settings)
-    plain = ChatTokenizer(None, bpe=FileBpe(kept, eot, list(stops)))
-    if source is None:
-        return plain
+    bpe = FileBpe(kept, stops[0], stops)
+    if (source := _template(kept, settings)) is None:
+        return ChatTokenizer(None, bpe=bpe)
     import_extra("jinja2", "hf", "a chat template")
     try:
         template = take_apart(source, variables, added)
-        tokenizer = ChatTokenizer(template, bpe=FileBpe(kept, eot, list(stops), template.controls))
+        unmarked = set(template.controls) - bpe.special_ids.keys()  # which the file has as ordinary tokens
+        tokenizer = ChatTokenizer(template, bpe=FileBpe(kept, bpe.eot, stops, unmarked) if unmarked else bpe)
         prove(tokenizer, source, variables)
         return tokenizer
     except UserError as error:
         print(f"note: {path}: its chat template is not used, and conversations get another: {error}", file=sys.stderr)
-        return plain
+        return ChatTokenizer(None, bpe=bpe)
 
 
 def to_write(tokenizer: ChatTokenizer) -> dict[str, bytes]:
@@ -68,8 +68,8 @@ def token_ids(tokenizer: ChatTokenizer) -> dict[str, int | list[int] | None]:
     """The ids in `config.json`."""
     tokens = _special_tokens(*(_object(tokenizer.files, name) for name in (_CONFIG, _SPECIAL_MAP)))
     bos, pad = (tokenizer.bpe.special_ids.get(tokens.get(name)) for name in ("bos_token", "pad_token"))
-    ends = list(tokenizer.stop_ids)
-    return {"bos_token_id": bos, "eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": pad}
+    one, *more = tokenizer.stop_ids
+    return {"bos_token_id": bos, "eos_token_id": [one, *more] if more else one, "pad_token_id": pad}
 
 
 def _object(kept: Mapping[str, bytes], name: str) -> dict[str, Any]:
@@ -107,6 +107,6 @@ def _template(kept: Mapping[str, bytes], settings: Mapping[str, Any]) -> str | N
         return kept[_JINJA].decode("utf-8", errors="surrogateescape")
     template = _object(kept, "chat_template.json").get("chat_template", settings.get("chat_template"))
     if isinstance(template, list):  # several by name
-        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        named = {str(each.get("name")): each.get("template") for each in template if isinstance(each, dict)}
         template = named.get("default")
     return template if isinstance(template, str) and template else None

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from tiny_model import FAMILIES, family
+from tiers import slow
+from tiny_model import OTHERS, family
 
 from tinysft_jax.model import GPT
 from tinysft_jax.parameters import count_parameters
@@ -59,7 +60,7 @@ def residual_bytes(config, dtype, remat: str) -> int:
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["default", "everything", *slow(*OTHERS)])
 def test_the_formula_counts_what_jax_keeps(name, remat):
     config = family(name, **SHAPE)
     for dtype in (jnp.bfloat16, *([jnp.float32] if name == "everything" else [])):

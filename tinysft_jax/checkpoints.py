@@ -20,6 +20,8 @@ from orbax.checkpoint import v1 as ocp
 
 from tinysft_jax import distributed, files, parameters
 from tinysft_jax.console import RunError, UserError, reason
+from tinysft_jax.conversion.gguf import read_gguf, read_gguf_tokenizer
+from tinysft_jax.conversion.gguf_file import MAGIC
 from tinysft_jax.conversion.huggingface import read_folder_tokenizer, read_huggingface
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.gpt_config import GPTConfig
@@ -38,7 +40,8 @@ def load_model(path: str | Path, **options) -> GPT:
 
 
 def open_model(path: str | Path, n_heads: int | None = None) -> tuple[ModelDescription, Params]:
-    """Reads a model from a work directory (its best so far), a model directory, a `.pt` file or a Hugging Face folder.
+    """Reads a model in any form: a work directory (its best so far), a model directory, a `.pt` or GGUF file, a Hugging
+    Face folder.
 
     `n_heads`, the number of attention heads, is for a `.pt` file that does not say.
 
@@ -51,40 +54,42 @@ def open_model(path: str | Path, n_heads: int | None = None) -> tuple[ModelDescr
         raise UserError(f"--n_heads is for .pt files that don't say; {path} does")
     if kind == "torch":
         return read_torch_checkpoint(path, n_heads)
-    if kind == "huggingface":
-        return read_huggingface(path)
+    if kind in (readers := {"huggingface": read_huggingface, "gguf": read_gguf}):
+        return readers[kind](path)
     return _read_model_directory(path / "model" if kind == "work" else path)
 
 
 def load_tokenizer(path: str | Path) -> ChatTokenizer:
     """The tokenizer of a prepared data set, or of a model at any path that `open_model` takes."""
     path = Path(path).expanduser()
+    readers = {"huggingface": lambda path: read_folder_tokenizer(path)[0], "gguf": read_gguf_tokenizer}
     kind = "data" if (path / "data.json").exists() else model_kind(path)
     if kind == "data":
         content = files.read_json(path / "data.json", "a prepared data set", format_version=3)
         kept = read_files(path / FILES_DIRECTORY)
-    elif kind != "huggingface":
+    elif kind not in readers:
         place = path / "model" if kind == "work" else path
         description = open_model(path)[0] if kind == "torch" else load_description(place)
         content, kept = description.to_json(), description.tokenizer_files
     try:
-        if kind != "huggingface":
+        if kind not in readers:
             return ChatTokenizer.from_description(content, kept)
-        if tokenizer := read_folder_tokenizer(path)[0]:
+        if tokenizer := readers[kind](path):
             return tokenizer
-        raise UserError("it has no tokenizer.json, so its tokenizer is unknown")
+        raise UserError("it has no tokenizer")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
 def model_kind(path: Path) -> str:
-    """The form of the model at `path`: "torch", "model", "huggingface" or "work" (directory)."""
+    """The form of the model at `path`: "torch", "gguf", "model", "huggingface" or "work" (directory)."""
     if not path.exists():
         raise UserError(
-            f"{path} does not exist; give a work directory, a model directory, a .pt file or a Hugging Face folder"
+            f"{path} does not exist; give a work directory, a model directory, a .pt or .gguf file or a Hugging Face "
+            "folder"
         )
     if not path.is_dir():
-        return "torch"
+        return "gguf" if path.suffix == ".gguf" or _begins_with(path, MAGIC) else "torch"
     if (path / "model.json").exists():
         return "model"
     if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):  # pickled weights are refused when they are read
@@ -97,6 +102,15 @@ def model_kind(path: Path) -> str:
     if not (path / "model").exists():
         raise UserError(f"{path} has no model yet: its run has not reached its first evaluation")
     return "work"
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    """Whether a file's first bytes are these; Ollama's GGUF files have no suffix."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(magic)) == magic
+    except OSError:
+        return False
 
 
 def write_model(directory: Path, params: Params, description: ModelDescription) -> None:

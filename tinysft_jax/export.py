@@ -8,34 +8,44 @@ from pathlib import Path
 from tinysft_jax import files
 from tinysft_jax.checkpoints import open_model, write_model
 from tinysft_jax.console import RunError, UserError, reason
-from tinysft_jax.conversion import huggingface
+from tinysft_jax.conversion import gguf, huggingface
 from tinysft_jax.conversion.families import family_of
 from tinysft_jax.conversion.model_card import CARD_CONTENT, RunRecord, read_run, write_card
 from tinysft_jax.conversion.torch import check_architecture, write_torch_checkpoint
 from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params
 
-KINDS = ("model", "torch", "huggingface")  # "torch" is a file, the others are directories
-_CONTENT = {"model": files.MODEL_CONTENT, "torch": (), "huggingface": (*huggingface.CONTENT, *CARD_CONTENT)}
+KINDS = ("model", "torch", "huggingface", "gguf")
+_SUFFIXES = {"torch": ".pt", "gguf": ".gguf"}  # of the kinds that are files; the others are directories
+_CONTENT = {"model": files.MODEL_CONTENT, "huggingface": (*huggingface.CONTENT, *CARD_CONTENT)}
+# The forms in which tensors can be written; the other kinds hold float32.
+DTYPES = {"huggingface": tuple(huggingface.DTYPES), "gguf": tuple(gguf.ENCODINGS)}
 
 # What a run can export: kind → name in the work directory, the package that it needs, and the extra.
-_RUN_EXPORTS = {"huggingface": ("huggingface", "safetensors", "hf"), "torch": ("model.pt", "torch", "torch")}
+_RUN_EXPORTS = {
+    "huggingface": ("huggingface", "safetensors", "hf"),
+    "torch": ("model.pt", "torch", "torch"),
+    "gguf": ("model.gguf", "gguf", "gguf"),
+}
 # In the work directory, what was exported: name → file → SHA-256.
 _RECORD = "exports.json"
 
 
 def check_output(kind: str, path: Path, overwrite: bool) -> None:
     """Raises: UserError, before any work is done, if an output must not be replaced, or does not suit its kind."""
-    files.check_output(path, overwrite, _CONTENT[kind])
+    files.check_output(path, overwrite, _CONTENT.get(kind, ()))
     if kind == "model":
         files.check_pattern_free(path)
-    if (kind == "torch") != (path.suffix == ".pt"):
-        raise UserError(f"--output {path}: --to torch writes a file that ends in .pt, the others write a directory")
+    suffix = _SUFFIXES.get(kind)
+    if suffix and path.suffix != suffix:
+        raise UserError(f"--output {path}: --to {kind} writes a file that ends in {suffix}")
+    if not suffix and path.suffix in _SUFFIXES.values():
+        raise UserError(f"--output {path}: --to {kind} writes a directory, which is not called {path.suffix}")
 
 
 def new_output(kind: str, path: Path, overwrite: bool) -> contextlib.AbstractContextManager[Path]:
     """Where `write` writes: an empty directory, or a file to create, that becomes `path` if the block succeeds."""
-    if kind == "torch":
+    if kind in _SUFFIXES:
         return files.new_file(path, overwrite)
     return files.new_directory(path, overwrite, _CONTENT[kind])
 
@@ -52,8 +62,8 @@ def write(
 ) -> None:
     """Writes a model, its embedding padded or not, to the path that `new_output` yields.
 
-    Title, the run that trained the model and its evaluation report are for the model card, `dtype` for the tensors of a
-    Hugging Face folder.
+    Title, the run that trained the model and its evaluation report are for the model card, `dtype` for the tensors, see
+    `DTYPES`.
     """
     if kind == "model":
         write_model(path, params, description)
@@ -62,6 +72,8 @@ def write(
             source = description.source | {"step": run.step, "loss": run.loss}
             description = dataclasses.replace(description, source=source)
         write_torch_checkpoint(path, params, description)
+    elif kind == "gguf":
+        gguf.write_gguf(path, params, description, title.removesuffix(".gguf"), dtype)
     else:
         huggingface.write_huggingface(path, params, description, dtype)
         try:

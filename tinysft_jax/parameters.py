@@ -135,12 +135,12 @@ def from_interleaved(params: Params, config: GPTConfig) -> Params:
 
     Attention scores don't change, as both are reordered alike.
     """
-    return _reorder_heads(params, (config.n_heads, config.head_dim // 2, 2))
+    return _reorder_heads(params, (-1, config.head_dim // 2, 2))
 
 
 def to_interleaved(params: Params, config: GPTConfig) -> Params:
     """The inverse of `from_interleaved`."""
-    return _reorder_heads(params, (config.n_heads, 2, config.head_dim // 2))
+    return _reorder_heads(params, (-1, 2, config.head_dim // 2))
 
 
 def _reorder_heads(params: Params, shape: tuple[int, int, int]) -> Params:

@@ -118,49 +118,67 @@ class Layout:
             raise UserError(f"its tensors are not this model's; {'; '.join(faults)}")
 
 
-# Path in the parameters, shape in a file, name in the PyTorch project (None: its model has no such parameter), name in
-# Hugging Face's models.
-_LAYER = "model.layers.{}"
+# Path in the parameters, shape in a file, and the module's name in the PyTorch project (None: its model has no such
+# parameter), in Hugging Face's models and in llama.cpp.
 _TENSORS = (
-    ("tok_emb.embedding", "vocab dim", "tok_emb.weight", "model.embed_tokens.weight"),
-    ("blocks.ln_1.scale", "dim", "blocks.{}.ln_1.weight", f"{_LAYER}.input_layernorm.weight"),
-    ("blocks.ln_1.bias", "dim", "blocks.{}.ln_1.bias", f"{_LAYER}.input_layernorm.bias"),
-    ("blocks.attn.wq.kernel", "q dim", "blocks.{}.attn.wq.weight", f"{_LAYER}.self_attn.q_proj.weight"),
-    ("blocks.attn.wk.kernel", "k dim", "blocks.{}.attn.wk.weight", f"{_LAYER}.self_attn.k_proj.weight"),
-    ("blocks.attn.wv.kernel", "v dim", "blocks.{}.attn.wv.weight", f"{_LAYER}.self_attn.v_proj.weight"),
-    ("blocks.attn.wq.bias", "q", None, f"{_LAYER}.self_attn.q_proj.bias"),
-    ("blocks.attn.wk.bias", "k", None, f"{_LAYER}.self_attn.k_proj.bias"),
-    ("blocks.attn.wv.bias", "v", None, f"{_LAYER}.self_attn.v_proj.bias"),
-    ("blocks.attn.q_norm.scale", "head", None, f"{_LAYER}.self_attn.q_norm.weight"),
-    ("blocks.attn.k_norm.scale", "head", None, f"{_LAYER}.self_attn.k_norm.weight"),
-    ("blocks.attn.wo.kernel", "dim q", "blocks.{}.attn.wo.weight", f"{_LAYER}.self_attn.o_proj.weight"),
-    ("blocks.ln_2.scale", "dim", "blocks.{}.ln_2.weight", f"{_LAYER}.post_attention_layernorm.weight"),
-    ("blocks.ln_2.bias", "dim", "blocks.{}.ln_2.bias", f"{_LAYER}.post_attention_layernorm.bias"),
-    ("blocks.mlp.w1.kernel", "hidden dim", "blocks.{}.mlp.w1.weight", f"{_LAYER}.mlp.gate_proj.weight"),
-    ("blocks.mlp.w2.kernel", "dim hidden", "blocks.{}.mlp.w2.weight", f"{_LAYER}.mlp.down_proj.weight"),
-    ("blocks.mlp.w3.kernel", "hidden dim", "blocks.{}.mlp.w3.weight", f"{_LAYER}.mlp.up_proj.weight"),
-    ("ln_f.scale", "dim", "ln_f.weight", "model.norm.weight"),
-    ("ln_f.bias", "dim", "ln_f.bias", "model.norm.bias"),
-    ("head.embedding", "vocab dim", None, "lm_head.weight"),
+    ("tok_emb.embedding", "vocab dim", "tok_emb", "model.embed_tokens", "token_embd"),
+    ("blocks.ln_1.scale", "dim", "ln_1", "input_layernorm", "attn_norm"),
+    ("blocks.ln_1.bias", "dim", "ln_1", "input_layernorm", "attn_norm"),
+    ("blocks.attn.wq.kernel", "q dim", "attn.wq", "self_attn.q_proj", "attn_q"),
+    ("blocks.attn.wk.kernel", "k dim", "attn.wk", "self_attn.k_proj", "attn_k"),
+    ("blocks.attn.wv.kernel", "v dim", "attn.wv", "self_attn.v_proj", "attn_v"),
+    ("blocks.attn.wq.bias", "q", None, "self_attn.q_proj", "attn_q"),
+    ("blocks.attn.wk.bias", "k", None, "self_attn.k_proj", "attn_k"),
+    ("blocks.attn.wv.bias", "v", None, "self_attn.v_proj", "attn_v"),
+    ("blocks.attn.q_norm.scale", "head", None, "self_attn.q_norm", "attn_q_norm"),
+    ("blocks.attn.k_norm.scale", "head", None, "self_attn.k_norm", "attn_k_norm"),
+    ("blocks.attn.wo.kernel", "dim q", "attn.wo", "self_attn.o_proj", "attn_output"),
+    ("blocks.ln_2.scale", "dim", "ln_2", "post_attention_layernorm", "ffn_norm"),
+    ("blocks.ln_2.bias", "dim", "ln_2", "post_attention_layernorm", "ffn_norm"),
+    ("blocks.mlp.w1.kernel", "hidden dim", "mlp.w1", "mlp.gate_proj", "ffn_gate"),
+    ("blocks.mlp.w2.kernel", "dim hidden", "mlp.w2", "mlp.down_proj", "ffn_down"),
+    ("blocks.mlp.w3.kernel", "hidden dim", "mlp.w3", "mlp.up_proj", "ffn_up"),
+    ("ln_f.scale", "dim", "ln_f", "model.norm", "output_norm"),
+    ("ln_f.bias", "dim", "ln_f", "model.norm", "output_norm"),
+    ("head.embedding", "vocab dim", None, "lm_head", "output"),
 )
-_AXES = {path: axes.split() for path, axes, _, _ in _TENSORS}
-TORCH = Layout({path: name for path, _, name, _ in _TENSORS if name}, head="head.weight", interleaved=True)
+_AXES = {path: axes.split() for path, axes, *_ in _TENSORS}
+_TORCH, _HUGGING_FACE, _GGUF = ("blocks.{}.", 2), ("model.layers.{}.", 3), ("blk.{}.", 4)
+
+
+def _names(prefix: str, column: int, config: GPTConfig | None = None) -> dict[str, str]:
+    """`Layout.names` from a column of `_TENSORS`; of a model of this shape, if it is given."""
+    names = {}
+    for path, _, *modules in _TENSORS:
+        module = modules[column - 2]
+        if module and (config is None or _has(config, path)):
+            suffix = "bias" if path.endswith(".bias") else "weight"
+            names[path] = f"{prefix if path.startswith('blocks.') else ''}{module}.{suffix}"
+    return names
+
+
+def _has(config: GPTConfig, path: str) -> bool:
+    """Whether a model of this shape has the parameter."""
+    if path == "head.embedding":
+        return not config.tied_head
+    if "_norm." in path:
+        return config.qk_norm
+    if path.endswith(".bias"):
+        return config.qkv_bias if ".attn." in path else config.norm == "layer"
+    return True
+
+
+TORCH = Layout(_names(*_TORCH), head="head.weight", interleaved=True)
 
 
 def huggingface_layout(config: GPTConfig) -> Layout:
     """The tensors of a Hugging Face folder that holds a model of this shape."""
+    return Layout(_names(*_HUGGING_FACE, config), head="lm_head.weight", interleaved=False)
 
-    def has(path: str) -> bool:
-        if path == "head.embedding":
-            return not config.tied_head
-        if "_norm." in path:
-            return config.qk_norm
-        if path.endswith(".bias"):
-            return config.qkv_bias if ".attn." in path else config.norm == "layer"
-        return True
 
-    names = {path: name for path, _, _, name in _TENSORS if has(path)}
-    return Layout(names, head="lm_head.weight", interleaved=False)
+def gguf_layout(config: GPTConfig, interleaved: bool) -> Layout:
+    """The tensors of a GGUF file that holds a model of this shape."""
+    return Layout(_names(*_GGUF, config), head="output.weight", interleaved=interleaved)
 
 
 def own_entries(content: Mapping[Any, Any]) -> dict[str, Any]:

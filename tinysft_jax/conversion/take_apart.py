@@ -58,7 +58,7 @@ def prove(tokenizer: ChatTokenizer, source: str, variables: Mapping[str, str]) -
     Raises: UserError, with the first conversation that differs.
     """
     template, bpe = tokenizer.template, tokenizer.bpe
-    probes = list(itertools.islice(_probes(template.begin_system is not None), PROBES))
+    probes = list(itertools.islice(probe_conversations(template.begin_system is not None), PROBES))
     conversations = [(messages, False) for messages in probes] + [(messages[:-1], True) for messages in probes]
     texts = render(source, variables, conversations)
     for (messages, prompt), text in zip(conversations, texts, strict=True):
@@ -133,7 +133,7 @@ def _stripped(texts: Sequence[str | UserError], messages: Messages, plain: list[
     return result
 
 
-def _probes(with_system: bool) -> Iterator[Messages]:
+def probe_conversations(with_system: bool) -> Iterator[Messages]:
     """Conversations of one to three turns, with white space at the ends of contents, the same ones each time."""
     rng = random.Random(0)
 

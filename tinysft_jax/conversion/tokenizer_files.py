@@ -12,31 +12,34 @@ from tinysft_jax.conversion.huggingface_tokenizer import control_template
 from tinysft_jax.conversion.take_apart import prove, take_apart
 from tinysft_jax.tokenizer import ChatTokenizer, read_files
 
-_CONFIG, _SPECIAL_MAP = "tokenizer_config.json", "special_tokens_map.json"
-_JINJA, _GENERATION = "chat_template.jinja", "generation_config.json"
+SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+_SPECIAL_MAP, _GENERATION = "special_tokens_map.json", "generation_config.json"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def read_tokenizer(path: Path, config: Mapping[str, Any]) -> ChatTokenizer:
-    """The tokenizer of a folder with a `tokenizer.json`, with the model's chat template; `config` is its `config.json`.
+    """The tokenizer of a folder with a `tokenizer.json`, see `from_files`."""
+    return from_files(read_files(path), config, path)
 
-    A template that can't be taken apart is named on stderr, and the model taken as one without.
+
+def from_files(kept: Mapping[str, bytes], config: Mapping[str, Any], path: Path) -> ChatTokenizer:
+    """The tokenizer of a folder's files, with the model's chat template; `config` is the folder's `config.json`.
+
+    A template that can't be taken apart is named on stderr, with `path`, and the model taken as one without.
     Raises: UserError, if the tokenizer can't be used.
     """
-    kept = read_files(path)
-    settings, generation = (_object(kept, name) for name in (_CONFIG, _GENERATION))
-    variables = _special_tokens(settings, _object(kept, _SPECIAL_MAP))
+    variables = special_tokens(kept)
     try:
         added = {token["content"]: token["id"] for token in _object(kept, TOKENIZER_JSON)["added_tokens"]}
         spelled = {id: token for token, id in added.items()}
     except (KeyError, TypeError):
         raise UserError(f"{TOKENIZER_JSON} has no sound added_tokens; copy it again") from None
-    ends = (spelled.get(id) for id in _end_ids(config, generation))
+    ends = (spelled.get(id) for id in _end_ids(config, _object(kept, _GENERATION)))
     stops = list(dict.fromkeys(filter(None, (variables.get("eos_token"), *ends))))
     if not stops:
         raise UserError("neither its tokenizer_config.json nor its config.json names a special token that ends a text")
     bpe = FileBpe(kept, stops[0], stops)
-    if (source := _template(kept, settings)) is None:
+    if (source := chat_template(kept)) is None:
         return ChatTokenizer(None, bpe=bpe)
     import_extra("jinja2", "hf", "a chat template")
     try:
@@ -55,18 +58,18 @@ def to_write(tokenizer: ChatTokenizer) -> dict[str, bytes]:
     if tokenizer.template != "control":
         return dict(tokenizer.files)
     kept = {name: data for name, data in tokenizer.files.items() if name != "chat_template.json"}
-    content, settings = json.loads(kept[TOKENIZER_JSON]), _object(kept, _CONFIG)
+    content, settings = json.loads(kept[TOKENIZER_JSON]), _object(kept, SETTINGS)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     content["added_tokens"] += [{"id": id, "content": text, **flags} for text, id in tokenizer.control_ids.items()]
     settings.pop("chat_template", None)
-    changed = {TOKENIZER_JSON: content, _CONFIG: settings | {"eos_token": tokenizer.bpe.eot}}
+    changed = {TOKENIZER_JSON: content, SETTINGS: settings | {"eos_token": tokenizer.bpe.eot}}
     written = {name: json.dumps(value, ensure_ascii=False, indent=2).encode() for name, value in changed.items()}
-    return kept | written | {_JINJA: control_template(tokenizer.bpe.eot, "".join(tokenizer.bpe.bos)).encode()}
+    return kept | written | {TEMPLATE: control_template(tokenizer.bpe.eot, "".join(tokenizer.bpe.bos)).encode()}
 
 
 def token_ids(tokenizer: ChatTokenizer) -> dict[str, int | list[int] | None]:
     """The ids in `config.json`."""
-    tokens = _special_tokens(*(_object(tokenizer.files, name) for name in (_CONFIG, _SPECIAL_MAP)))
+    tokens = special_tokens(tokenizer.files)
     bos, pad = (tokenizer.bpe.special_ids.get(tokens.get(name)) for name in ("bos_token", "pad_token"))
     one, *more = tokenizer.stop_ids
     return {"bos_token_id": bos, "eos_token_id": [one, *more] if more else one, "pad_token_id": pad}
@@ -83,11 +86,11 @@ def _object(kept: Mapping[str, bytes], name: str) -> dict[str, Any]:
     return content
 
 
-def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens by name, as text; the first source that has one counts."""
+def special_tokens(kept: Mapping[str, bytes]) -> dict[str, str]:
+    """The special tokens by name, as text; the first file that has one counts."""
     found: dict[str, str] = {}
-    for name in _SPECIAL:
-        for source in sources:
+    for source in (_object(kept, SETTINGS), _object(kept, _SPECIAL_MAP)):
+        for name in _SPECIAL:
             token = source.get(name)
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str) and token:
@@ -101,10 +104,11 @@ def _end_ids(*sources: Mapping[str, Any]) -> Iterator[int]:
         yield from (id for id in (ids if isinstance(ids, list) else [ids]) if type(id) is int)
 
 
-def _template(kept: Mapping[str, bytes], settings: Mapping[str, Any]) -> str | None:
+def chat_template(kept: Mapping[str, bytes]) -> str | None:
     """The chat template in Jinja, from where transformers takes it; None if the model has none."""
-    if _JINJA in kept:
-        return kept[_JINJA].decode("utf-8", errors="surrogateescape")
+    if TEMPLATE in kept:
+        return kept[TEMPLATE].decode("utf-8", errors="surrogateescape")
+    settings = _object(kept, SETTINGS)
     template = _object(kept, "chat_template.json").get("chat_template", settings.get("chat_template"))
     if isinstance(template, list):  # several by name
         named = {str(each.get("name")): each.get("template") for each in template if isinstance(each, dict)}

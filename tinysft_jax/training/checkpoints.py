@@ -32,7 +32,7 @@ TOTAL_STEPS = "steps"  # in a run's identity
 # What a run and its exports write besides checkpoints. config.json identifies the run, so it is moved last.
 _OUTPUTS = (
     *("models", "model", "metrics.jsonl", "skipped_steps.jsonl", "loss.png", "wandb_id", "profile"),
-    *("huggingface", "model.pt", "exports.json", "config.json"),
+    *("huggingface", "model.pt", "model.gguf", "exports.json", "config.json"),
 )
 
 

@@ -32,7 +32,7 @@ SETTINGS = {
         "model to fine-tune: work directory (its best model), model directory, .pt or Hugging Face folder; "
         "random: random weights of shape model.*; empty: the same, for plain text only",
     ),
-    "export": Setting("", "forms of the best model to write at the end: huggingface, torch, or both with a comma"),
+    "export": Setting("", "forms of the best model to write at the end: huggingface, torch, gguf, with commas between"),
     "profile": Setting("", "START:STOP: steps to trace with JAX's profiler, into WORKDIR/profile"),
     "model.vocab_size": Setting(0, "tokens; 0: as many as the data's"),
     "model.dim": Setting(768, "width of the residual stream", 1),

@@ -78,6 +78,13 @@ def write_folder(kind: str, folder: Path, template: str | None = "") -> Path:
     return folder
 
 
+def mixed_texts(n: int) -> list[str]:
+    """Words, white space, digits, other scripts and spellings of special tokens, in any order; the same each time."""
+    draw, other = Random(0), "1234567 3.14 Ünï <s> </s> <|im_end|> ﬁ …"
+    parts = [*TEXT.split(" "), *other.split(" "), " ", "  ", "\n", "\n\n", "\t"]
+    return ["".join(draw.choice(parts) + draw.choice(("", " ")) for _ in range(draw.randint(1, 12))) for _ in range(n)]
+
+
 def make_tokenizer(kind: str, folder: Path, template: str | None = "") -> ChatTokenizer:
     return read_tokenizer(write_folder(kind, folder, template), {})
 

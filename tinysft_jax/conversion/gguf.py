@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinysft_jax.bpe import TOKENIZER_JSON
-from tinysft_jax.console import RunError, UserError, reason
+from tinysft_jax.console import RunError, UserError, reason, shown
 from tinysft_jax.conversion import gguf_tokenizer, tokenizer_files
 from tinysft_jax.conversion.families import FAMILIES, family_of, read_config, write_config
 from tinysft_jax.conversion.gguf_file import StoredTensor, import_gguf, read_gguf_file

@@ -1,8 +1,8 @@
 """GGUF files as they are stored: key-value pairs and tensors.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the package `gguf` takes seconds for
-the vocabulary of a small model, and hours for a file that lies about a length; so files are parsed here, and the
-package decodes the tensors and writes.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the package `gguf` takes seconds
+for the vocabulary of a small model, and hours for a file that lies about a length; so files are parsed here, and the
+package decodes tensors and writes files.
 """
 
 import functools
@@ -18,7 +18,19 @@ from tinysft_jax.console import UserError, import_extra, reason, shown
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
-_SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+_SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 _MOST_AXES = 4
 import_gguf = functools.partial(import_extra, "gguf", "gguf", "a GGUF file")
 

@@ -28,7 +28,9 @@ _SPACE = "\u2581"
 
 def _split(digits: str) -> dict[str, Any]:
     """How Llama 3 and Qwen 2 split text before merging; they differ in how many digits are one word."""
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    words = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     regex = {"type": "Split", "pattern": {"Regex": words % digits}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [regex, _BYTE_LEVEL | {"use_regex": False}]}
 
@@ -79,7 +81,7 @@ def to_files(pairs: Mapping[str, Any]) -> tuple[dict[str, bytes], list[int]]:
 
 
 def _byte_level(pairs: Mapping[str, Any]) -> dict[str, Any]:
-    pre, merges = pairs.get(f"{_P}pre"), pairs.get(f"{_P}merges")
+    pre, merges = pairs.get(f"{_P}pre"), pairs.get(f"{_P}merges", [])
     if pre not in _PRE:
         raise UserError(f"it splits text as {shown(pre)} ({_P}pre); known are {', '.join(_PRE)}")
     if not _is_texts(merges) or not all(merge.count(" ") == 1 for merge in merges):
@@ -123,7 +125,9 @@ def to_pairs(tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, Any]:
         kept = to_write(tokenizer)
         content, names, template = json.loads(kept[TOKENIZER_JSON]), special_tokens(kept), chat_template(kept)
     else:
-        content = tokenizer_json(tokenizer, tokenizer.vocab_size)
+        # The template "text" has no tokens of its own; llama.cpp encodes its prompts as they are.
+        plain = tokenizer.with_template(None) if tokenizer.template == "text" else tokenizer
+        content = tokenizer_json(plain, plain.vocab_size)
         content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != PAD]
         names = dict.fromkeys(("bos_token", "eos_token"), tokenizer.bpe.eot)
         template = control_template() if tokenizer.template else None
@@ -161,19 +165,25 @@ def _check_same(bpe: Gpt2Bpe | FileBpe, pairs: Mapping[str, Any]) -> None:
     """Raises: UserError, if the BPE that `to_files` reads from the pairs gives other ids."""
     kept, _ = to_files(pairs)
     theirs = FileBpe(kept, bpe.eot, bpe.stops)
-    parts = ("prefix", "prefixes_sections", "bos")
-    differing = [part for part in parts if getattr(bpe, part) != getattr(theirs, part)]
-    if bpe.files:
-        ours, read = (json.loads(files[TOKENIZER_JSON])["model"]["merges"] for files in (bpe.files, kept))
-        merges = [{tuple(m.split(" ") if isinstance(m, str) else m) for m in each} for each in (ours, read)]
-        differing += ["merges"] if merges[0] != merges[1] else []
+    differing = []
+    if (bpe.prefix, bpe.bos) != (theirs.prefix, theirs.bos):
+        differing += ["beginning of a text"]
+    if bpe.prefix and not bpe.prefixes_sections:
+        differing += ["text after a special token"]
+    if bpe.files and _merge_set(bpe.files) != _merge_set(kept):
+        differing += ["merges"]
     if differing:
-        raise UserError(f"llama.cpp can't have this tokenizer: the {', '.join(differing)} would be others")
+        raise UserError(f"llama.cpp can't have this tokenizer: the {' and the '.join(differing)} would be others")
     for messages in itertools.islice(probe_conversations(with_system=False), PROBES):
         for text in (message["content"] for message in messages):
             for continues in (False, True):
                 if bpe.encode(text, continues) != theirs.encode(text, continues):
                     raise UserError(f"llama.cpp can't have this tokenizer: it would give other ids for {shown(text)}")
+
+
+def _merge_set(kept: Mapping[str, bytes]) -> set[tuple[str, ...]]:
+    merges = json.loads(kept[TOKENIZER_JSON])["model"]["merges"]
+    return {tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges}
 
 
 def _token_type(token: str, is_known: bool, added: Mapping[str, Any], model: Mapping[str, Any]) -> int:

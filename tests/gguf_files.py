@@ -1,0 +1,30 @@
+"""GGUF files that were damaged, or lie about what they hold."""
+
+import struct
+from random import Random
+
+_NUMBERS = [0, 1, 2, 3, 7, 8, 9, 12, 14, 31, 97, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1]
+
+
+def hostile(draw: Random, data: bytes) -> bytes:
+    """A file that was cut short, has other bits, or other numbers, most of them in its header."""
+    header = data.rfind(b"weight") + 40  # its end, nearly
+    kind = draw.choice(["cut", "bits", "numbers", "numbers", "key"])
+    if kind == "cut":
+        return data[: draw.choice([draw.randrange(len(data)), draw.randrange(header)])]
+    changed = bytearray(data)
+    if kind == "key":  # a pair or a tensor is no longer there, and an unknown one is
+        places = [i for i in range(header) if data[i : i + 1].isalpha() and data[i - 1 : i] in (b".", b"_")]
+        changed[draw.choice(places)] ^= 0x20
+        return bytes(changed)
+    for _ in range(draw.randint(1, 3)):
+        if kind == "bits":
+            changed[draw.randrange(header)] ^= 1 << draw.randrange(8)
+        else:
+            # Where a number stands that is small, so most likely a length, a type or a size.
+            places = [i for i in range(4, header) if data[i] > 0 and not any(data[i + 1 : i + 4])]
+            at, value = draw.choice(places), draw.choice(_NUMBERS)
+            changed[at : at + 4] = struct.pack("<I", value)
+            if draw.random() < 0.2:
+                changed[at : at + 8] = struct.pack("<Q", draw.choice([2**32, 2**40, 2**62, 2**64 - 1]))
+    return bytes(changed)

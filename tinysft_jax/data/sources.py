@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 from tinysft_jax.console import UserError, reason
 from tinysft_jax.corpus.stories import embedded_stories, record_text
+from tinysft_jax.data.forms import FORMS
 from tinysft_jax.data.reading import TOO_LONG, is_json, read_json, read_records
 from tinysft_jax.data.store import SPLITS
 from tinysft_jax.tasks.make import RATES, Rates, balanced_rates
 from tinysft_jax.tasks.records import SEPARATOR, clean_record, parse_record
 
-FORMATS = ("tinystories-instruct", "chat-jsonl", "text")
+FORMATS = ("tinystories-instruct", "text", *FORMS)
 # The embedded corpus has one story for validation to this many for training.
 EMBEDDED_TRAIN_PER_VALID = 20
 # Data sets on the Hub: the names of their files, and the default --revision.
@@ -94,7 +95,7 @@ class FileSource(Source):
         for path, split in self.files:
             try:
                 with path.open("rb") as file:
-                    texts = self._values(file, path) if self.format == "chat-jsonl" else self._records(file, path)
+                    texts = self._values(file, path) if self.format in FORMS else self._records(file, path)
                     for where, text, flaw in itertools.islice(texts, self.limit):
                         self.position = before + file.tell()
                         yield Item(split or split_of(text, self.valid_fraction), where, text, flaw)
@@ -148,8 +149,8 @@ def open_embedded(n_stories: int, format: str, seed: int) -> EmbeddedSource:
     if n_stories < 1:
         raise UserError(f"--embedded takes a positive number of stories, not {n_stories}")
     format = "tinystories-instruct" if format == "auto" else format
-    if format == "chat-jsonl":
-        raise UserError("the embedded stories come as --format tinystories-instruct or text, not chat-jsonl")
+    if format in FORMS:
+        raise UserError(f"the embedded stories come as --format tinystories-instruct or text, not {format}")
     counts = {"train": n_stories, "valid": max(n_stories // EMBEDDED_TRAIN_PER_VALID, 1)}
     return EmbeddedSource(format, {"embedded": counts}, sum(counts.values()), counts, seed)
 

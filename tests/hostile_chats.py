@@ -28,7 +28,7 @@ LINES: dict[str, dict[str, Any]] = {
     },
     "alpaca": {"instruction": "Add", "input": "1, 2", "output": "3", "system": "", "history": [["Hi", "Ho"]]},
 }
-KINDS = [*LINES]
+KINDS = [*LINES, *(f"{form}.parquet" for form in LINES)]
 VALUES = [
     *(None, True, 0, 1, -1, 10**30, 1.5, float("nan"), "", " \n", "\u200b", "\x00", "\ud800", "<|user|>", "x" * 3000),
     *([], {}, [[]], [None], ["a"], [["a"]], [["a", 1]], {"type": "image_url"}, {"type": "text"}, b"\xff", 2**63 - 1),

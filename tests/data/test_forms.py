@@ -1,6 +1,8 @@
 """Conversations in the forms that people have them in: each is told by its keys, and gives the same ids."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from random import Random
 
@@ -15,6 +17,7 @@ from tinysft_jax.data.forms import form_of, parse, unread_fields
 from tinysft_jax.data.prepare import main
 from tinysft_jax.data.sources import open_input
 
+HAS_PYARROW = importlib.util.find_spec("pyarrow") is not None
 # One conversation, as each form has it.
 SAME = {
     "chat-jsonl": {
@@ -190,11 +193,20 @@ def test_what_is_not_read_is_counted_in_every_form():
     assert [*unread_fields(SAME["alpaca"] | {"text": "a", "id": None}, "alpaca")] == ["text"]
 
 
+def test_a_pyarrow_that_is_not_there_is_asked_for(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "chats.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"chats\.parquet needs pyarrow: pip install -e '\.\[parquet\]'$"):
+        run(tmp_path / "chats.parquet")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", hostile_chats.KINDS)
 def test_hostile_files_are_read_or_refused_in_one_line(tmp_path: Path, kind):
     """200 of each kind; `make soak` tries more."""
+    if "parquet" in kind and not HAS_PYARROW:
+        pytest.skip("no pyarrow")
     outcomes = [hostile_chats.outcome(hostile_chats.write(Random(seed), kind, tmp_path)) for seed in range(200)]
     # Of lines, any can be skipped.
-    expected = ("kept", "skipped")
+    expected = ("kept", "skipped", "refused") if "parquet" in kind else ("kept", "skipped")
     assert min(map(outcomes.count, expected)) > 5 and set(outcomes) == set(expected)

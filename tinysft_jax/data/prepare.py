@@ -50,7 +50,7 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
         "--input",
         type=console.path,
         metavar="PATH",
-        help="a file, or a directory with a train and valid pair",
+        help="a file (text, JSON or .parquet), or a directory with a train and valid pair",
     )
     source.add_argument("--embedded", type=int, metavar="N", help="that many stories of the embedded corpus")
     source.add_argument("--hub", metavar="REPOSITORY", help="roneneldan/TinyStoriesInstruct from the Hugging Face Hub")

@@ -10,7 +10,7 @@ from tiny_model import make_tokenizer
 
 from tinysft_jax.console import UserError
 from tinysft_jax.data.encode import Encoder
-from tinysft_jax.data.forms import FORMS
+from tinysft_jax.data.forms import CONVERSATIONS
 from tinysft_jax.data.sources import open_input
 
 LINES: dict[str, dict[str, Any]] = {
@@ -26,7 +26,7 @@ LINES: dict[str, dict[str, Any]] = {
             *({"from": sender, "value": sender, "weight": None} for sender in ("human", "gpt", "user", "bing"))
         ],
     },
-    "alpaca": {"instruction": "Add", "input": "1, 2", "output": "3", "system": "", "history": [["Hi", "Ho"]]},
+    "alpaca": {"instruction": "Add", "input": "1, 2", "output": "3", "system": ""},
 }
 KINDS = [*LINES, *(f"{form}.parquet" for form in LINES)]
 VALUES = [
@@ -64,10 +64,10 @@ def hostile(draw: Random, form: str) -> Any:
 
 
 def write(draw: Random, kind: str, directory: Path) -> Path:
-    """A file of a kind with one hostile line among sound ones, or of damaged bytes."""
+    """A file of a kind with one hostile line among sound ones, of damaged bytes, or with the name of the other kind."""
     form = kind.removesuffix(".parquet")
     lines = [LINES[form]] * draw.randint(0, 3) + [hostile(draw, form)] + [LINES[form]] * draw.randint(0, 1)
-    content, path = None, directory / ("chats.jsonl" if kind == form else "chats.parquet")
+    names, content = ["chats.parquet", "chats.jsonl"], None
     if kind == form:
         content = "\n".join(json.dumps(line, default=repr) for line in lines).encode()
     elif draw.random() < 0.6:
@@ -76,6 +76,7 @@ def write(draw: Random, kind: str, directory: Path) -> Path:
         content = _table(draw, [LINES[form]] * 3)
     if draw.random() < (0.1 if kind == form else 0.5):
         content = _damaged(draw, content)
+    path = directory / names[(kind == form) ^ (draw.random() < 0.05)]
     path.write_bytes(content)
     return path
 
@@ -89,11 +90,12 @@ def outcome(path: Path) -> str:
         _check(error, f"{path}")
         return "refused"
     tokenizer = make_tokenizer(None if source.format == "text" else "control")
-    stop, skip = (Encoder(source.format, tokenizer, 128, 0, bad_items=bad, any_form=True) for bad in ("stop", "skip"))
+    stop, skip = (Encoder(source.format, tokenizer, 128, 0, bad_items=bad) for bad in ("stop", "skip"))
     _, ledger = skip.encode(items)
     made = ledger.kept + ledger.left_out.total()
-    assert ledger.read.total() == len(items) == ledger.skipped.total() + made or source.format not in FORMS
-    assert ledger.forms.total() == made or source.format not in FORMS
+    if source.format == CONVERSATIONS:
+        assert ledger.read.total() == len(items) == ledger.skipped.total() + made
+        assert ledger.forms.total() == made
     try:
         stop.encode(items)
         assert not ledger.bad

@@ -28,9 +28,6 @@ TEMPLATES = {
     "text": ChatTemplate(**_LITERALS, controls=(END_OF_TEXT,)),
 }
 MESSAGE_FIELDS = ("role", "content", "weight")
-# Of conversations with tools, in any of the forms that are read.
-_TOOL_ROLES = ("tool", "tool_call", "tool_response", "function", "function_call", "function_response", "observation")
-_TOOL_FIELDS = ("tool_calls", "function_call")
 
 # Not white space, nor one of the control, format and filler characters that show nothing.
 _VISIBLE = re.compile(
@@ -39,10 +36,6 @@ _VISIBLE = re.compile(
 )
 
 Template = Literal["control", "text"] | ChatTemplate | None
-
-
-class Unusable(UserError):
-    """A conversation holds something other than text between system, user and assistant."""
 
 
 def chat_pieces(messages: Messages, template: Template) -> list[Piece]:
@@ -83,30 +76,27 @@ def _check_no_markers(messages: Messages) -> None:
                 )
 
 
-def check_messages(messages: object, needs_answer: bool = False, name: str = "messages", first: int = 0) -> None:
+def check_messages(messages: object, needs_answer: bool = False, places: Sequence[str] = ()) -> None:
     """Checks for an optional system message, then user and assistant in turn, none of them empty.
 
     A message may have a weight: 0 or 1 for the assistant's, 0 for others; null is none. With `needs_answer`, there must
-    be an answer whose weight is not 0. An error calls the messages `name`, and counts them from `first`. Raises: an
-    Unusable UserError, if tools have a part in it.
+    be an answer whose weight is not 0. An error names a message by its entry in `places`, or as "messages[0]".
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        raise UserError(f'{name} must be a list of at least one {{"role": ..., "content": ...}}')
+        raise UserError('messages must be a list of at least one {"role": ..., "content": ...}')
     expected = ("system", "user")
-    for index, message in enumerate(messages, first):
-        where = f"{name}[{index}]"
+    for index, message in enumerate(messages):
+        where = places[index] if places else f"messages[{index}]"
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise UserError(f'{where} must be an object with "role" and "content"')
         role = message["role"]
-        check_no_tool(role, f"{where}.role")
-        for field in _TOOL_FIELDS:
-            if message.get(field):
-                raise Unusable(f"{where}.{field}: tools can't be used")
         if role not in expected:
             raise UserError(
                 f"{where} has the role {shown(role)} where {' or '.join(map(repr, expected))} is due: "
                 "an optional system message, then user and assistant in turn"
             )
+        if message.get("tool_calls"):
+            raise UserError(f"{where} has tool_calls: only text can be used")
         check_content(message["content"], f"{where}.content")
         weight, allowed = message.get("weight"), (0, 1) if role == "assistant" else (0,)
         if weight is not None and (type(weight) not in (int, float) or weight not in allowed):
@@ -117,12 +107,6 @@ def check_messages(messages: object, needs_answer: bool = False, name: str = "me
         expected = ("assistant",) if role == "user" else ("user",)
     if needs_answer and not any(map(is_supervised, messages)):
         raise UserError("there is nothing to learn: messages need at least one of the assistant whose weight is not 0")
-
-
-def check_no_tool(role: object, where: str) -> None:
-    """Raises: an Unusable UserError, naming `where`, if a role is a tool's."""
-    if role in _TOOL_ROLES:
-        raise Unusable(f"{where} is '{role}': tools can't be used")
 
 
 def check_content(content: object, where: str) -> None:
@@ -152,44 +136,32 @@ def check_unicode(text: str, where: str) -> None:
         raise UserError(f"{where} is not valid Unicode: a lone surrogate at character {error.start}") from None
 
 
-def join_parts(messages: object) -> object:
-    """The messages, with each content that is a list of text parts joined to one text, nothing between them.
-
-    What is no message stays as it is. Raises: an Unusable UserError, if a part is of another type.
-    """
-    if not isinstance(messages, list):
-        return messages
-    return [
-        {**message, "content": _joined(message["content"], f"messages[{index}].content")}
-        if isinstance(message, Mapping) and isinstance(message.get("content"), list)
-        else message
-        for index, message in enumerate(messages)
-    ]
-
-
-def _joined(parts: list[object], where: str) -> str:
-    for index, part in enumerate(parts):
-        if isinstance(part, Mapping) and isinstance(kind := part.get("type"), str) and kind != "text":
-            raise Unusable(f"{where}[{index}] is of the type {shown(kind)}: only text can be used")
-        if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            raise UserError(f'{where}[{index}] must be {{"type": "text", "text": "..."}}')
-    return "".join(part["text"] for part in parts)
-
-
 def parse_chat(line: object, needs_answer: bool = True) -> list[dict[str, Any]]:
     """The messages of a chat-jsonl line: `{"messages": [...]}` or `{"prompt": ..., "completion": ...}`."""
     if isinstance(line, dict) and "messages" in line:
-        messages = join_parts(line["messages"])
-    elif isinstance(line, dict) and "prompt" in line and "completion" in line:
-        check_content(line["prompt"], "prompt")
-        check_content(line["completion"], "completion")
-        messages = [{"role": "user", "content": line["prompt"]}, {"role": "assistant", "content": line["completion"]}]
-    else:
+        return read_messages(line["messages"], needs_answer)
+    if not (isinstance(line, dict) and "prompt" in line and "completion" in line):
         raise UserError('a line must be an object with "messages", or with "prompt" and "completion"')
+    check_content(line["prompt"], "prompt")
+    check_content(line["completion"], "completion")
+    return [{"role": "user", "content": line["prompt"]}, {"role": "assistant", "content": line["completion"]}]
+
+
+def read_messages(messages: object, needs_answer: bool = False) -> list[dict[str, Any]]:
+    """Checks messages from a file; returns their known fields that aren't null, and parts of text as one text."""
+    if isinstance(messages, list):
+        messages = [_join_parts(message, f"messages[{index}].content") for index, message in enumerate(messages)]
     check_messages(messages, needs_answer)
-    return [without_unread(message) for message in messages]
+    return [
+        {field: message[field] for field in MESSAGE_FIELDS if message.get(field) is not None} for message in messages
+    ]
 
 
-def without_unread(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message's known fields, unless they are null."""
-    return {field: message[field] for field in MESSAGE_FIELDS if message.get(field) is not None}
+def _join_parts(message: object, where: str) -> object:
+    """The message, with a content that is a list of parts as one text: nothing comes between them."""
+    if not isinstance(message, Mapping) or not isinstance(parts := message.get("content"), list):
+        return message
+    for index, part in enumerate(parts):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise UserError(f'{where}[{index}] is {shown(part)}; only {{"type": "text", "text": "..."}} can be used')
+    return {**message, "content": "".join(part["text"] for part in parts)}

@@ -23,8 +23,8 @@ LINES = {
     "pairs": [{"prompt": f"Hi {i}", "completion": "Ho"} for i in range(150)],
     "sharegpt": [{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "system": None}],
     "alpaca": [
-        {"instruction": "I", "input": None, "output": "O", "history": []},
-        {"instruction": "I", "input": "i", "output": "O", "history": [["Q", "A"]], "system": "S"},
+        {"instruction": "I", "input": None, "output": "O"},
+        {"instruction": "I", "input": "i", "output": "O", "system": "S"},
     ],
     "mixed": [{"prompt": "Hi", "completion": "Ho"}, {"instruction": "I", "output": "O"}, {"messages": TURNS}],
 }
@@ -90,71 +90,67 @@ def test_a_pair_and_a_single_file_are_split_as_others_are(tmp_path: Path):
     assert set(before.values()) == {"train", "valid"}
     write(path, LINES["pairs"][::-1], row_group_size=7)
     assert before == {item.text: item.split for item in open_input(path, "auto", 0.3, None)}
-    write(tmp_path / "a-valid.parquet", [{"text": "Once"}])
-    with pytest.raises(UserError, match=r"looks like chat-jsonl and a-valid\.parquet looks like text"):
-        items(tmp_path)
-
-
-def test_texts_and_stories_are_in_the_column_text(tmp_path: Path):
-    path = write(
-        tmp_path / "a.parquet", [{"text": text, "id": 1} for text in ("One<|endoftext|>\nTwo", None, " ", "3")]
-    )
-    assert [(item.where, item.text.strip()) for item in items(path)] == [
-        *((f"{path}:row {row}", text) for row, text in ((1, "One"), (1, "Two"), (4, "3")))
-    ]
-    description, ledger, _ = run(path)
-    assert (description["format"], description["tasks"], ledger["forms"]) == ("text", ["text"], {})
-    story = "Summary: A cat.\nStory: \n\nThere was a cat.\n"
-    path = write(tmp_path / "b.parquet", [{"text": story}])
-    description, ledger, _ = run(path)
-    assert description["format"] == "tinystories-instruct" and ledger["tasks"]["story"]["kept"] == 1
-    assert run(path, "--format=text")[0]["format"] == "text"
-    path = write(tmp_path / "c.parquet", [{"text": "Below is", "instruction": "I", "output": "O"}])
-    assert run(path)[0]["format"] == "alpaca" and run(path, "--format=text")[0]["format"] == "text"
 
 
 def test_columns_that_are_not_read_are_counted_in_the_order_of_the_file(tmp_path: Path):
-    rows = [row | {name: i for name in "zyxab"} for i, row in enumerate(LINES["pairs"])]
-    path = write(tmp_path / "chats.parquet", rows)
+    columns = {key: [row[key] for row in LINES["pairs"]] for key in ("prompt", "completion")}
+    unreadable = pa.array([2**62] * 150).cast(pa.timestamp("ms"))
+    path = write(tmp_path / "chats.parquet", pa.table(dict.fromkeys("zyxab", unreadable) | columns))
     assert run(path)[1]["unread_fields"] == dict.fromkeys("abxyz", 150)
     # The division into splits is of this text.
     assert items(path)[0].text.startswith('{"z": 0, "y": 0, "x": 0, "a": 0, "b": 0, "prompt": "Hi 0"')
 
 
-NO_CHATS = (
-    'has no column "messages" \\(a list\\), or "prompt" \\(text\\) and "completion" \\(text\\), or "conversations"'
-)
+ALL = 'has no columns "messages", or "prompt" and "completion", or "conversations", or "instruction" and "output", but'
 WRONG_COLUMNS = [
-    ("auto", {"question": ["Q"], "answer": ["A"]}, f"{NO_CHATS}.* it has \\['question: string', 'answer: string'\\]"),
-    ("auto", {"instruction": ["I"]}, 'has no column "output" \\(text\\); it has'),
-    ("auto", {"instruction": ["I"], "output": [3]}, 'has no column "output" \\(text\\); it has .*output: int64'),
-    ("auto", {"instruction": ["I"], "output": [b"O"]}, 'has no column "output" \\(text\\); it has .*output: binary'),
-    ("auto", {"messages": ['[{"role": "user"}]']}, "has no column .*messages: string"),
-    ("auto", {"text": [["Once"]]}, "has no column .*text: list"),
-    ("auto", {f"{'x' * 500}{i}\n": [1] for i in range(50)}, NO_CHATS),
-    ("alpaca", LINES["sharegpt"], 'has no column "instruction" \\(text\\) and "output" \\(text\\); it has'),
-    ("sharegpt", LINES["alpaca"], 'has no column "conversations" \\(a list\\); it has'),
-    ("chat-jsonl", {"prompt": ["P"], "text": ["T"]}, 'has no column "completion" \\(text\\); it has'),
-    ("text", LINES["alpaca"], 'has no column "text" \\(text\\); it has'),
-    ("tinystories-instruct", {"story": ["Once"]}, 'has no column "text" \\(text\\); it has'),
+    ("auto", {"question": ["Q"], "answer": ["A"]}, f"{ALL} \\['question', 'answer'\\]$"),
+    ("auto", {"instruction": ["I"], "input": ["i"]}, f"{ALL} \\['instruction', 'input'\\]$"),
+    ("auto", {f"{'x' * 500}{i}\n": [1] for i in range(50)}, ALL),
+    (
+        "alpaca",
+        LINES["sharegpt"],
+        "has no columns \"instruction\" and \"output\", but \\['conversations', 'system'\\]$",
+    ),
+    ("sharegpt", LINES["alpaca"], 'has no columns "conversations", but'),
+    ("chat-jsonl", {"prompt": ["P"], "text": ["T"]}, 'has no columns "messages", or "prompt" and "completion", but'),
 ]
 
 
 @pytest.mark.parametrize(("format", "columns", "complaint"), WRONG_COLUMNS)
 def test_wrong_columns_are_refused_before_anything_is_read(tmp_path: Path, format, columns, complaint):
-    write(tmp_path / "a-train.parquet", LINES["alpaca"])
+    write(tmp_path / "a-train.parquet", [{"messages": [], "conversations": [], "instruction": "", "output": ""}])
     valid = write(tmp_path / "a-valid.parquet", columns if isinstance(columns, list) else pa.table(columns))
-    with pytest.raises(UserError, match=rf"a-valid\.parquet {complaint}") as caught:
-        open_input(valid, format, 0.1, None)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1500
-    with pytest.raises(UserError, match=r"\.parquet (has no column|looks like)"):
-        open_input(tmp_path, format, 0.1, None)
+    for path in (valid, tmp_path):
+        with pytest.raises(UserError, match=rf"a-valid\.parquet {complaint}") as caught:
+            open_input(path, format, 0.1, None)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 1500
 
 
-def test_a_column_that_is_there_twice_is_none(tmp_path: Path):
-    table = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["instruction", "output", "output"])
-    with pytest.raises(UserError, match='has no column "output"'):
-        items(write(tmp_path / "a.parquet", table))
+@pytest.mark.parametrize("format", ["text", "tinystories-instruct"])
+def test_texts_and_stories_are_not_read_from_parquet(tmp_path: Path, format):
+    with pytest.raises(UserError, match=rf"a\.parquet: a parquet file is read as conversations, not as {format}$"):
+        open_input(write(tmp_path / "a.parquet", [{"text": "Once"}]), format, 0.1, None)
+
+
+WRONG_TYPES = [
+    ({"instruction": ["I"], "output": [3]}, "output must be a string, not int"),
+    ({"instruction": ["I"], "output": [b"O"]}, "output must be a string, not dict"),
+    ({"instruction": ["I"], "output": pa.array([None], pa.string())}, "a line must be an object with"),
+    ({"messages": ['[{"role": "user"}]']}, "messages must be a list"),
+    ({"messages": [{"role": "user"}]}, "messages must be a list"),
+    (
+        {"conversations": pa.array([[("human", "Q")]], pa.map_(pa.string(), pa.string()))},
+        r"conversations\[0\] must be an",
+    ),
+]
+
+
+@pytest.mark.parametrize(("columns", "complaint"), WRONG_TYPES)
+def test_columns_of_other_types_are_refused_at_their_first_row(tmp_path: Path, columns, complaint):
+    path = write(tmp_path / "a.parquet", pa.table(columns))
+    with pytest.raises(UserError, match=rf"a\.parquet:row 1: {complaint}"):
+        run(path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_that_is_cut_short_or_damaged_leaves_nothing(tmp_path: Path):
@@ -168,23 +164,27 @@ def test_a_file_that_is_cut_short_or_damaged_leaves_nothing(tmp_path: Path):
     path.write_bytes(whole[:start] + b"\xff\xff\xff\x00" + whole[start + 4 :])
     with pytest.raises(UserError, match=r"^can't read .*chats\.parquet: "):
         run(path, "--bad_lines=skip")
+    path.write_bytes(whole.replace(b"prompt", b"promp\xff"))
+    with pytest.raises(UserError, match=r"^can't read .*chats\.parquet: "):
+        run(path)
+    write(path, LINES["pairs"], compression="none", use_dictionary=False, write_page_checksum=True)
+    path.write_bytes(path.read_bytes().replace(b"Hi 100", b"Hi 1OO"))
+    with pytest.raises(UserError, match=r"^can't read .*chats\.parquet: .*checksum"):
+        run(path)
+    write(path, pa.table({"prompt": pa.array([], pa.string()), "completion": pa.array([], pa.string())}))
+    with pytest.raises(UserError, match="nothing is left to learn from"):
+        run(path)
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_rows_that_can_not_be_read_are_named_or_skipped(tmp_path: Path):
     outputs = pa.array([b"O", b"caf\xe9", b"x" * MAX_BYTES, b"O"]).view(pa.string())
     dates = pa.array([None, None, None, 2**62]).cast(pa.timestamp("ms"))
-    path = write(tmp_path / "a.parquet", pa.table({"instruction": ["I"] * 4, "output": outputs, "audio": dates}))
+    path = write(tmp_path / "a.parquet", pa.table({"instruction": ["I"] * 4, "output": outputs, "input": dates}))
     with pytest.raises(UserError, match=r"a\.parquet:row 2: not UTF-8 text"):
         run(path, "--limit=2", "--bad_lines=stop")
     flaws = [item.flaw for item in items(path)]
     assert flaws == [None, "not UTF-8 text", "longer than 8 MiB", "a value that can't be read"]
-    write(path, pa.table({"instruction": ["I"] * 2, "output": ["O"] * 2, "image": [{"bytes": b"\xff"}, None]}))
-    _, ledger, _ = run(path, "--bad_lines=skip")
-    assert ledger["skipped"] == {"not of text alone": 1} and ledger["forms"] == {"alpaca": 1}
-    write(path, pa.table({"instruction": ["I"], "output": ["O"], "input": [b"1, 2"]}))
-    with pytest.raises(UserError, match=r"a\.parquet:row 1: input must be a string, not dict"):
-        run(path)
 
 
 def test_a_large_file_is_never_all_in_memory(tmp_path: Path):

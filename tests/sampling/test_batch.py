@@ -53,7 +53,7 @@ def test_a_request_may_come_in_parts(source):
     (request,) = read_requests(source, TOKENIZER, make_config())
     assert request.messages == [*SYSTEM, {"role": "user", "content": "why"}]
     source.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}))
-    with pytest.raises(UserError, match=r"jsonl:1: messages\[0\].content\[0\] is of the type 'image_url': only text"):
+    with pytest.raises(UserError, match=r"jsonl:1: messages\[0\].content\[0\] is {'type': 'image_url'}; only"):
         read_requests(source, TOKENIZER, make_config())
 
 

@@ -243,9 +243,8 @@ def test_jsonl(fuzz, tmp_path, bad_items):
 
 @pytest.mark.parametrize("kind", hostile_chats.KINDS)
 def test_forms(fuzz, tmp_path, kind):
-    """Of each form, in lines and in parquet: with parts missing, doubled or of other types, and damaged files."""
-    if "parquet" in kind:
-        pytest.importorskip("pyarrow")
+    """Of each form, in lines and in parquet: with parts missing, doubled or of other types, damaged, lying files."""
+    pytest.importorskip("pyarrow")
 
     def act(seed: int) -> None:
         outcome = hostile_chats.outcome(hostile_chats.write(Random(seed), kind, tmp_path))

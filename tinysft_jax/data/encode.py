@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int32
 from tinysft_jax import chat
 from tinysft_jax.bpe import TooBlank
 from tinysft_jax.console import UserError, reason
-from tinysft_jax.data.forms import FORMS, form_of, parse, unread_fields
+from tinysft_jax.data.forms import CONVERSATIONS, FORMS, parse
 from tinysft_jax.data.ledger import Ledger
 from tinysft_jax.data.sources import Item
 from tinysft_jax.data.store import SPLITS, Encoded, token_dtype
@@ -24,7 +24,8 @@ from tinysft_jax.tokenizer import ChatTokenizer
 
 TOO_LONG = "longer than max_tokens"
 BAD_ITEMS = ("stop", "skip")
-TASKS_OF_FORMAT = {"tinystories-instruct": TASK_NAMES, "text": ("text",)} | dict.fromkeys(FORMS, ("chat",))
+TASKS_OF_FORMAT = {"tinystories-instruct": TASK_NAMES, "text": ("text",)}
+TASKS_OF_FORMAT |= dict.fromkeys((CONVERSATIONS, *FORMS), ("chat",))
 
 
 class BadItem(UserError):
@@ -55,13 +56,12 @@ class _Example(NamedTuple):
 class Encoder:
     """Encodes blocks of items; sent to each worker."""
 
-    format: str  # of the items, one of sources.FORMATS
+    format: str  # of the items, one of sources.FORMATS or CONVERSATIONS
     tokenizer: ChatTokenizer  # without a chat template for the format "text", with one for the others
     max_tokens: int  # of a conversation
     seed: int  # for the tasks made of a story
     rates: Rates = field(default_factory=lambda: RATES)  # of these tasks
     bad_items: str = "stop"  # at the first malformed item, or "skip" and count them
-    any_form: bool = False  # of conversations: each line is in the form that its keys tell
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -124,12 +124,10 @@ class Encoder:
         except (ValueError, RecursionError) as error:
             raise BadItem("not valid JSON", f"not valid JSON: {error}") from None
         try:
-            form = form_of(line) if self.any_form else self.format
-            messages = parse(line, form)
+            form, messages, unread = parse(line, self.format)
         except UserError as error:
-            kind = "not of text alone" if isinstance(error, chat.Unusable) else "not a conversation"
-            raise BadItem(kind, str(error)) from None
-        yield self._first_that_fits("chat", [messages])._replace(unread=unread_fields(line, form), form=form)
+            raise BadItem("not a conversation", str(error)) from None
+        yield self._first_that_fits("chat", [messages])._replace(unread=unread, form=form)
 
     def _text_examples(self, item: Item) -> Iterator[_Example]:
         """A document, in pieces of at most max_tokens.

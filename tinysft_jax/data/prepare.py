@@ -35,8 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     files.check_output(flags.output, flags.overwrite, CONTENT)
     source = _open_source(flags)
     tokenizer = _make_tokenizer(flags, is_text=source.format == "text")
-    rates, any_form = source.rates(), flags.format == "auto"
-    encoder = Encoder(source.format, tokenizer, flags.max_tokens, flags.seed, rates, flags.bad_lines, any_form)
+    encoder = Encoder(source.format, tokenizer, flags.max_tokens, flags.seed, source.rates(), flags.bad_lines)
     start = time.monotonic()
     ledger, totals = prepare(source, encoder, flags.output, flags.workers, flags.overwrite)
     _print_summary(flags.output, encoder, ledger, totals, time.monotonic() - start)
@@ -47,17 +46,14 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--input",
-        type=console.path,
-        metavar="PATH",
-        help="a file (text, JSON or .parquet), or a directory with a train and valid pair",
+        "--input", type=console.path, metavar="PATH", help="a file, or a directory with a train and valid pair"
     )
     source.add_argument("--embedded", type=int, metavar="N", help="that many stories of the embedded corpus")
     source.add_argument("--hub", metavar="REPOSITORY", help="roneneldan/TinyStoriesInstruct from the Hugging Face Hub")
     add("--revision", help="commit, branch or tag of the --hub repository instead of a known commit")
     add("--output", type=console.path, metavar="DIR", required=True, help="the data set to write")
     add("--overwrite", action="store_true", help="replace an existing output")
-    add("--format", choices=("auto", *FORMATS), default="auto", help="of the input; auto knows it by its keys")
+    add("--format", choices=("auto", *FORMATS), default="auto", help="of the input; auto tells it by the content")
     add("--template", choices=chat.TEMPLATES, help="chat template (plain text has none; default: control)")
     add("--bpe_ranks", type=int, metavar="N", help=f"size of the BPE, from 256 (default: {GPT2_RANKS})")
     add("--tokenizer", type=console.path, metavar="MODEL", help="the tokenizer and chat template of the model to train")
@@ -142,10 +138,10 @@ def prepare(
 
 def _description(source: Source, encoder: Encoder, ledger: Ledger, totals: dict[str, dict]) -> dict[str, object]:
     """The content of `data.json`."""
-    forms = {form for _, form in ledger.forms} or {encoder.format}
+    forms = {form for _, form in ledger.forms}
     return {
         "format_version": FORMAT_VERSION,
-        "format": forms.pop() if len(forms) == 1 else "mixed",
+        "format": forms.pop() if len(forms) == 1 else encoder.format,
         "dtype": token_dtype(encoder.tokenizer.vocab_size),
         **encoder.tokenizer.description(),
         "tokenizer_hash": encoder.tokenizer.fingerprint(),
@@ -175,7 +171,7 @@ def _print_summary(output: Path, encoder: Encoder, ledger: Ledger, totals: dict,
     for table in ledger.tables(SPLITS, encoder.task_names):
         Console().print(table)
     print("read", " and ".join(f"{ledger.read[split]:,} {split}" for split in SPLITS), "records")
-    if {form for _, form in ledger.forms} - {encoder.format}:
+    if ledger.forms:
         print("conversations by form:", ", ".join(ledger.form_counts()))
     for line in (*ledger.reasons(), *ledger.unread_fields()):
         print(line)

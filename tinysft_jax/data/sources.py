@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tinysft_jax.console import UserError, reason
 from tinysft_jax.corpus.stories import embedded_stories, record_text
-from tinysft_jax.data.forms import FORMS
+from tinysft_jax.data.forms import CONVERSATIONS, FORMS, forms_of
 from tinysft_jax.data.parquet import Rows, is_parquet
 from tinysft_jax.data.reading import TOO_LONG, is_json, read_json, read_records
 from tinysft_jax.data.store import SPLITS
@@ -32,7 +32,7 @@ RECORDS_TO_COUNT = 4096
 
 _TRAIN_NAME = re.compile(r"(|.*[-_.])train(\.\w+)")
 _STORY_HEADER = re.compile("^Story:", re.MULTILINE)
-_BYTES_TO_GUESS_FROM, _ROWS_TO_GUESS_FROM = 1 << 16, 16
+_BYTES_TO_GUESS_FROM = 1 << 16
 _LINES_OF_JSON = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 
 
@@ -50,7 +50,7 @@ class Item(NamedTuple):
 class Source(Iterable[Item]):
     """A stream of items of one format."""
 
-    format: str  # one of FORMATS
+    format: str  # one of FORMATS or CONVERSATIONS
     description: dict[str, Any]  # of the origin, for `data.json`
     size: int  # of the whole input, in bytes or stories
     position: int = field(default=0, init=False)  # how much of `size` has been read
@@ -90,15 +90,14 @@ class FileSource(Source):
     files: list[tuple[Path, str | None]]
     valid_fraction: float
     limit: int | None
-    any_form: bool = False  # of conversations
 
     def __iter__(self) -> Iterator[Item]:
         before = 0
         for path, split in self.files:
             try:
                 with path.open("rb") as file:
-                    rows = Rows(file, path, "auto" if self.any_form else self.format) if is_parquet(path) else None
-                    texts = rows or (self._values if self.format in FORMS else self._records)(file, path)
+                    rows = Rows(file, path, self.format) if is_parquet(path) else None
+                    texts = rows or (self._values if forms_of(self.format) else self._records)(file, path)
                     for where, text, flaw in itertools.islice(texts, self.limit):
                         self.position = before + (rows or file).tell()
                         yield Item(split or split_of(text, self.valid_fraction), where, text, flaw)
@@ -168,17 +167,16 @@ def open_input(path: Path, format: str, valid_fraction: float, limit: int | None
 def open_files(
     files: list[tuple[Path, str | None]], format: str, valid_fraction: float, limit: int | None, **description: Any
 ) -> FileSource:
-    """Files of text or rows, each with its split, or None to divide it; of each, at most `limit` items are read.
+    """Files, each with its split, or None to divide it; of each, at most `limit` items are read.
 
-    The format "auto" is guessed from the name and the beginning of each file. Raises: UserError, if a file is empty or
-    lacks the columns of the format, or if the files have several formats.
+    The format "auto" is guessed from the name and the beginning of each file. Raises: UserError, if a file is empty, a
+    parquet file lacks the columns of the format, or the files have several formats.
     """
     sizes = {path.name: path.stat().st_size for path, _ in files}
     for path, _ in files:
         if not sizes[path.name]:
             raise UserError(f"{path} is empty")
     description |= {"files": sizes, "limit": limit}
-    any_form = format == "auto"
     formats = {_find_format(path, format): path.name for path, _ in files}
     if len(formats) > 1:
         found = " and ".join(f"{name} looks like {format}" for format, name in formats.items())
@@ -186,7 +184,7 @@ def open_files(
     (format,) = formats
     if any(split is None for _, split in files):
         description["valid_fraction"] = valid_fraction
-    return FileSource(format, description, sum(sizes.values()), files, valid_fraction, limit, any_form)
+    return FileSource(format, description, sum(sizes.values()), files, valid_fraction, limit)
 
 
 def _pair_in(directory: Path) -> list[tuple[Path, str]]:
@@ -204,19 +202,18 @@ def _pair_in(directory: Path) -> list[tuple[Path, str]]:
 
 
 def _find_format(path: Path, format: str) -> str:
-    """The format, guessed where it is "auto". Raises: UserError, if a file of rows lacks its columns."""
+    """The format, guessed where it is "auto". Raises: UserError, if a parquet file lacks the columns of it."""
     ending = path.suffix.lower()
     try:
         with path.open("rb") as file:
-            rows = Rows(file, path, format) if is_parquet(path) else None
+            if is_parquet(path):
+                format = CONVERSATIONS if format == "auto" else format
+                Rows(file, path, format)
             if format != "auto":
                 return format
-            if not rows.is_text if rows else ending in _LINES_OF_JSON or is_json(file, named_so=ending == ".json"):
-                return "chat-jsonl"
-            if rows:
-                start = "\n".join(text for _, text, _ in itertools.islice(rows, _ROWS_TO_GUESS_FROM))
-            else:
-                start = clean_record(file.read(_BYTES_TO_GUESS_FROM).decode("utf-8", "ignore"))
+            if ending in _LINES_OF_JSON or is_json(file, named_so=ending == ".json"):
+                return CONVERSATIONS
+            start = clean_record(file.read(_BYTES_TO_GUESS_FROM).decode("utf-8", "ignore"))
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     return "tinystories-instruct" if _STORY_HEADER.search(start) else "text"

@@ -35,7 +35,10 @@ class Parsed(NamedTuple):
 
 
 def parse(line: object, format: str) -> Parsed:
-    """Reads a line in one form or, with the format CONVERSATIONS, in the first whose keys it has. Null is no value."""
+    """Reads a line in one form or, with the format CONVERSATIONS, in the first whose keys it has. Null is no value.
+
+    Raises: UserError, saying what is wrong with it.
+    """
     line = {key: value for key, value in line.items() if value is not None} if isinstance(line, dict) else {}
     for form in forms_of(format):
         if line.keys() >= set(form.needs):

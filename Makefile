@@ -79,7 +79,7 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	@$(call install,.[eval])
 
 $(DEV): pyproject.toml constraints.txt
-	@$(call install,.[dev$(comma)eval$(comma)hf$(comma)gguf$(comma)tokamax$(if $(filter 1,$(TORCH)),$(comma)torch)])
+	@$(call install,.[dev$(comma)eval$(comma)hf$(comma)gguf$(comma)parquet$(comma)tokamax$(if $(filter 1,$(TORCH)),$(comma)torch)])
 
 comma := ,
 define install

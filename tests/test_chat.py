@@ -123,6 +123,13 @@ def test_parse_chat_reads_both_forms():
     assert chat.parse_chat({"messages": weighted}) == weighted
 
 
+def test_text_parts_are_joined_with_nothing_between_them():
+    parts = [{"type": "text", "text": text} for text in ("a\n", "", "b")]
+    messages = [{**USER, "content": parts}, {**ANSWER, "content": parts[:1]}]
+    assert chat.parse_chat({"messages": messages}) == [{**USER, "content": "a\nb"}, {**ANSWER, "content": "a\n"}]
+    assert messages[0]["content"] is parts
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [

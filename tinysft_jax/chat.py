@@ -1,7 +1,7 @@
 """Conversations: which messages are valid, and the chat templates that turn them into pieces for the tokenizer."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from tinysft_jax.chat_template import ROLES, ChatTemplate, Messages, Piece, is_supervised
@@ -76,17 +76,17 @@ def _check_no_markers(messages: Messages) -> None:
                 )
 
 
-def check_messages(messages: object, needs_answer: bool = False) -> None:
+def check_messages(messages: object, needs_answer: bool = False, places: Sequence[str] = ()) -> None:
     """Checks for an optional system message, then user and assistant in turn, none of them empty.
 
     A message may have a weight: 0 or 1 for the assistant's, 0 for others; null is none. With `needs_answer`, there must
-    be an answer whose weight is not 0.
+    be an answer whose weight is not 0. An error names a message by its entry in `places`, or as "messages[0]".
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise UserError('messages must be a list of at least one {"role": ..., "content": ...}')
     expected = ("system", "user")
     for index, message in enumerate(messages):
-        where = f"messages[{index}]"
+        where = places[index] if places else f"messages[{index}]"
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise UserError(f'{where} must be an object with "role" and "content"')
         role = message["role"]
@@ -95,7 +95,9 @@ def check_messages(messages: object, needs_answer: bool = False) -> None:
                 f"{where} has the role {shown(role)} where {' or '.join(map(repr, expected))} is due: "
                 "an optional system message, then user and assistant in turn"
             )
-        _check_content(message["content"], f"{where}.content")
+        if message.get("tool_calls"):
+            raise UserError(f"{where} has tool_calls: only text can be used")
+        check_content(message["content"], f"{where}.content")
         weight, allowed = message.get("weight"), (0, 1) if role == "assistant" else (0,)
         if weight is not None and (type(weight) not in (int, float) or weight not in allowed):
             raise UserError(
@@ -107,7 +109,8 @@ def check_messages(messages: object, needs_answer: bool = False) -> None:
         raise UserError("there is nothing to learn: messages need at least one of the assistant whose weight is not 0")
 
 
-def _check_content(content: object, where: str) -> None:
+def check_content(content: object, where: str) -> None:
+    """Raises: UserError, naming `where`, if a content is not a string that says something."""
     if not isinstance(content, str):
         raise UserError(f"{where} must be a string, not {type(content).__name__}")
     check_not_blank(content, where)
@@ -136,27 +139,29 @@ def check_unicode(text: str, where: str) -> None:
 def parse_chat(line: object, needs_answer: bool = True) -> list[dict[str, Any]]:
     """The messages of a chat-jsonl line: `{"messages": [...]}` or `{"prompt": ..., "completion": ...}`."""
     if isinstance(line, dict) and "messages" in line:
-        messages = line["messages"]
-    elif isinstance(line, dict) and "prompt" in line and "completion" in line:
-        _check_content(line["prompt"], "prompt")
-        _check_content(line["completion"], "completion")
-        messages = [{"role": "user", "content": line["prompt"]}, {"role": "assistant", "content": line["completion"]}]
-    else:
+        return read_messages(line["messages"], needs_answer)
+    if not (isinstance(line, dict) and "prompt" in line and "completion" in line):
         raise UserError('a line must be an object with "messages", or with "prompt" and "completion"')
+    check_content(line["prompt"], "prompt")
+    check_content(line["completion"], "completion")
+    return [{"role": "user", "content": line["prompt"]}, {"role": "assistant", "content": line["completion"]}]
+
+
+def read_messages(messages: object, needs_answer: bool = False) -> list[dict[str, Any]]:
+    """Checks messages from a file; returns their known fields that aren't null, and parts of text as one text."""
+    if isinstance(messages, list):
+        messages = [_join_parts(message, f"messages[{index}].content") for index, message in enumerate(messages)]
     check_messages(messages, needs_answer)
-    return [without_unread(message) for message in messages]
+    return [
+        {field: message[field] for field in MESSAGE_FIELDS if message.get(field) is not None} for message in messages
+    ]
 
 
-def without_unread(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message's known fields, unless they are null."""
-    return {field: message[field] for field in MESSAGE_FIELDS if message.get(field) is not None}
-
-
-def unread_fields(line: Mapping[str, Any]) -> Iterator[str]:
-    """The fields, not null, of a valid line and of its messages that `parse_chat` ignores."""
-    read = ("messages",) if "messages" in line else ("prompt", "completion")
-    yield from (field for field, value in line.items() if field not in read and value is not None)
-    for message in line.get("messages", ()):
-        for field, value in message.items():
-            if field not in MESSAGE_FIELDS and value is not None:
-                yield f"messages[].{field}"
+def _join_parts(message: object, where: str) -> object:
+    """The message, with a content that is a list of parts as one text: nothing comes between them."""
+    if not isinstance(message, Mapping) or not isinstance(parts := message.get("content"), list):
+        return message
+    for index, part in enumerate(parts):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise UserError(f'{where}[{index}] is {shown(part)}; only {{"type": "text", "text": "..."}} can be used')
+    return {**message, "content": "".join(part["text"] for part in parts)}

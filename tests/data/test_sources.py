@@ -61,21 +61,24 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "text", "format"),
     [
-        ("a.jsonl", "{}", "chat-jsonl"),
+        ("a.jsonl", "{}", "conversations"),
         ("a.txt", RECORD, "tinystories-instruct"),
         ("a.txt", "A Story: of a cat.\n", "text"),
         ("a.txt", f"\ufeff{RECORD}", "tinystories-instruct"),
         ("a.txt", "\ufeffStory: A cat.", "tinystories-instruct"),
         ("a.md", "Once upon a time.", "text"),
         ("a.json", "Once upon a time.", "text"),
-        ("a.JSONL", "{", "chat-jsonl"),
-        ("a.json", '{"messages": [', "chat-jsonl"),
-        *((f"a.{ending}", '\ufeff\n {"messages": []}\nno', "chat-jsonl") for ending in ("json", "ndjson", "txt", "md")),
-        ("a.txt", '{\n  "messages": []\n}', "chat-jsonl"),
-        ("a.txt", '{"text": "' + "long " * 100_000 + '"}', "chat-jsonl"),
-        ("a.txt", '[\n  {"messages": []},\n', "chat-jsonl"),
-        ("a.txt", '[{"messages": []}]', "chat-jsonl"),
-        ("a.txt", '["one", "two"]', "chat-jsonl"),
+        ("a.JSONL", "{", "conversations"),
+        ("a.json", '{"messages": [', "conversations"),
+        *(
+            (f"a.{ending}", '\ufeff\n {"messages": []}\nno', "conversations")
+            for ending in ("json", "ndjson", "txt", "md")
+        ),
+        ("a.txt", '{\n  "messages": []\n}', "conversations"),
+        ("a.txt", '{"text": "' + "long " * 100_000 + '"}', "conversations"),
+        ("a.txt", '[\n  {"messages": []},\n', "conversations"),
+        ("a.txt", '[{"messages": []}]', "conversations"),
+        ("a.txt", '["one", "two"]', "conversations"),
         ("a.txt", "{a} b", "text"),
         ("a.txt", "{'messages': []}", "text"),
         ("a.txt", "[Laughs] Once upon a time.", "text"),
@@ -93,7 +96,7 @@ def test_the_format_is_told_from_name_and_content(tmp_path: Path, name, text, fo
 def test_a_pair_of_two_formats_is_refused(tmp_path: Path):
     (tmp_path / "a-train.txt").write_text("Once upon a time.")
     (tmp_path / "a-valid.txt").write_text('{"messages": []}')
-    with pytest.raises(UserError, match=r"a-train\.txt looks like text and a-valid\.txt looks like chat-jsonl"):
+    with pytest.raises(UserError, match=r"a-train\.txt looks like text and a-valid\.txt looks like conversations"):
         open_input(tmp_path, "auto", 0.1, None)
     assert len(items(tmp_path, "text")) == 2
 
@@ -190,7 +193,7 @@ def test_embedded_stories_come_as_records_or_as_text():
 
 
 def test_embedded_stories_refuse_what_they_cannot_be():
-    with pytest.raises(UserError, match="not chat-jsonl"):
-        open_embedded(1, "chat-jsonl", 0)
+    with pytest.raises(UserError, match="not alpaca"):
+        open_embedded(1, "alpaca", 0)
     with pytest.raises(UserError, match="positive number"):
         open_embedded(0, "auto", 0)

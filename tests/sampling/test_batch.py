@@ -47,6 +47,16 @@ def test_requests_become_prompts(requests):
     assert requests[3].messages == [*SYSTEM, {"role": "user", "content": "why"}]
 
 
+def test_a_request_may_come_in_parts(source):
+    parts = [{"type": "text", "text": text} for text in ("wh", "y")]
+    source.write_text(json.dumps({"messages": [*SYSTEM, {"role": "user", "content": parts}]}))
+    (request,) = read_requests(source, TOKENIZER, make_config())
+    assert request.messages == [*SYSTEM, {"role": "user", "content": "why"}]
+    source.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}))
+    with pytest.raises(UserError, match=r"jsonl:1: messages\[0\].content\[0\] is {'type': 'image_url'}; only"):
+        read_requests(source, TOKENIZER, make_config())
+
+
 def test_requests_of_a_model_without_template(source, tmp_path):
     plain, path = make_tokenizer(None), tmp_path / "plain.jsonl"
     path.write_text('{"prompt": "Once"}')

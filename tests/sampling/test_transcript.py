@@ -35,6 +35,12 @@ def test_weights_are_kept_and_matter_to_training_alone(tmp_path):
     assert load_transcript(tmp_path / "chat.jsonl") == weighted
 
 
+def test_parts_of_text_are_joined(tmp_path):
+    parts = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in TRANSCRIPT]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": parts}))
+    assert load_transcript(tmp_path / "chat.jsonl") == TRANSCRIPT
+
+
 def test_prepare_reads_what_is_saved(tmp_path):
     save_transcript(tmp_path / "chat.jsonl", TRANSCRIPT)
     output = tmp_path / "data"

@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 import families
+import hostile_chats
 import jax
 import numpy as np
 import own_tokenizers
@@ -238,6 +239,19 @@ def test_jsonl(fuzz, tmp_path, bad_items):
         assert ledger.kept + ledger.left_out.total() + ledger.skipped.total() == len(items)
 
     fuzz(damaged(LINES, HOSTILE_BYTES), act)
+
+
+@pytest.mark.parametrize("kind", hostile_chats.KINDS)
+def test_forms(fuzz, tmp_path, kind):
+    """Of each form, in lines and in parquet: with parts missing, doubled or of other types, damaged, lying files."""
+    pytest.importorskip("pyarrow")
+
+    def act(seed: int) -> None:
+        outcome = hostile_chats.outcome(hostile_chats.write(Random(seed), kind, tmp_path))
+        if outcome != "kept":
+            raise UserError(outcome)
+
+    fuzz(st.integers(0, 2**63), act)
 
 
 CONVERSATIONS = st.one_of(

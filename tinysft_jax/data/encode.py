@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int32
 from tinysft_jax import chat
 from tinysft_jax.bpe import TooBlank
 from tinysft_jax.console import UserError, reason
+from tinysft_jax.data.forms import CONVERSATIONS, FORMS, parse
 from tinysft_jax.data.ledger import Ledger
 from tinysft_jax.data.sources import Item
 from tinysft_jax.data.store import SPLITS, Encoded, token_dtype
@@ -23,7 +24,8 @@ from tinysft_jax.tokenizer import ChatTokenizer
 
 TOO_LONG = "longer than max_tokens"
 BAD_ITEMS = ("stop", "skip")
-TASKS_OF_FORMAT = {"tinystories-instruct": TASK_NAMES, "chat-jsonl": ("chat",), "text": ("text",)}
+TASKS_OF_FORMAT = {"tinystories-instruct": TASK_NAMES, "text": ("text",)}
+TASKS_OF_FORMAT |= dict.fromkeys((CONVERSATIONS, *FORMS), ("chat",))
 
 
 class BadItem(UserError):
@@ -47,13 +49,14 @@ class _Example(NamedTuple):
     trimmed: bool = False
     request: dict[str, Any] | None = None  # as `Split.request` reads it
     unread: Iterable[str] = ()  # fields of the line that are not read
+    form: str | None = None  # of the line, one of FORMS
 
 
 @dataclass(frozen=True)
 class Encoder:
     """Encodes blocks of items; sent to each worker."""
 
-    format: str  # of the items, one of sources.FORMATS
+    format: str  # of the items, one of sources.FORMATS or CONVERSATIONS
     tokenizer: ChatTokenizer  # without a chat template for the format "text", with one for the others
     max_tokens: int  # of a conversation
     seed: int  # for the tasks made of a story
@@ -81,10 +84,12 @@ class Encoder:
             except UserError as error:
                 message = None if isinstance(error, _Unused) else f"{item.where}: {reason(error)}"
                 if message and self.bad_items == "stop":
-                    raise UserError(message) from None
+                    raise UserError(f"{message} (--bad_lines=skip leaves such out)") from None
                 ledger.skip(item.split, _kind(error), message)
                 continue
             for example in examples:
+                if example.form is not None:
+                    ledger.forms[item.split, example.form] += 1
                 for name in example.unread:
                     ledger.pass_over(item.split, name)
                 if example.ids is None:
@@ -100,7 +105,7 @@ class Encoder:
             raise BadItem(item.flaw)
         if self.format == "tinystories-instruct":
             return self._story_examples(item)
-        return self._chat_examples(item) if self.format == "chat-jsonl" else self._text_examples(item)
+        return self._text_examples(item) if self.format == "text" else self._chat_examples(item)
 
     def _story_examples(self, item: Item) -> Iterator[_Example]:
         record = parse_record(item.text)
@@ -119,12 +124,10 @@ class Encoder:
         except (ValueError, RecursionError) as error:
             raise BadItem("not valid JSON", f"not valid JSON: {error}") from None
         try:
-            messages = chat.parse_chat(line)
+            form, messages, unread = parse(line, self.format)
         except UserError as error:
-            is_other = not (isinstance(line, dict) and line.keys() & {"messages", "prompt", "completion"})
-            hint = "; to learn the file as it is, give --format text" if is_other else ""
-            raise BadItem("not a conversation", f"{error}{hint}") from None
-        yield self._first_that_fits("chat", [messages])._replace(unread=chat.unread_fields(line))
+            raise BadItem("not a conversation", str(error)) from None
+        yield self._first_that_fits("chat", [messages])._replace(unread=unread, form=form)
 
     def _text_examples(self, item: Item) -> Iterator[_Example]:
         """A document, in pieces of at most max_tokens.

@@ -20,6 +20,7 @@ class Ledger:
     """Counts by split and task. The ledgers of the blocks, added in order, are that of the whole."""
 
     read: Counter[str] = field(default_factory=Counter)  # split -> records, lines or documents
+    forms: Counter[tuple[str, str]] = field(default_factory=Counter)  # (split, form) -> conversations that came in it
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)  # (split, reason) -> unusable records
     bad: list[str] = field(default_factory=list)  # the first of them that are malformed, with their place
     trimmed: Counter[tuple[str, str]] = field(default_factory=Counter)  # (split, task) -> kept, with a shorter prompt
@@ -66,6 +67,7 @@ class Ledger:
         entries = {
             split: {
                 "read": self.read[split],
+                "forms": _select(self.forms, split),
                 "skipped": _select(self.skipped, split),
                 "unread_fields": _select(self.unread, split),
                 "tasks": {task: self._entry(split, task) for task in tasks},
@@ -117,6 +119,10 @@ class Ledger:
             *(f"skipped {n:,} records: {reason}" for reason, n in _totals(self.skipped)),
             *(f"left out {n:,} conversations: {reason}" for reason, n in _totals(self.left_out)),
         ]
+
+    def form_counts(self) -> list[str]:
+        """How many conversations came in each form, one phrase a form."""
+        return [f"{n:,} {form}" for form, n in _totals(self.forms)]
 
     def unread_fields(self) -> list[str]:
         """The fields that were not read, one phrase a field."""

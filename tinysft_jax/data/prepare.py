@@ -53,7 +53,7 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
     add("--revision", help="commit, branch or tag of the --hub repository instead of a known commit")
     add("--output", type=console.path, metavar="DIR", required=True, help="the data set to write")
     add("--overwrite", action="store_true", help="replace an existing output")
-    add("--format", choices=("auto", *FORMATS), default="auto", help="of the input")
+    add("--format", choices=("auto", *FORMATS), default="auto", help="of the input; auto tells it by the content")
     add("--template", choices=chat.TEMPLATES, help="chat template (plain text has none; default: control)")
     add("--bpe_ranks", type=int, metavar="N", help=f"size of the BPE, from 256 (default: {GPT2_RANKS})")
     add("--tokenizer", type=console.path, metavar="MODEL", help="the tokenizer and chat template of the model to train")
@@ -128,7 +128,7 @@ def prepare(
                 raise UserError(f"nothing is left to learn from: {', '.join(ledger.reasons()) or nothing}")
             totals = {split: writer.totals for split, writer in writers.items()}
             write_files(directory / FILES_DIRECTORY, encoder.tokenizer.files)
-            files.write_json(directory / "data.json", _description(source, encoder, totals))
+            files.write_json(directory / "data.json", _description(source, encoder, ledger, totals))
             files.write_json(directory / "ledger.json", ledger.to_json(SPLITS, encoder.task_names))
             files.write_manifest(directory)
     except OSError as error:
@@ -136,11 +136,12 @@ def prepare(
     return ledger, totals
 
 
-def _description(source: Source, encoder: Encoder, totals: dict[str, dict[str, int]]) -> dict[str, object]:
+def _description(source: Source, encoder: Encoder, ledger: Ledger, totals: dict[str, dict]) -> dict[str, object]:
     """The content of `data.json`."""
+    forms = {form for _, form in ledger.forms}
     return {
         "format_version": FORMAT_VERSION,
-        "format": encoder.format,
+        "format": forms.pop() if len(forms) == 1 else encoder.format,
         "dtype": token_dtype(encoder.tokenizer.vocab_size),
         **encoder.tokenizer.description(),
         "tokenizer_hash": encoder.tokenizer.fingerprint(),
@@ -170,6 +171,8 @@ def _print_summary(output: Path, encoder: Encoder, ledger: Ledger, totals: dict,
     for table in ledger.tables(SPLITS, encoder.task_names):
         Console().print(table)
     print("read", " and ".join(f"{ledger.read[split]:,} {split}" for split in SPLITS), "records")
+    if ledger.forms:
+        print("conversations by form:", ", ".join(ledger.form_counts()))
     for line in (*ledger.reasons(), *ledger.unread_fields()):
         print(line)
     for bad in ledger.bad:

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 from tinysft_jax.console import UserError, reason
 from tinysft_jax.corpus.stories import embedded_stories, record_text
+from tinysft_jax.data.forms import CONVERSATIONS, FORMS, forms_of
+from tinysft_jax.data.parquet import Rows, is_parquet
 from tinysft_jax.data.reading import TOO_LONG, is_json, read_json, read_records
 from tinysft_jax.data.store import SPLITS
 from tinysft_jax.tasks.make import RATES, Rates, balanced_rates
 from tinysft_jax.tasks.records import SEPARATOR, clean_record, parse_record
 
-FORMATS = ("tinystories-instruct", "chat-jsonl", "text")
+FORMATS = ("tinystories-instruct", "text", *FORMS)
 # The embedded corpus has one story for validation to this many for training.
 EMBEDDED_TRAIN_PER_VALID = 20
 # Data sets on the Hub: the names of their files, and the default --revision.
@@ -48,7 +50,7 @@ class Item(NamedTuple):
 class Source(Iterable[Item]):
     """A stream of items of one format."""
 
-    format: str  # one of FORMATS
+    format: str  # one of FORMATS or CONVERSATIONS
     description: dict[str, Any]  # of the origin, for `data.json`
     size: int  # of the whole input, in bytes or stories
     position: int = field(default=0, init=False)  # how much of `size` has been read
@@ -83,7 +85,7 @@ class EmbeddedSource(Source):
 
 @dataclass
 class FileSource(Source):
-    """Text files. A file without a split of its own is divided by a hash of each item's text; see `split_of`."""
+    """Files. One without a split of its own is divided by a hash of each item's text; see `split_of`."""
 
     files: list[tuple[Path, str | None]]
     valid_fraction: float
@@ -94,9 +96,10 @@ class FileSource(Source):
         for path, split in self.files:
             try:
                 with path.open("rb") as file:
-                    texts = self._values(file, path) if self.format == "chat-jsonl" else self._records(file, path)
+                    rows = Rows(file, path, self.format) if is_parquet(path) else None
+                    texts = rows or (self._values if forms_of(self.format) else self._records)(file, path)
                     for where, text, flaw in itertools.islice(texts, self.limit):
-                        self.position = before + file.tell()
+                        self.position = before + (rows or file).tell()
                         yield Item(split or split_of(text, self.valid_fraction), where, text, flaw)
             except OSError as error:
                 raise UserError(f"can't read {path}: {error.strerror}") from None
@@ -148,8 +151,8 @@ def open_embedded(n_stories: int, format: str, seed: int) -> EmbeddedSource:
     if n_stories < 1:
         raise UserError(f"--embedded takes a positive number of stories, not {n_stories}")
     format = "tinystories-instruct" if format == "auto" else format
-    if format == "chat-jsonl":
-        raise UserError("the embedded stories come as --format tinystories-instruct or text, not chat-jsonl")
+    if format in FORMS:
+        raise UserError(f"the embedded stories come as --format tinystories-instruct or text, not {format}")
     counts = {"train": n_stories, "valid": max(n_stories // EMBEDDED_TRAIN_PER_VALID, 1)}
     return EmbeddedSource(format, {"embedded": counts}, sum(counts.values()), counts, seed)
 
@@ -164,22 +167,21 @@ def open_input(path: Path, format: str, valid_fraction: float, limit: int | None
 def open_files(
     files: list[tuple[Path, str | None]], format: str, valid_fraction: float, limit: int | None, **description: Any
 ) -> FileSource:
-    """Text files, each with its split, or None to divide it; of each, at most `limit` items are read.
+    """Files, each with its split, or None to divide it; of each, at most `limit` items are read.
 
-    The format "auto" is guessed from the name and the beginning of each file. Raises: UserError, if a file is empty or
-    the files have several formats.
+    The format "auto" is guessed from the name and the beginning of each file. Raises: UserError, if a file is empty, a
+    parquet file lacks the columns of the format, or the files have several formats.
     """
     sizes = {path.name: path.stat().st_size for path, _ in files}
     for path, _ in files:
         if not sizes[path.name]:
             raise UserError(f"{path} is empty")
-    if format == "auto":
-        formats = {_guess_format(path): path.name for path, _ in files}
-        if len(formats) > 1:
-            found = " and ".join(f"{name} looks like {format}" for format, name in formats.items())
-            raise UserError(f"{found}; give the --format of both")
-        (format,) = formats
     description |= {"files": sizes, "limit": limit}
+    formats = {_find_format(path, format): path.name for path, _ in files}
+    if len(formats) > 1:
+        found = " and ".join(f"{name} looks like {format}" for format, name in formats.items())
+        raise UserError(f"{found}; give the --format of both")
+    (format,) = formats
     if any(split is None for _, split in files):
         description["valid_fraction"] = valid_fraction
     return FileSource(format, description, sum(sizes.values()), files, valid_fraction, limit)
@@ -199,12 +201,18 @@ def _pair_in(directory: Path) -> list[tuple[Path, str]]:
     raise UserError(f"{directory} has no pair like TinyStories-Instruct-train.txt and TinyStories-Instruct-valid.txt")
 
 
-def _guess_format(path: Path) -> str:
+def _find_format(path: Path, format: str) -> str:
+    """The format, guessed where it is "auto". Raises: UserError, if a parquet file lacks the columns of it."""
     ending = path.suffix.lower()
     try:
         with path.open("rb") as file:
+            if is_parquet(path):
+                format = CONVERSATIONS if format == "auto" else format
+                Rows(file, path, format)
+            if format != "auto":
+                return format
             if ending in _LINES_OF_JSON or is_json(file, named_so=ending == ".json"):
-                return "chat-jsonl"
+                return CONVERSATIONS
             start = clean_record(file.read(_BYTES_TO_GUESS_FROM).decode("utf-8", "ignore"))
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None

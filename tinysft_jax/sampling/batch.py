@@ -77,8 +77,7 @@ def _parse_request(number: int, line: bytes | None, tokenizer: ChatTokenizer, sy
             raise UserError('this model has no chat template: it continues a "prompt", and takes no "messages"')
         return Request(number, encode_request(tokenizer, record["prompt"], system), record["prompt"], [])
     messages = record["messages"] if has_messages else [{"role": "user", "content": record["prompt"]}]
-    chat.check_messages(messages)
-    messages = [chat.without_unread(message) for message in messages]
+    messages = chat.read_messages(messages)
     if messages[0]["role"] != "system":
         messages = system_message(system) + messages
     return Request(number, tokenizer.encode_prompt(messages).tolist(), None, messages)

@@ -29,7 +29,7 @@ class LlamaCpp:
         return self._complete(prompt, n_tokens, return_tokens=True)["tokens"]
 
     def log_probabilities(self, prompt: Sequence[int], vocab_size: int) -> dict[int, float]:
-        """Token → log-probability after the prompt. The most probable one must be whole characters: llama.cpp waits."""
+        """Token → log-probability after the prompt; there is none if the likeliest token is no whole character."""
         (step,) = self._complete(prompt, 1, n_probs=vocab_size)["completion_probabilities"]
         return {token["id"]: token["logprob"] for token in step["top_logprobs"]}
 

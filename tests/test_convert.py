@@ -19,7 +19,7 @@ from tiny_model import make_model_directory
 from torch_twin import TorchTwin, save, without_buffers
 
 from tinysft_jax.checkpoints import load_description, load_model, open_model
-from tinysft_jax.conversion import parity
+from tinysft_jax.conversion import gguf, parity
 
 torch = pytest.importorskip("torch")
 
@@ -291,11 +291,32 @@ def test_a_pytorch_checkpoint_of_another_family_is_refused(convert, llama_folder
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("to, output", [("model", "a"), ("torch", "a.pt")])
-def test_only_a_folder_has_a_dtype(convert, llama_folder, tmp_path, to, output):
+@pytest.mark.parametrize("to, output", [("model", "a"), ("torch", "a.pt"), ("huggingface", "a")])
+def test_not_every_form_has_every_dtype(convert, llama_folder, tmp_path, to, output):
     flags = {"input": llama_folder, "output": tmp_path / output, "to": to}
-    assert_one_line(convert(**flags, dtype="bfloat16"), 2, "--dtype is for the tensors of --to huggingface")
-    assert_one_line(convert(**flags, dtype="float16"), 2, "--dtype", "float32", "bfloat16")
+    held = "float32, bfloat16" if to == "huggingface" else "float32"
+    assert_one_line(convert(**flags, dtype="q8_0"), 2, f"--to {to} can't hold q8_0; it holds {held}")
+    assert_one_line(convert(**flags, dtype="int4"), 2, "--dtype", "float32", "bfloat16", "q8_0")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "q8_0"])
+def test_to_gguf_and_back(convert, llama_folder, tmp_path, dtype):
+    """Of a model without a tokenizer; the file is compared with what was written."""
+    pytest.importorskip("gguf")
+    path = tmp_path / "a.gguf"
+    code, out, _ = convert(input=llama_folder, output=path, to="gguf", dtype=dtype, check=True)
+    assert code == 0 and "weights differ by at most" in out
+    assert ("0.0e+00" in out) == (dtype == "float32")
+    assert convert(input=path, output=tmp_path / "model")[0] == 0
+    assert open_model(tmp_path / "model")[0].config == open_model(llama_folder)[0].config
+
+
+def test_weights_that_gguf_changed_are_not_written(convert, llama_folder, tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setitem(gguf.ROUND_OFF, "q8_0", 1e-9)
+    result = convert(input=llama_folder, output=tmp_path / "a.gguf", to="gguf", dtype="q8_0", check=True)
+    assert_one_line(result, 3, "more than q8_0 rounds: nothing was written")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_chat_model_in_bfloat16(convert, tmp_path):

@@ -1,5 +1,6 @@
 """Exports straight from a run, and what they may replace."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -12,13 +13,16 @@ import pytest
 
 from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import UserError
+from tinysft_jax.conversion.gguf import read_gguf
 from tinysft_jax.conversion.huggingface import read_huggingface
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.export import check_exports, check_output, export_run, parse_export
-from tinysft_jax.gpt_config import GPTConfig
+from tinysft_jax.gpt_config import GPTConfig, RopeScaling
+from tinysft_jax.parameters import ModelDescription
 from tinysft_jax.training import loop
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("gguf")
 
 CONFIG = Path(__file__).parents[1] / "configs" / "sft.py"
 
@@ -31,7 +35,7 @@ def finished(chat_data, tmp_path_factory) -> Path:
     spec.loader.exec_module(module)
     config, workdir = module.get_config(), tmp_path_factory.mktemp("run") / "work"
     config.update(
-        {"init_from": "random", "export": "huggingface,torch", "data": {"path": str(chat_data), "seq_len": 64}}
+        {"init_from": "random", "export": "huggingface,torch,gguf", "data": {"path": str(chat_data), "seq_len": 64}}
     )
     config.model.update({"dim": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 64})
     config.optimizer.warmup_steps = 1
@@ -46,6 +50,7 @@ def test_a_run_exports_its_best_model(finished):
     for other, other_params in (
         read_huggingface(finished / "huggingface"),
         read_torch_checkpoint(finished / "model.pt"),
+        read_gguf(finished / "model.gguf"),
     ):
         assert (other.config, other.chat_template, other.tokenizer) == (
             description.config,
@@ -105,13 +110,19 @@ def test_names_are_checked(monkeypatch):
 
 
 def test_forms_that_cannot_hold_the_model_are_refused_before_training():
-    plain, llama = GPTConfig(), GPTConfig(norm="rms", n_kv_heads=4)
+    plain = ModelDescription(GPTConfig(), None, None, {})
+    llama = ModelDescription(GPTConfig(norm="rms", n_kv_heads=4), None, None, {})
     check_exports("huggingface,torch", plain)
     check_exports("huggingface", llama)
     with pytest.raises(UserError, match="export=torch can't be written: the PyTorch project has no such model"):
         check_exports("huggingface,torch", llama)
+    check_exports("gguf", llama)
+    scaled = RopeScaling(8.0, 1.0, 4.0, 8192)
+    qwen = dataclasses.replace(llama, config=dataclasses.replace(llama.config, qkv_bias=True, rope_scaling=scaled))
+    with pytest.raises(UserError, match=r"export=gguf can't be written: llama\.cpp scales"):
+        check_exports("gguf", qwen)
     with pytest.raises(UserError, match="export=huggingface can't be written: no model of"):
-        check_exports("huggingface", GPTConfig(qk_norm=True))
+        check_exports("huggingface", dataclasses.replace(plain, config=GPTConfig(qk_norm=True)))
 
 
 def test_a_folder_is_not_taken_for_a_run(finished):
@@ -126,6 +137,11 @@ def test_only_the_same_kind_is_replaced(finished, tmp_path):
     for kind, path in (("huggingface", finished), ("model", finished), ("torch", finished), ("huggingface", tmp_path)):
         with pytest.raises(UserError, match="--overwrite replaces nothing else"):
             check_output(kind, path, overwrite=True)
-    for kind, path in (("torch", tmp_path / "a"), ("huggingface", tmp_path / "a.pt"), ("model", tmp_path / "a.pt")):
-        with pytest.raises(UserError, match=r"--to torch writes a file that ends in \.pt"):
-            check_output(kind, path, overwrite=False)
+    for kind, name, message in (
+        ("torch", "a", r"a file that ends in \.pt"),
+        ("gguf", "a.pt", r"a file that ends in \.gguf"),
+        ("huggingface", "a.pt", "a directory, which"),
+        ("model", "a.gguf", "a directory, which"),
+    ):
+        with pytest.raises(UserError, match=f"--to {kind} writes {message}"):
+            check_output(kind, tmp_path / name, overwrite=False)

@@ -12,7 +12,6 @@ from tinysft_jax.conversion import gguf, huggingface
 from tinysft_jax.conversion.families import family_of
 from tinysft_jax.conversion.model_card import CARD_CONTENT, RunRecord, read_run, write_card
 from tinysft_jax.conversion.torch import check_architecture, write_torch_checkpoint
-from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params
 
 KINDS = ("model", "torch", "huggingface", "gguf")
@@ -94,11 +93,16 @@ def parse_export(names: str) -> tuple[str, ...]:
     return kinds
 
 
-def check_exports(names: str, config: GPTConfig) -> None:
-    """Raises: UserError, if one of the kinds that the setting `export` lists can't hold a model of this shape."""
+def check_exports(names: str, description: ModelDescription) -> None:
+    """Raises: UserError, if one of the kinds that the setting `export` lists can't hold this model."""
     for kind in parse_export(names):
         try:
-            check_architecture(config) if kind == "torch" else family_of(config)
+            if kind == "torch":
+                check_architecture(description.config)
+            elif kind == "gguf":
+                gguf.to_pairs(description, title="")
+            else:
+                family_of(description.config)
         except UserError as error:
             raise UserError(f"export={kind} can't be written: {error}") from None
 

@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 import families
+import gguf_files
 import hostile_chats
 import jax
 import numpy as np
@@ -22,12 +23,13 @@ import own_tokenizers
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_model import make_config, make_tokenizer
+from tiny_model import family, make_config, make_tokenizer, random_params
 from torch_twin import TorchTwin, save
 
 from tinysft_jax import chat, files
 from tinysft_jax.checkpoints import load_description, load_tokenizer
 from tinysft_jax.console import RunError, UserError
+from tinysft_jax.conversion.gguf import read_gguf, write_gguf
 from tinysft_jax.conversion.huggingface import read_huggingface
 from tinysft_jax.conversion.tokenizer_files import read_tokenizer
 from tinysft_jax.conversion.torch import read_torch_checkpoint
@@ -37,7 +39,7 @@ from tinysft_jax.data.encode import Encoder
 from tinysft_jax.data.packing import plan_epoch
 from tinysft_jax.data.sources import open_input
 from tinysft_jax.data.store import SPLITS, PreparedData
-from tinysft_jax.parameters import model_parameter_shapes
+from tinysft_jax.parameters import ModelDescription, model_parameter_shapes
 from tinysft_jax.sampling.batch import read_requests
 from tinysft_jax.sampling.chat import load_transcript
 from tinysft_jax.tasks.make import TASK_NAMES, make_tasks
@@ -386,10 +388,10 @@ def test_model_json(fuzz, tmp_path):
 
 
 def test_huggingface_folders(fuzz, tmp_path):
-    """Of each family: a `config.json` that lies about its tensors, or tensors that were damaged."""
+    """Of each name: a `config.json` that lies about its tensors, or tensors that were damaged."""
     originals = {}
-    for family in ("llama", "qwen2", "qwen3", "stablelm"):
-        folder = families.save(families.random_model(family), tmp_path / family)
+    for name in ("llama", "qwen2", "qwen3", "stablelm"):
+        folder = families.save(families.random_model(name), tmp_path / name)
         config, weights = folder / "config.json", folder / "model.safetensors"
         originals[family] = json.loads(config.read_text()), weights.read_bytes()
 
@@ -399,6 +401,26 @@ def test_huggingface_folders(fuzz, tmp_path):
         (tmp_path / "config.json").write_text(config)
         (tmp_path / "model.safetensors").write_bytes(weights)
         description, params = read_huggingface(tmp_path)
+        shapes = jax.tree.map(lambda leaf: leaf.shape, model_parameter_shapes(description.config))
+        assert jax.tree.map(lambda leaf: leaf.shape, params) == shapes
+        json.dumps(description.to_json(), ensure_ascii=False).encode()
+
+    fuzz(st.tuples(st.sampled_from(sorted(originals)), st.integers(0, 2**63)), act)
+
+
+def test_gguf_files(fuzz, tmp_path):
+    """Of each architecture: files that were cut short or damaged, and other numbers in their headers."""
+    originals = {}
+    for name in ("default", "llama", "qwen2", "qwen3"):
+        config = family(name, vocab_size=260)
+        model = ModelDescription(config, **make_tokenizer("control").description(), source={})
+        write_gguf(path := tmp_path / f"{name}.gguf", random_params(config), model, "A model")
+        originals[name] = path.read_bytes()
+
+    def act(given: tuple[str, int]) -> None:
+        name, seed = given
+        (path := tmp_path / "a.gguf").write_bytes(gguf_files.hostile(Random(seed), originals[name]))
+        description, params = read_gguf(path)
         shapes = jax.tree.map(lambda leaf: leaf.shape, model_parameter_shapes(description.config))
         assert jax.tree.map(lambda leaf: leaf.shape, params) == shapes
         json.dumps(description.to_json(), ensure_ascii=False).encode()

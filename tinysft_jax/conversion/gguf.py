@@ -167,20 +167,11 @@ def write_gguf(path: Path, params: Params, description: ModelDescription, title:
     matrix that has no whole blocks of q8_0 is float16.
     Raises: UserError, if llama.cpp has no architecture or no tokenizer for this model.
     """
-    gguf, config, own = import_gguf(), description.config, {"trained_length": description.trained_length}
-    name = family_of(config)
-    file_type = gguf.LlamaFileType["ALL_F32" if dtype == "float32" else f"MOSTLY_{ENCODINGS[dtype]}"]
-    pairs = {"general.name": title, "general.file_type": int(file_type), "general.quantization_version": 2}
-    pairs |= _config_pairs(config, name)
-    if description.tokenizer:
-        pairs |= gguf_tokenizer.to_pairs(description.make_tokenizer(), config.vocab_size)
-    if config.rope_scaling:
-        own["rope_scaling"] = dataclasses.asdict(config.rope_scaling)
-    if not isinstance(description.chat_template, dict):
-        own["chat_template"] = description.chat_template
+    gguf, config = import_gguf(), description.config
+    name, pairs = family_of(config), to_pairs(description, title, dtype)
     writer = gguf.GGUFWriter(path, name)
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
-    for key, value in (pairs | {OWN_KEY: json.dumps(own)}).items():
+    for key, value in pairs.items():
         value = value.tolist() if isinstance(value, np.ndarray) else value
         add.get(type(value), writer.add_string)(key, value)
     for tensor_name, tensor in _tensors(params, config, name).items():
@@ -196,6 +187,21 @@ def write_gguf(path: Path, params: Params, description: ModelDescription, title:
         raise RunError(f"can't write {path}: {reason(error)}") from None
     finally:
         writer.close()
+
+
+def to_pairs(description: ModelDescription, title: str, dtype: str = "float32") -> dict[str, Any]:
+    """All of a file but its tensors and its architecture's name. Raises: UserError, as `write_gguf`."""
+    config, own = description.config, {"trained_length": description.trained_length}
+    if not isinstance(description.chat_template, dict):
+        own["chat_template"] = description.chat_template
+    if config.rope_scaling:
+        own["rope_scaling"] = dataclasses.asdict(config.rope_scaling)
+    file_type = import_gguf().LlamaFileType["ALL_F32" if dtype == "float32" else f"MOSTLY_{ENCODINGS[dtype]}"]
+    pairs = {"general.name": title, "general.file_type": int(file_type), "general.quantization_version": 2}
+    pairs |= _config_pairs(config, family_of(config))
+    if description.tokenizer:
+        pairs |= gguf_tokenizer.to_pairs(description.make_tokenizer(), config.vocab_size)
+    return pairs | {OWN_KEY: json.dumps(own)}
 
 
 def _config_pairs(config: GPTConfig, name: str) -> dict[str, Any]:

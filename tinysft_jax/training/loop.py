@@ -120,7 +120,7 @@ def open_run(
         notes.append(f"validation: {sample}; the kept model: {final_rows:,} rows")
     else:
         notes.append("there is no validation data: the last model is kept")
-    check_exports(config.export, status.model.config)
+    check_exports(config.export, status.model)
     steps = steps_of(config, status.model.config, total_steps, len(data.tasks), mesh)
     state = steps.create(params, config.seed) if is_new else checkpoints.restore(steps.shapes, steps.shardings)
     log = RunLog(config, workdir, status.model.config, total_steps)

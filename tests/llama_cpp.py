@@ -38,7 +38,7 @@ class LlamaCpp:
         return self._ask("completion", request | options)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """The ids of a text; with `special`, of a prompt: special tokens are spelled in it, and BOS is put before it."""
+        """The ids of a text; with `special`, of a prompt: special tokens are spelled in it, and begins with BOS."""
         return self._ask("tokenize", {"content": text, "parse_special": special, "add_special": special})["tokens"]
 
     def prompt(self, messages: list[dict[str, str]]) -> str:

@@ -393,7 +393,7 @@ def test_huggingface_folders(fuzz, tmp_path):
     for name in ("llama", "qwen2", "qwen3", "stablelm"):
         folder = families.save(families.random_model(name), tmp_path / name)
         config, weights = folder / "config.json", folder / "model.safetensors"
-        originals[family] = json.loads(config.read_text()), weights.read_bytes()
+        originals[name] = json.loads(config.read_text()), weights.read_bytes()
 
     def act(given: tuple[str, int]) -> None:
         family, seed = given

@@ -56,8 +56,10 @@ def read_gguf(path: Path) -> tuple[ModelDescription, Params]:
         length, tokenizer = parse_trained_length(own, config), _read_tokenizer(pairs, path)
         if tokenizer and tokenizer.vocab_size > config.vocab_size:
             raise UserError(f"its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
-        tensors.pop(_ROPE_FACTORS, None)
-        params = _layout(config, pairs["general.architecture"]).import_tensors(tensors, config)
+        name = pairs["general.architecture"]
+        if name == "llama":
+            tensors.pop(_ROPE_FACTORS, None)
+        params = _layout(config, name).import_tensors(tensors, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     source = {"kind": "gguf", "file": path.resolve().name}
@@ -153,7 +155,8 @@ def _plain(value: Any) -> Any:
     """An array as a list, and a float as it was meant before it became a float32."""
     if isinstance(value, np.ndarray):
         return value.tolist()
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _layout(config: GPTConfig, name: str) -> Layout:

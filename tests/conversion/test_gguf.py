@@ -188,6 +188,14 @@ def test_the_head_is_tied_where_it_equals_the_embedding(files):
     assert "output.weight" not in read_gguf_file(files["qwen2"])[1]
 
 
+@pytest.mark.parametrize("changes", [{"qkv_bias": True, "n_heads": 4, "n_kv_heads": 2}, {"tied_head": False}])
+def test_options_of_stablelm(tmp_path, changes):
+    model = describe("default", **changes)
+    description, params = read_gguf(written(tmp_path / "a.gguf", model))
+    assert description.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, params, params_of(model))
+
+
 def test_llama_3s_scaling_is_known_by_its_factors(tmp_path):
     """Files of others have no more than the factors."""
     usual = dataclasses.replace(family("llama").rope_scaling, factor=32.0, original_max_seq_len=8192)

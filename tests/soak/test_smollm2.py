@@ -25,7 +25,12 @@ import transformers  # noqa: E402
 pytestmark = pytest.mark.soak
 
 PROMPTS = [
-    *("What is the capital of France?", "Write a story about a cat.", "How many legs has a spider?", "Name three fruits."),
+    *(
+        "What is the capital of France?",
+        "Write a story about a cat.",
+        "How many legs has a spider?",
+        "Name three fruits.",
+    ),
     *("Why is the sky blue?", "Translate 'good morning' to French.", "What is 12 + 30?", "Who wrote Hamlet?"),
     *("Give me a rhyme for 'tree'.", "Explain gravity to a child."),
 ]

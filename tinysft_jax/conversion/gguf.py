@@ -56,7 +56,8 @@ def read_gguf(path: Path) -> tuple[ModelDescription, Params]:
         length, tokenizer = parse_trained_length(own, config), _read_tokenizer(pairs, path)
         if tokenizer and tokenizer.vocab_size > config.vocab_size:
             raise UserError(f"its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
-        tensors.pop(_ROPE_FACTORS, None)
+        if config.rope_scaling:
+            del tensors[_ROPE_FACTORS]
         params = _layout(config, pairs["general.architecture"]).import_tensors(tensors, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -97,7 +98,7 @@ def _read_config(pairs: dict[str, Any], tensors: dict[str, StoredTensor], own: d
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"its architecture is {shown(name)}; this program's GPT can be {', '.join(FAMILIES)}")
     required = _REQUIRED | _EPSILON[FAMILIES[name].traits["norm"]]
-    values = {key: _plain(value) for key, value in pairs.items()}
+    values = {key: _plain(value) for key, value in pairs.items() if key.startswith(f"{name}.")}
     content = {theirs: values.get(f"{name}.{key}") for theirs, key in required.items()}
     if missing := [f"{name}.{required[theirs]}" for theirs, value in content.items() if value is None]:
         raise UserError(f"it has no {', '.join(missing)}")
@@ -126,7 +127,7 @@ def _read_config(pairs: dict[str, Any], tensors: dict[str, StoredTensor], own: d
 def _fixed(config: GPTConfig) -> dict[str, Any]:
     """What a file may only say of a model of this shape, if anything."""
     sizes = {"rope.dimension_count": config.head_dim, "attention.value_length": config.head_dim}
-    return sizes | {"rope.scaling.type": "none", "rope.scale_linear": 1.0}
+    return sizes | {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0}
 
 
 def _with_rope_factors(config: GPTConfig, factors: np.ndarray, own: dict[str, Any]) -> GPTConfig:
@@ -150,10 +151,11 @@ def _rope_factors(config: GPTConfig) -> np.ndarray:
 
 
 def _plain(value: Any) -> Any:
-    """An array as a list, and a float as it was meant before it became a float32."""
+    """An array, which no key may be, as a short list, and a float as it was meant before it became a float32."""
     if isinstance(value, np.ndarray):
-        return value.tolist()
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+        return value[:9].tolist()
+    with np.errstate(over="ignore"):  # infinity is refused later
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _layout(config: GPTConfig, name: str) -> Layout:
@@ -197,7 +199,11 @@ def to_pairs(description: ModelDescription, title: str, dtype: str = "float32") 
     if config.rope_scaling:
         own["rope_scaling"] = dataclasses.asdict(config.rope_scaling)
     file_type = import_gguf().LlamaFileType["ALL_F32" if dtype == "float32" else f"MOSTLY_{ENCODINGS[dtype]}"]
-    pairs = {"general.name": title, "general.file_type": int(file_type), "general.quantization_version": 2}
+    pairs = {
+        "general.name": title.encode(errors="replace").decode(),
+        "general.file_type": int(file_type),
+        "general.quantization_version": 2,
+    }
     pairs |= _config_pairs(config, family_of(config))
     if description.tokenizer:
         pairs |= gguf_tokenizer.to_pairs(description.make_tokenizer(), config.vocab_size)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import signal
 import struct
 from pathlib import Path
 from random import Random
@@ -15,7 +16,7 @@ from gguf_files import hostile, rewrite
 from tiny_model import family, make_tokenizer, random_params
 
 from tinysft_jax.checkpoints import load_tokenizer, open_model
-from tinysft_jax.console import UserError
+from tinysft_jax.console import RunError, UserError
 from tinysft_jax.conversion import gguf_file, gguf_tokenizer
 from tinysft_jax.conversion.gguf import ROUND_OFF, read_gguf, write_gguf
 from tinysft_jax.conversion.gguf_file import read_gguf_file
@@ -353,6 +354,28 @@ def test_a_title_that_is_no_unicode(tmp_path):
     model = describe("default")
     write_gguf(tmp_path / "a.gguf", params_of(model), model, "a\udcff")
     assert read_gguf_file(tmp_path / "a.gguf")[0]["general.name"] == "a?"
+
+
+def test_a_value_that_float16_cannot_hold(tmp_path):
+    model = describe("default")
+    params = jax.tree.map(lambda leaf: leaf * 1e6, params_of(model))
+    with pytest.raises(UserError, match=r"values above 65,504"):
+        write_gguf(tmp_path / "a.gguf", params, model, "A model", "float16")
+
+
+def test_a_full_disk(files, tmp_path):
+    """Wherever it is full, even in the last, small tensor, there is one error."""
+    resource, model = pytest.importorskip("resource"), describe("default")
+    params, size = params_of(model), files["default"].stat().st_size
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for room in (0, 1000, size // 2, size - 300, size - 4):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            with pytest.raises(RunError, match="can't write"):
+                write_gguf(tmp_path / "a.gguf", params, model, "A model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Models in GGUF files, of llama.cpp's architectures `stablelm`, `llama`, `qwen2` and `qwen3`, read and written."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -167,7 +168,7 @@ def write_gguf(path: Path, params: Params, description: ModelDescription, title:
 
     `title` is the model's name, `dtype`, one of `ENCODINGS`, that of the matrices; norms and biases are float32. A
     matrix that has no whole blocks of q8_0 is float16.
-    Raises: UserError, if llama.cpp has no architecture or no tokenizer for this model.
+    Raises: UserError, if llama.cpp has no architecture or no tokenizer for this model, or a value is too large.
     """
     gguf, config = import_gguf(), description.config
     name, pairs = family_of(config), to_pairs(description, title, dtype)
@@ -180,15 +181,26 @@ def write_gguf(path: Path, params: Params, description: ModelDescription, title:
         block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[ENCODINGS[dtype]]][0]
         whole = "F16" if tensor.shape[-1] % block else ENCODINGS[dtype]
         encoding = gguf.GGMLQuantizationType["F32" if tensor.ndim == 1 else whole]
-        writer.add_tensor(tensor_name, gguf.quantize(tensor, encoding), raw_dtype=encoding)
+        with np.errstate(over="ignore"):
+            stored = gguf.quantize(tensor, encoding)
+        if stored.dtype == np.float16 and not np.isfinite(stored).all():
+            raise UserError(f"{tensor_name} has values above 65,504, which float16 can't hold")
+        writer.add_tensor(tensor_name, stored, raw_dtype=encoding)
+    _write(writer, path)
+
+
+def _write(writer: Any, path: Path) -> None:
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    except OSError as error:
+        writer.close()
+        read_gguf_file(path)  # NumPy does not tell when the end of a small tensor could not be written
+    except (OSError, UserError) as error:
         raise RunError(f"can't write {path}: {reason(error)}") from None
     finally:
-        writer.close()
+        with contextlib.suppress(OSError):
+            writer.close()
 
 
 def to_pairs(description: ModelDescription, title: str, dtype: str = "float32") -> dict[str, Any]:

@@ -53,7 +53,9 @@ def to_files(pairs: Mapping[str, Any]) -> tuple[dict[str, bytes], list[int]]:
 
     Raises: UserError, if the tokenizer is damaged, or of a kind that is not read.
     """
-    kind, tokens = _name(pairs, "model"), pairs.get(f"{_P}tokens")
+    kind, pre, tokens = (pairs.get(f"{_P}{name}") for name in ("model", "pre", "tokens"))
+    if not all(isinstance(name, str | None) for name in (kind, pre)):
+        raise UserError(f"its {_P}model or {_P}pre is not a name")
     if kind in (None, "no_vocab", "none"):
         return {}, []
     if kind not in ("gpt2", "llama"):
@@ -75,7 +77,7 @@ def to_files(pairs: Mapping[str, Any]) -> tuple[dict[str, bytes], list[int]]:
         for id in np.flatnonzero(is_added).tolist()
     ]
     settings = {name: tokens[ids[key]] for name, key in _SPECIAL.items() if key in ids}
-    if _flag(pairs, "add_bos_token", kind == "llama" or _name(pairs, "pre") in _LLAMA3) and "bos" in ids:
+    if _flag(pairs, "add_bos_token", kind == "llama" or pre in _LLAMA3) and "bos" in ids:
         content["post_processor"] = _begin_with(tokens[ids["bos"]], ids["bos"])
     kept = {TOKENIZER_JSON: _dump(content), SETTINGS: _dump(settings)}
     if isinstance(template := pairs.get("tokenizer.chat_template"), str) and template:
@@ -84,7 +86,7 @@ def to_files(pairs: Mapping[str, Any]) -> tuple[dict[str, bytes], list[int]]:
 
 
 def _byte_level(pairs: Mapping[str, Any]) -> dict[str, Any]:
-    pre, merges = _name(pairs, "pre"), pairs.get(f"{_P}merges", [])
+    pre, merges = pairs.get(f"{_P}pre"), pairs.get(f"{_P}merges", [])
     if pre not in _PRE:
         raise UserError(f"it splits text as {shown(pre)} ({_P}pre); known are {', '.join(_PRE)}")
     if not _is_texts(merges) or not all(merge.count(" ") == 1 for merge in merges):
@@ -216,13 +218,6 @@ def _begin_with(token: str, id: int) -> dict[str, Any]:
     special = {token: {"id": token, "ids": [id], "tokens": [token]}}
     pair = [begin, text, {"Sequence": {"id": "B", "type_id": 1}}]
     return {"type": "TemplateProcessing", "single": [begin, text], "pair": pair, "special_tokens": special}
-
-
-def _name(pairs: Mapping[str, Any], name: str) -> str | None:
-    value = pairs.get(f"{_P}{name}")
-    if not isinstance(value, str | None):
-        raise UserError(f"its {_P}{name} is {shown(value)}, not a name")
-    return value
 
 
 def _id(pairs: Mapping[str, Any], name: str, n_ids: int) -> int | None:

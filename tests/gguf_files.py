@@ -1,7 +1,14 @@
 """GGUF files that were damaged, or lie about what they hold."""
 
 import struct
+from collections.abc import Mapping
+from pathlib import Path
 from random import Random
+from typing import Any
+
+import numpy as np
+
+from tinysft_jax.conversion.gguf_file import read_gguf_file
 
 _NUMBERS = [0, 1, 2, 3, 7, 8, 9, 12, 14, 31, 97, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1]
 
@@ -28,3 +35,22 @@ def hostile(draw: Random, data: bytes) -> bytes:
             if draw.random() < 0.2:
                 changed[at : at + 8] = struct.pack("<Q", draw.choice([2**32, 2**40, 2**62, 2**64 - 1]))
     return bytes(changed)
+
+
+def rewrite(path: Path, out: Path, pairs: Mapping[str, Any], tensors: Mapping[str, np.ndarray] | None = None) -> Path:
+    """Writes a file again as `out`, with other key-value pairs and more tensors, all float32."""
+    import gguf  # an extra
+
+    own, stored = read_gguf_file(path)
+    own |= pairs
+    writer = gguf.GGUFWriter(out, own.pop("general.architecture"))
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float64, str: writer.add_string}
+    for key, value in own.items():
+        kinds.get(type(value), writer.add_array)(key, value.tolist() if isinstance(value, np.ndarray) else value)
+    for name, tensor in {**stored, **(tensors or {})}.items():
+        writer.add_tensor(name, np.asarray(tensor, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out

@@ -16,6 +16,7 @@ from tinysft_jax.console import UserError
 from tinysft_jax.conversion.gguf import read_gguf
 from tinysft_jax.conversion.huggingface import read_huggingface
 from tinysft_jax.conversion.torch import read_torch_checkpoint
+from tinysft_jax.data import prepare
 from tinysft_jax.export import check_exports, check_output, export_run, parse_export
 from tinysft_jax.gpt_config import GPTConfig, RopeScaling
 from tinysft_jax.parameters import ModelDescription
@@ -28,14 +29,27 @@ CONFIG = Path(__file__).parents[1] / "configs" / "sft.py"
 
 
 @pytest.fixture(scope="module")
-def finished(chat_data, tmp_path_factory) -> Path:
+def merged_data(tmp_path_factory) -> Path:
+    """Chats whose tokenizer has merges, which llama.cpp needs."""
+    directory = tmp_path_factory.mktemp("data")
+    roles = ("system", "user", "assistant")
+    chats = [[dict(role=role, content=f"{role[0]} {i}") for role in roles] for i in range(200)]
+    lines = [json.dumps({"messages": messages}) for messages in chats]
+    (directory / "chats.jsonl").write_text("\n".join(lines))
+    flags = ["--bpe_ranks=300", "--valid_fraction=0.1", "--workers=1", "--max_tokens=64"]
+    prepare.main([f"--input={directory}/chats.jsonl", f"--output={directory}/data", *flags])
+    return directory / "data"
+
+
+@pytest.fixture(scope="module")
+def finished(merged_data, tmp_path_factory) -> Path:
     """The work directory of a run that exported."""
     spec = importlib.util.spec_from_file_location("sft", CONFIG)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config, workdir = module.get_config(), tmp_path_factory.mktemp("run") / "work"
     config.update(
-        {"init_from": "random", "export": "huggingface,torch,gguf", "data": {"path": str(chat_data), "seq_len": 64}}
+        {"init_from": "random", "export": "huggingface,torch,gguf", "data": {"path": str(merged_data), "seq_len": 64}}
     )
     config.model.update({"dim": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 64})
     config.optimizer.warmup_steps = 1

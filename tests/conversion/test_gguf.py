@@ -1,7 +1,9 @@
 """GGUF files: what is written is read again, as the package `gguf` reads it, and what lies about itself is refused."""
 
+import contextlib
 import dataclasses
 import json
+import signal
 import struct
 from pathlib import Path
 from random import Random
@@ -10,11 +12,11 @@ import jax
 import numpy as np
 import own_tokenizers
 import pytest
-from gguf_files import hostile
-from tiny_model import family, make_tokenizer, random_params
+from gguf_files import hostile, rewrite
+from tiny_model import family, random_params
 
 from tinysft_jax.checkpoints import load_tokenizer, open_model
-from tinysft_jax.console import UserError
+from tinysft_jax.console import RunError, UserError
 from tinysft_jax.conversion import gguf_file, gguf_tokenizer
 from tinysft_jax.conversion.gguf import ROUND_OFF, read_gguf, write_gguf
 from tinysft_jax.conversion.gguf_file import read_gguf_file
@@ -24,10 +26,11 @@ from tinysft_jax.tokenizer import ChatTokenizer
 gguf = pytest.importorskip("gguf")
 
 NAMES = ("default", "llama", "qwen2", "qwen3")
+RANKS = 300  # llama.cpp needs merges
 
 
 def describe(name: str, tokenizer: ChatTokenizer | None = None, **changes) -> ModelDescription:
-    tokenizer = tokenizer or make_tokenizer("control")
+    tokenizer = tokenizer or ChatTokenizer("control", RANKS)
     config = family(name, vocab_size=tokenizer.vocab_size + 3, **changes)
     model = ModelDescription(config, **tokenizer.description(), source={}, trained_length=77)
     return dataclasses.replace(model, tokenizer_files=tokenizer.files)
@@ -162,7 +165,7 @@ def own_gguf(tmp_path_factory):
 
 @pytest.mark.parametrize("template", ["text", None])
 def test_templates_without_tokens(tmp_path, template):
-    model = describe("default", make_tokenizer(template))
+    model = describe("default", ChatTokenizer(template, RANKS))
     assert read_gguf(written(tmp_path / "a.gguf", model))[0].chat_template == template
 
 
@@ -215,6 +218,11 @@ def test_what_llama_cpp_cannot_have_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tokenizer_without_merges_is_refused(tmp_path):
+    with pytest.raises(UserError, match="needs a tokenizer with merges"):
+        write_gguf(tmp_path / "a.gguf", {}, describe("default", ChatTokenizer("control", 256)), "A model")
+
+
 def test_a_tokenizer_that_llama_cpp_would_run_otherwise_is_refused(tmp_path):
     folder = own_tokenizers.write_folder("llama3", tmp_path / "folder")
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -234,7 +242,10 @@ def test_a_tokenizer_that_llama_cpp_would_run_otherwise_is_refused(tmp_path):
 
 def test_unused_ids_and_generation_marks(files):
     pairs, _ = read_gguf_file(files["default"])
-    assert pairs["tokenizer.ggml.tokens"][-4:] == ["<|assistant|>", *(f"<|unused{id}|>" for id in (260, 261, 262))]
+    assert pairs["tokenizer.ggml.tokens"][-4:] == [
+        "<|assistant|>",
+        *(f"<|unused{id}|>" for id in range(RANKS + 4, RANKS + 7)),
+    ]
     assert pairs["tokenizer.ggml.token_type"][-5:].tolist() == [3, 3, 5, 5, 5]
     assert "generation %}" not in pairs["tokenizer.chat_template"]
 
@@ -265,7 +276,7 @@ LIES = {
     "no known encoding": ("llama", encoded_as(0), encoded_as(99), "quantised as type 99, which"),
     "no readable encoding": ("llama", encoded_as(0), encoded_as(24), "quantised as I8, which"),
     "a pre-tokenizer": ("llama", b"gpt-2", b"gpt-9", "splits text as 'gpt-9'"),
-    "eos": ("llama", number("eos_token_id", 256), number("eos_token_id", 2**31), "eos_token_id is 2147483648"),
+    "eos": ("llama", number("eos_token_id", RANKS), number("eos_token_id", 2**31), "eos_token_id is 2147483648"),
     "rope factors": ("llama", b"rope_scaling", b"rope_scalinG", "not Llama 3's"),
 }
 
@@ -285,6 +296,103 @@ def test_a_file_that_is_cut_short(files, tmp_path):
         (tmp_path / "a.gguf").write_bytes(data[:size])
         with pytest.raises(UserError, match=r"cut short|can't read it|not a GGUF"):
             read_gguf(tmp_path / "a.gguf")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [[1, 2], ["a", "b"], "x", 1e300, True])
+def test_values_of_other_types(files, tmp_path, value):
+    """Every key, with a value of a type that it doesn't have: a model, or one line."""
+    pairs, _ = read_gguf_file(files["llama"])
+    for key in [*pairs, "split.count", "llama.expert_count", "tokenizer.ggml.eot_token_id"]:
+        if key != "general.architecture":
+            with contextlib.suppress(UserError):
+                read_gguf(rewrite(files["llama"], tmp_path / "a.gguf", {key: value}))
+
+
+def test_tensors_that_share_bytes(tmp_path):
+    """A small file could stand for any number of parameters."""
+    data = written(tmp_path / "a.gguf", describe("llama", n_layers=6, mlp_ratio=80.0)).read_bytes()
+    start = data.index(b"token_embd.weight") - 8
+    infos, at = bytearray(data), start
+    for _ in range(struct.unpack("<Q", data[8:16])[0]):
+        (n_bytes,) = struct.unpack_from("<Q", data, at)
+        (n_axes,) = struct.unpack_from("<I", data, at + 8 + n_bytes)
+        at += 8 + n_bytes + 4 + 8 * n_axes + 4 + 8
+        infos[at - 8 : at] = bytes(8)
+    (tmp_path / "a.gguf").write_bytes(infos[: at + 400_000])
+    with pytest.raises(UserError, match="they share memory"):
+        read_gguf(tmp_path / "a.gguf")
+
+
+def test_a_long_token_takes_no_time(own_gguf, tmp_path):
+    _, path = own_gguf("tinyllama")
+    tokens = read_gguf_file(path)[0]["tokenizer.ggml.tokens"]
+    with pytest.raises(UserError, match="a token of 1,000,000 characters"):
+        load_tokenizer(
+            rewrite(path, tmp_path / "a.gguf", {"tokenizer.ggml.tokens": [*tokens[:-4], "a" * 10**6, *tokens[-3:]]})
+        )
+
+
+def test_positions_scaled_otherwise(files, tmp_path):
+    """llama.cpp takes a factor alone as linear scaling, and Llama 3's factors in llama models only."""
+    with pytest.raises(UserError, match=r"rope.scaling.factor is 4.0"):
+        read_gguf(rewrite(files["qwen2"], tmp_path / "a.gguf", {"qwen2.rope.scaling.factor": 4.0}))
+    with pytest.raises(UserError, match=r"unexpected: rope_freqs"):
+        read_gguf(rewrite(files["qwen2"], tmp_path / "a.gguf", {}, {"rope_freqs.weight": np.ones(8, np.float32)}))
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "tinyllama"])
+def test_special_ids_as_other_programs_write_them(own_gguf, tmp_path, kind):
+    """What ends a text may be called an ordinary or a user's token; padding may be any token, or -1."""
+    ours, path = own_gguf(kind)
+    pairs, _ = read_gguf_file(path)
+    for type_ in (1, 4):
+        types = pairs["tokenizer.ggml.token_type"].copy()
+        types[ours.eot_id] = type_
+        for pad in (pairs["tokenizer.ggml.tokens"].index("a"), 2**32 - 1):
+            changes = {"tokenizer.ggml.token_type": types, "tokenizer.ggml.padding_token_id": pad}
+            theirs = load_tokenizer(rewrite(path, tmp_path / "a.gguf", changes))
+            assert theirs.encode_text("a </s> cat") == ours.encode_text("a </s> cat")
+            assert theirs.bpe.special_ids == ours.bpe.special_ids and theirs.stop_ids == ours.stop_ids
+
+
+def test_more_ends_and_names_without_a_token(tmp_path):
+    """A folder's settings may name a token that its vocabulary lacks, and several that end an answer."""
+    folder = own_tokenizers.write_folder("qwen3", tmp_path / "folder")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "[PAD]"}))
+    end = own_tokenizers.read_tokenizer(folder, {}).bpe.special_ids["<|endoftext|>"]
+    ours = own_tokenizers.read_tokenizer(folder, {"eos_token_id": [end]})
+    theirs = load_tokenizer(written(tmp_path / "a.gguf", describe("qwen2", ours)))
+    assert theirs.stop_ids == ours.stop_ids and len(ours.stop_ids) == 2
+
+
+def test_a_title_that_is_no_unicode(tmp_path):
+    model = describe("default")
+    write_gguf(tmp_path / "a.gguf", params_of(model), model, "a\udcff")
+    assert read_gguf_file(tmp_path / "a.gguf")[0]["general.name"] == "a?"
+
+
+def test_a_value_that_float16_cannot_hold(tmp_path):
+    model = describe("default")
+    params = jax.tree.map(lambda leaf: leaf * 1e6, params_of(model))
+    with pytest.raises(UserError, match=r"values above 65,504"):
+        write_gguf(tmp_path / "a.gguf", params, model, "A model", "float16")
+
+
+def test_a_full_disk(files, tmp_path):
+    """Wherever it is full, even in the last, small tensor, there is one error."""
+    resource, model = pytest.importorskip("resource"), describe("default")
+    params, size = params_of(model), files["default"].stat().st_size
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for room in (0, 1000, size // 2, size - 300, size - 4):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            with pytest.raises(RunError, match="can't write"):
+                write_gguf(tmp_path / "a.gguf", params, model, "A model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.slow

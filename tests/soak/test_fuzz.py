@@ -412,8 +412,9 @@ def test_gguf_files(fuzz, tmp_path):
     """Of each architecture: files that were cut short or damaged, and other numbers in their headers."""
     originals = {}
     for name in ("default", "llama", "qwen2", "qwen3"):
-        config = family(name, vocab_size=260)
-        model = ModelDescription(config, **make_tokenizer("control").description(), source={})
+        tokenizer = ChatTokenizer("control", bpe_ranks=300)
+        config = family(name, vocab_size=tokenizer.vocab_size)
+        model = ModelDescription(config, **tokenizer.description(), source={})
         write_gguf(path := tmp_path / f"{name}.gguf", random_params(config), model, "A model")
         originals[name] = path.read_bytes()
 

@@ -1,5 +1,6 @@
 """Models in GGUF files, of llama.cpp's architectures `stablelm`, `llama`, `qwen2` and `qwen3`, read and written."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -56,10 +57,9 @@ def read_gguf(path: Path) -> tuple[ModelDescription, Params]:
         length, tokenizer = parse_trained_length(own, config), _read_tokenizer(pairs, path)
         if tokenizer and tokenizer.vocab_size > config.vocab_size:
             raise UserError(f"its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
-        name = pairs["general.architecture"]
-        if name == "llama":
-            tensors.pop(_ROPE_FACTORS, None)
-        params = _layout(config, name).import_tensors(tensors, config)
+        if config.rope_scaling:
+            del tensors[_ROPE_FACTORS]
+        params = _layout(config, pairs["general.architecture"]).import_tensors(tensors, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     source = {"kind": "gguf", "file": path.resolve().name}
@@ -99,7 +99,7 @@ def _read_config(pairs: dict[str, Any], tensors: dict[str, StoredTensor], own: d
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"its architecture is {shown(name)}; this program's GPT can be {', '.join(FAMILIES)}")
     required = _REQUIRED | _EPSILON[FAMILIES[name].traits["norm"]]
-    values = {key: _plain(value) for key, value in pairs.items()}
+    values = {key: _plain(value) for key, value in pairs.items() if key.startswith(f"{name}.")}
     content = {theirs: values.get(f"{name}.{key}") for theirs, key in required.items()}
     if missing := [f"{name}.{required[theirs]}" for theirs, value in content.items() if value is None]:
         raise UserError(f"it has no {', '.join(missing)}")
@@ -128,7 +128,12 @@ def _read_config(pairs: dict[str, Any], tensors: dict[str, StoredTensor], own: d
 def _fixed(config: GPTConfig) -> dict[str, Any]:
     """What a file may only say of a model of this shape, if anything."""
     sizes = {"rope.dimension_count": config.head_dim, "attention.value_length": config.head_dim}
-    return sizes | {"rope.scaling.type": "none", "rope.scale_linear": 1.0}
+    return sizes | {
+        "rope.scaling.type": "none",
+        "rope.scaling.factor": 1.0,
+        "rope.scale_linear": 1.0,
+        "attention.causal": True,
+    }
 
 
 def _with_rope_factors(config: GPTConfig, factors: np.ndarray, own: dict[str, Any]) -> GPTConfig:
@@ -152,10 +157,10 @@ def _rope_factors(config: GPTConfig) -> np.ndarray:
 
 
 def _plain(value: Any) -> Any:
-    """An array as a list, and a float as it was meant before it became a float32."""
+    """An array, which no key may be, as a short list, and a float as it was meant before it became a float32."""
     if isinstance(value, np.ndarray):
-        return value.tolist()
-    with np.errstate(over="ignore"):
+        return value[:9].tolist()
+    with np.errstate(over="ignore"):  # infinity is refused later
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
@@ -168,7 +173,7 @@ def write_gguf(path: Path, params: Params, description: ModelDescription, title:
 
     `title` is the model's name, `dtype`, one of `ENCODINGS`, that of the matrices; norms and biases are float32. A
     matrix that has no whole blocks of q8_0 is float16.
-    Raises: UserError, if llama.cpp has no architecture or no tokenizer for this model.
+    Raises: UserError, if llama.cpp has no architecture or no tokenizer for this model, or a value is too large.
     """
     gguf, config = import_gguf(), description.config
     name, pairs = family_of(config), to_pairs(description, title, dtype)
@@ -181,15 +186,26 @@ def write_gguf(path: Path, params: Params, description: ModelDescription, title:
         block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[ENCODINGS[dtype]]][0]
         whole = "F16" if tensor.shape[-1] % block else ENCODINGS[dtype]
         encoding = gguf.GGMLQuantizationType["F32" if tensor.ndim == 1 else whole]
-        writer.add_tensor(tensor_name, gguf.quantize(tensor, encoding), raw_dtype=encoding)
+        with np.errstate(over="ignore"):
+            stored = gguf.quantize(tensor, encoding)
+        if stored.dtype == np.float16 and not np.isfinite(stored).all():
+            raise UserError(f"{tensor_name} has values above 65,504, which float16 can't hold")
+        writer.add_tensor(tensor_name, stored, raw_dtype=encoding)
+    _write(writer, path)
+
+
+def _write(writer: Any, path: Path) -> None:
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    except OSError as error:
+        writer.close()
+        read_gguf_file(path)  # NumPy does not tell when the end of a small tensor could not be written
+    except (OSError, UserError) as error:
         raise RunError(f"can't write {path}: {reason(error)}") from None
     finally:
-        writer.close()
+        with contextlib.suppress(OSError):
+            writer.close()
 
 
 def to_pairs(description: ModelDescription, title: str, dtype: str = "float32") -> dict[str, Any]:
@@ -200,7 +216,11 @@ def to_pairs(description: ModelDescription, title: str, dtype: str = "float32") 
     if config.rope_scaling:
         own["rope_scaling"] = dataclasses.asdict(config.rope_scaling)
     file_type = import_gguf().LlamaFileType["ALL_F32" if dtype == "float32" else f"MOSTLY_{ENCODINGS[dtype]}"]
-    pairs = {"general.name": title, "general.file_type": int(file_type), "general.quantization_version": 2}
+    pairs = {
+        "general.name": title.encode(errors="replace").decode(),
+        "general.file_type": int(file_type),
+        "general.quantization_version": 2,
+    }
     pairs |= _config_pairs(config, family_of(config))
     if description.tokenizer:
         pairs |= gguf_tokenizer.to_pairs(description.make_tokenizer(), config.vocab_size)

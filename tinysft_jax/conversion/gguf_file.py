@@ -73,7 +73,7 @@ def read_gguf_file(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]
         if key in pairs:
             raise UserError(f"it has the key {shown(key)} twice")
         pairs[key] = parser.value(parser.number("<u4"))
-    if pairs.get("split.count", 1) != 1:
+    if isinstance(n_parts := pairs.get("split.count"), int) and n_parts > 1:
         raise UserError("it is one of several parts; merge them with `llama-gguf-split --merge`")
     infos = [parser.tensor_info() for _ in range(n_tensors)]
     alignment = pairs.get("general.alignment", 32)
@@ -83,6 +83,8 @@ def read_gguf_file(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]
     tensors = {name: _tensor(data, name, shape, code, start + offset) for name, shape, code, offset in infos}
     if len(tensors) < len(infos):
         raise UserError("it has two tensors of one name")
+    if (total := sum(tensor.data.nbytes for tensor in tensors.values())) > len(data):
+        raise UserError(f"its tensors have {total:,} bytes, the whole file {len(data):,}: they share memory")
     return pairs, tensors
 
 

@@ -24,6 +24,7 @@ _ENDS = ("eos", "eot", "eom")
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 _SPACE = "\u2581"
+_LONGEST_PIECE = 1000  # SentencePiece's have up to 16 characters; to find merges takes the square of the length
 
 
 def _split(digits: str) -> dict[str, Any]:
@@ -52,7 +53,9 @@ def to_files(pairs: Mapping[str, Any]) -> tuple[dict[str, bytes], list[int]]:
 
     Raises: UserError, if the tokenizer is damaged, or of a kind that is not read.
     """
-    kind, tokens = pairs.get(f"{_P}model"), pairs.get(f"{_P}tokens")
+    kind, pre, tokens = (pairs.get(f"{_P}{name}") for name in ("model", "pre", "tokens"))
+    if not all(isinstance(name, str | None) for name in (kind, pre)):
+        raise UserError(f"its {_P}model or {_P}pre is not a name")
     if kind in (None, "no_vocab", "none"):
         return {}, []
     if kind not in ("gpt2", "llama"):
@@ -61,7 +64,9 @@ def to_files(pairs: Mapping[str, Any]) -> tuple[dict[str, bytes], list[int]]:
         raise UserError(f"its {_P}tokens are no list of different texts")
     ids = {name: id for name in {*_SPECIAL.values(), *_ENDS} if (id := _id(pairs, name, len(tokens))) is not None}
     types = _numbers(pairs, "token_type", np.full(len(tokens), _NORMAL))
-    types[[id for id in ids.values() if types[id] == _NORMAL]] = _CONTROL
+    # As in llama.cpp, whatever they are said to be. Padding may be any token.
+    marked = [id for name, id in ids.items() if name != "padding" and types[id] in (_NORMAL, _USER_DEFINED)]
+    types[marked] = _CONTROL
     content = _byte_level(pairs) if kind == "gpt2" else _sentencepiece(pairs, tokens, types)
     is_added = np.isin(types, (_UNKNOWN, _CONTROL, _USER_DEFINED))
     # A vocabulary need not hold added tokens at its end; and unused ids there have no token.
@@ -72,7 +77,7 @@ def to_files(pairs: Mapping[str, Any]) -> tuple[dict[str, bytes], list[int]]:
         for id in np.flatnonzero(is_added).tolist()
     ]
     settings = {name: tokens[ids[key]] for name, key in _SPECIAL.items() if key in ids}
-    if _flag(pairs, "add_bos_token", kind == "llama" or pairs.get(f"{_P}pre") in _LLAMA3) and "bos" in ids:
+    if _flag(pairs, "add_bos_token", kind == "llama" or pre in _LLAMA3) and "bos" in ids:
         content["post_processor"] = _begin_with(tokens[ids["bos"]], ids["bos"])
     kept = {TOKENIZER_JSON: _dump(content), SETTINGS: _dump(settings)}
     if isinstance(template := pairs.get("tokenizer.chat_template"), str) and template:
@@ -93,6 +98,8 @@ def _byte_level(pairs: Mapping[str, Any]) -> dict[str, Any]:
 def _sentencepiece(pairs: Mapping[str, Any], tokens: Sequence[str], types: np.ndarray) -> dict[str, Any]:
     scores = _numbers(pairs, "scores", np.zeros(len(tokens)))
     pieces = {tokens[id]: scores[id] for id in np.flatnonzero(types == _NORMAL).tolist()}
+    if (longest := max(map(len, pieces), default=0)) > _LONGEST_PIECE:
+        raise UserError(f"it has a token of {longest:,} characters; over {_LONGEST_PIECE:,} are not read")
     unknown = [tokens[id] for id in np.flatnonzero(types == _UNKNOWN)[:1]]
     steps = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
     if _flag(pairs, "add_space_prefix", True):
@@ -139,7 +146,10 @@ def to_pairs(tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, Any]:
     pairs = _model_pairs(content, tokens, bool(tokenizer.bpe.prefix))
     types = [_token_type(token, id in token_of, added, content["model"]) for id, token in enumerate(tokens)]
     pairs |= {f"{_P}tokens": tokens, f"{_P}token_type": np.array(types), f"{_P}add_bos_token": bool(tokenizer.bpe.bos)}
-    pairs |= {f"{_P}{key}_token_id": tokens.index(names[name]) for name, key in _SPECIAL.items() if name in names}
+    special = {key: names.get(name) for name, key in _SPECIAL.items()}
+    special |= zip(_ENDS[1:], (stop for stop in tokenizer.bpe.stops if stop != tokenizer.bpe.eot), strict=False)
+    id_of = {token: id for id, token in enumerate(tokens)}  # a name may be of a token that the vocabulary lacks
+    pairs |= {f"{_P}{key}_token_id": id_of[token] for key, token in special.items() if token in id_of}
     if template:
         # Comments in place of transformers' own tags, which mark what is learned; so white space stays as it is.
         pairs["tokenizer.chat_template"] = re.sub(r"{%([-+]?)\s*(?:end)?generation\s*([-+]?)%}", r"{#\1 \2#}", template)
@@ -158,6 +168,8 @@ def _model_pairs(content: Mapping[str, Any], tokens: Sequence[str], prefix: bool
     pre = [name for name, part in _PRE.items() if _without_offsets(part) == wanted]
     if not pre:
         raise UserError(f"llama.cpp has no name for how its tokenizer splits text: {shown(content['pre_tokenizer'])}")
+    if not pairs:
+        raise UserError("llama.cpp needs a tokenizer with merges, and this one has none")
     return {f"{_P}model": "gpt2", f"{_P}pre": pre[0], f"{_P}merges": [" ".join(pair) for pair in pairs]}
 
 
@@ -212,6 +224,8 @@ def _begin_with(token: str, id: int) -> dict[str, Any]:
 
 def _id(pairs: Mapping[str, Any], name: str, n_ids: int) -> int | None:
     id = pairs.get(key := f"{_P}{name}_token_id")
+    if name == "padding" and id == 2**32 - 1:  # llama.cpp's converter of llama2.c writes -1 for none
+        return None
     if id is not None and (type(id) is not int or not 0 <= id < n_ids):
         raise UserError(f"its {key} is {shown(id)}, and the vocabulary has {n_ids:,} ids")
     return id

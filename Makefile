@@ -65,7 +65,7 @@ demo-real: $(REAL)/report.md $(REAL)/SmolLM2-135M-stories.gguf
 	@echo "$^; talk to the model: $(BIN)/python sample.py --checkpoint=$(REAL)/sft --interactive"
 
 $(REAL)/SmolLM2-135M-stories.gguf: $(REAL)/sft.done
-	$(BIN)/python convert_torch_weights.py --input=$(REAL)/sft --output=$@ --to=gguf --overwrite
+	$(BIN)/python convert_torch_weights.py --input=$(REAL)/sft --output=$@ --to=gguf --dtype=q8_0 --check --overwrite
 
 $(REAL)/report.md: $(REAL)/stories.md $(REAL)/general.md
 	@cat $^ > $@
@@ -130,7 +130,7 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	@$(call install,.[eval])
 
 $(VENV)/real.stamp: pyproject.toml constraints.txt
-	@$(call install,.[eval$(comma)gguf$(comma)hf])
+	@$(call install,.[eval$(comma)gguf])
 
 $(DEV): pyproject.toml constraints.txt
 	@$(call install,.[dev$(comma)eval$(comma)hf$(comma)tokamax$(if $(filter 1,$(TORCH)),$(comma)torch)])

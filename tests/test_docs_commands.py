@@ -1,9 +1,11 @@
-"""Every command in README and docs is one that the commands take, on as many devices as the text speaks of."""
+"""Every command in README, docs and Makefile is one that the commands take, on as many devices as the text speaks of."""
 
 import importlib
 import importlib.util
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +60,16 @@ def commands() -> Iterator[Command]:
             yield Command(page.name, words, devices)
 
 
-COMMANDS = list(commands())
+def commands_of_make(*targets: str) -> Iterator[Command]:
+    """What `make` would run, in a checkout without anything that it makes."""
+    make = ["make", "--dry-run", "--always-make", "--no-print-directory", f"PYTHON={sys.executable}", *targets]
+    lines = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout.replace("\\\n", " ")
+    for line in lines.splitlines():
+        if found := re.match(r"\.venv-[^/]+/bin/(python [^>]*)", line):
+            yield Command("Makefile", shlex.split(found[1]))
+
+
+COMMANDS = [*commands(), *(commands_of_make("demo", "demo-real") if shutil.which("make") else ())]
 
 
 def kind(command: Command) -> str:

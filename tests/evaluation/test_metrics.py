@@ -89,6 +89,15 @@ def test_moral():
     assert metrics.moral_correct(case, "Tom learned that it's good.") is False
 
 
+def test_a_fact():
+    """A ground truth of a few words is a fact that any right answer contains; a longer one can be said otherwise."""
+    case = Case("chat", "?", "Carbon dioxide.")
+    assert metrics.answer_included(case, "It is carbon-dioxide, a gas.") is True
+    assert metrics.answer_included(case, "It is carbon monoxide and dioxide.") is False
+    assert metrics.answer_included(Case("chat", "?", "Plants take in carbon dioxide."), "Carbon dioxide.") is None
+    assert metrics.answer_included(Case("chat", "?", "…"), "…") is None
+
+
 def test_rouge_l():
     """Longest common subsequence of the stems "the cat ran away": 3 of 4 words each way."""
     case = Case("summary", "?", "The cat ran away.")
@@ -112,7 +121,7 @@ def test_repetition():
 APPLIES = {
     "summary": {"rouge_l"},
     "what_happened": {"rouge_l"},
-    "chat": {"rouge_l"},
+    "chat": {"answer_included", "rouge_l"},
     "moral": {"moral_correct", "rouge_l"},
     "main_character": {"character_correct"},
     "happy_ending": {"yes_no_correct"},

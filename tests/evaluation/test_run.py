@@ -45,7 +45,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def evaluated(models, chat_data, tmp_path_factory):
     output = tmp_path_factory.mktemp("evaluation") / "out"
-    flags = [f"--checkpoint={models / 'ends'}", f"--baseline={models / 'talks'}", f"--data={chat_data}", "--cases=6"]
+    flags = [f"--checkpoint={models / 'ends'}", f"--baseline={models / 'talks'}", f"--data={chat_data}", "--cases=12"]
     run.main([*flags, f"--output={output}", "--batch_size=4"])
     return output, flags
 
@@ -62,25 +62,27 @@ def test_the_output(evaluated, chat_data, models):
     output, _ = evaluated
     assert content(output).keys() == FILES
     lines = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
-    assert len(lines) == 6
+    assert len(lines) == 12
     assert not any(line["baseline"]["stopped"] for line in lines)
     assert any(line["model"]["stopped"] for line in lines)
     figures = json.loads((output / "report.json").read_text())["tasks"]["chat"]
     assert figures["stopped"]["baseline"]["value"] == 0
-    assert figures["loss"]["difference"]["cases"] == 6
+    assert figures["loss"]["difference"]["cases"] == 12
     assert figures["rouge_l"]["ground_truth"]["value"] == 1
 
     # The negative log-likelihoods, each from a forward pass of its own.
     data, model = PreparedData(chat_data), load_model(models / "ends")
     forward = jax.jit(lambda tokens: jax.nn.log_softmax(model(tokens)))
     tokenizer = ChatTokenizer.from_description(data.description)
-    for line, case in zip(lines, draw_cases(data, tokenizer, 6), strict=True):
+    for line, case in zip(lines, draw_cases(data, tokenizer, 12), strict=True):
         assert (line["question"], line["ground_truth"]) == (case.question, case.ground_truth)
         ids = [*case.prompt, *case.target]
         log_p = forward(np.pad(ids, (0, 64 - len(ids))).astype(np.int32)[None])[0]
         nll = [-log_p[i - 1, ids[i]] for i in range(len(case.prompt), len(ids))]
         assert len(nll) == line["tokens"]
         assert line["model"]["nll"] == pytest.approx(float(np.sum(nll)), rel=1e-4)
+        # Its context is 128, but the data's longest conversations have 64 tokens, and so much room has an answer.
+        assert len(case.prompt) + len(line["baseline"]["text"]) == 64
 
 
 def test_the_same_seed_gives_the_same_report_and_another_one_other_cases(evaluated, tmp_path):
@@ -105,7 +107,7 @@ def test_a_model_without_a_template_is_asked_as_fine_tuning_starts_from_it(chat_
     """Its table grows by the markers' rows; a work directory's step 0 has the same."""
     plain = make_model_directory(tmp_path / "plain", None, 128)
     output, flags = tmp_path / "out", evaluated[1]
-    run.main([flags[0], f"--baseline={plain}", f"--data={chat_data}", "--cases=6", f"--output={output}"])
+    run.main([flags[0], f"--baseline={plain}", f"--data={chat_data}", "--cases=12", f"--output={output}"])
     description, params = starting_model(str(plain), {}, PreparedData(chat_data))
     save_model(tmp_path / "start", params, description)
     run.main([f"--checkpoint={tmp_path / 'start'}", *flags[2:], f"--output={tmp_path / 'again'}"])
@@ -216,7 +218,7 @@ def test_chats_of_version_1_can_be_evaluated(models, chat_data, evaluated, tmp_p
     del description["dtype"], description["tokenizer_hash"]
     files.write_json(data / "data.json", description)
     files.write_manifest(data)
-    flags = [f"--checkpoint={models / 'ends'}", f"--data={data}", f"--output={tmp_path / 'out'}", "--cases=6"]
+    flags = [f"--checkpoint={models / 'ends'}", f"--data={data}", f"--output={tmp_path / 'out'}", "--cases=12"]
     run.main([*flags, "--batch_size=4"])
     assert answers(tmp_path / "out", "model") == answers(evaluated[0], "model")
 

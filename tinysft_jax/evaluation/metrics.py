@@ -19,6 +19,8 @@ Metric = Callable[[Case, str], float | bool | None]
 
 # Words around the character's name: "The main character is Lily." and "It is about Lily." are the same answer.
 _AROUND_A_NAME = frozenset(re.findall(r"\w+", "the main character of this story is a; it was about an"))
+# Words of a chat's ground truth, at most, that any right answer contains: longer ones can be said otherwise.
+FACT = 3
 
 
 def words_used(case: Case, answer: str) -> float | None:
@@ -70,6 +72,12 @@ def moral_correct(case: Case, answer: str) -> bool | None:
     return words_of(answer) == words_of(case.ground_truth) if case.task == "moral" else None
 
 
+def answer_included(case: Case, answer: str) -> bool | None:
+    """Whether the answer contains the ground truth of a chat, where that is a fact of a few words."""
+    fact = words_of(case.ground_truth)
+    return _contains(words_of(answer), fact) if case.task == "chat" and 0 < len(fact) <= FACT else None
+
+
 def rouge_l(case: Case, answer: str) -> float | None:
     """ROUGE-L (F1, with Porter's stemmer) against the ground truth, of summaries, morals and chats.
 
@@ -93,6 +101,7 @@ CORRECTNESS: dict[str, Metric] = {
         character_correct,
         yes_no_correct,
         moral_correct,
+        answer_included,
         rouge_l,
     )
 }

@@ -36,7 +36,6 @@ def evaluate(flags: Namespace) -> tuple[dict[str, Any], list[Case], Answers]:
     data = PreparedData(flags.data)
     tokenizer = data.tokenizer
     cases = draw_cases(data, tokenizer, flags.cases, flags.seed)
-    # Room for the longest conversation of the data.
     options = SamplingOptions(data.description["max_tokens"], flags.temperature, seed=flags.seed)
     distributed.check_devices()
     accelerator.keep_compiled()
@@ -63,7 +62,8 @@ def load(checkpoint: str, data: PreparedData, cases: Sequence[Case]) -> Model:
             f"{checkpoint} has a context of {context} tokens, and the data a conversation of {longest}; "
             "prepare the data with a smaller --max_tokens"
         )
-    trained_length = max(description.trained_length, longest)  # so that each case can be answered
+    # Question and answer have the room of a conversation of the data, or more if a case needs it.
+    trained_length = max(min(description.trained_length, data.description["max_tokens"]), longest)
     return dataclasses.replace(description, trained_length=trained_length), params
 
 

@@ -92,7 +92,8 @@ $(REAL)/sft.done: $(REAL)/tasks/data.json
 	@touch $@
 
 $(REAL)/tasks/data.json: | $(MODEL) $(VENV)/real.stamp
-	$(BIN)/python -m tinysft_jax.data.prepare --embedded=2000 --output=$(REAL)/tasks --tokenizer=$(MODEL)
+	$(BIN)/python -m tinysft_jax.data.prepare --embedded=2000 --output=$(REAL)/tasks --tokenizer=$(MODEL) \
+		--max_tokens=384
 
 # All ten questions are for the evaluation.
 $(REAL)/general/data.json: configs/general_questions.jsonl | $(MODEL) $(VENV)/real.stamp

@@ -21,13 +21,13 @@ DEMO = {
 # A model of 135 M parameters in 20 minutes on two CPU cores: `make demo-real`.
 REAL = {
     "data.seq_len": 512,
-    "optimizer.learning_rate": 1e-4,
+    "optimizer.learning_rate": 2e-4,
     "optimizer.warmup_steps": 20,
-    "train.max_steps": 340,
+    "train.max_steps": 300,
     "train.batch_size": 2,
-    "train.eval_interval": 85,
+    "train.eval_interval": 100,
     "train.eval_batch_size": 2,
-    "train.save_interval": 85,
+    "train.save_interval": 100,
     "train.keep_checkpoints": 1,
 }
 

@@ -1,4 +1,4 @@
-"""Every command in README, docs and Makefile is one that the commands take, on as many devices as the text speaks of."""
+"""Every command in README, docs and Makefile is understood, on as many devices as the text speaks of."""
 
 import importlib
 import importlib.util

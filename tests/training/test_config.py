@@ -24,8 +24,9 @@ def changed(key: str, value) -> ConfigDict:
     return config
 
 
-@pytest.mark.parametrize("name", ["sft", "pretrain"])
-@pytest.mark.parametrize("preset", ["", "demo"])
+@pytest.mark.parametrize(
+    ("name", "preset"), [("sft", ""), ("sft", "demo"), ("sft", "real"), ("pretrain", ""), ("pretrain", "demo")]
+)
 def test_the_projects_configurations_are_valid(name, preset):
     config = load_config(name, preset)
     check_config(config)

@@ -290,6 +290,15 @@ def test_lies_are_named(files, tmp_path, lie):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_what_a_file_need_not_say(files, tmp_path):
+    """Without a number of key heads there are as many as of queries; a key can't be there twice."""
+    path = edit(files["default"], tmp_path / "a.gguf", b"head_count_kv", b"head_count_xx")
+    assert read_gguf(path)[0].config == read_gguf(files["default"])[0].config
+    path = edit(files["llama"], tmp_path / "b.gguf", b"llama.attention.key_length", b"llama.rope.dimension_count")
+    with pytest.raises(UserError, match="the key 'llama.rope.dimension_count' twice"):
+        read_gguf(path)
+
+
 def test_a_file_that_is_cut_short(files, tmp_path):
     data = files["default"].read_bytes()
     for size in (0, 3, 10, 24, 100, 5000, len(data) // 2, len(data) - 40):

@@ -163,6 +163,13 @@ def own_gguf(tmp_path_factory):
     return make
 
 
+def test_added_tokens_that_are_text(tmp_path):
+    """Without Qwen's template its `<think>` is no special token."""
+    ours = own_tokenizers.make_tokenizer("qwen3", tmp_path / "folder", None)
+    theirs = load_tokenizer(written(tmp_path / "a.gguf", describe("qwen2", ours)))
+    assert theirs.bpe.special_ids == ours.bpe.special_ids and "<think>" not in theirs.bpe.special_ids
+
+
 @pytest.mark.parametrize("template", ["text", None])
 def test_templates_without_tokens(tmp_path, template):
     model = describe("default", ChatTokenizer(template, RANKS))

@@ -424,3 +424,85 @@ def test_hostile_files(files, tmp_path, name):
             refused += 1
             assert "\n" not in str(error) and len(str(error)) < 1000
     assert refused > 20
+
+
+def pairs_of(kind: str, folder: Path) -> dict:
+    tokenizer = own_tokenizers.make_tokenizer(kind, folder)
+    return gguf_tokenizer.to_pairs(tokenizer, tokenizer.vocab_size)
+
+
+def content_of(pairs: dict) -> dict:
+    return json.loads(gguf_tokenizer.to_files(pairs)[0]["tokenizer.json"])
+
+
+def test_what_llama_cpp_assumes(tmp_path):
+    """Without a word of it, Llama 3's and SentencePiece's tokenizers begin a text with BOS, and the latter a space."""
+    llama3, sentencepiece, qwen = (pairs_of(kind, tmp_path / kind) for kind in ("llama3", "tinyllama", "qwen3"))
+    for pairs, begins in ((llama3, True), (sentencepiece, True), (qwen, False)):
+        pairs.pop("tokenizer.ggml.add_bos_token")
+        pairs.setdefault("tokenizer.ggml.bos_token_id", 0)
+        assert ("post_processor" in content_of(pairs)) == begins
+    assert content_of(llama3)["model"]["ignore_merges"] and not content_of(qwen)["model"]["ignore_merges"]
+    kinds = [step["type"] for step in content_of(sentencepiece)["normalizer"]["normalizers"]]
+    assert kinds == ["Prepend", "Replace"]
+    spaceless = content_of(sentencepiece | {"tokenizer.ggml.add_space_prefix": False})["normalizer"]["normalizers"]
+    assert [step["type"] for step in spaceless] == ["Replace"]
+
+
+def test_types_of_tokens(tmp_path):
+    """Bytes are of a kind of their own in SentencePiece, and the unknown token."""
+    pairs = pairs_of("tinyllama", tmp_path / "folder")
+    types = dict(zip(pairs["tokenizer.ggml.tokens"], pairs["tokenizer.ggml.token_type"].tolist(), strict=True))
+    assert (types["<unk>"], types["<s>"], types["<0x0A>"], types["a"]) == (2, 3, 6, 1)
+
+
+def test_the_end_of_a_text_is_the_tokenizers_own(tmp_path):
+    """Also where the files name none, and config.json does."""
+    folder = own_tokenizers.write_folder("qwen3", tmp_path / "folder", None)
+    (folder / "tokenizer_config.json").write_text("{}")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    end = next(token["id"] for token in content["added_tokens"] if token["content"] == "<|im_end|>")
+    tokenizer = own_tokenizers.read_tokenizer(folder, {"eos_token_id": end})
+    assert gguf_tokenizer.to_pairs(tokenizer, tokenizer.vocab_size)["tokenizer.ggml.eos_token_id"] == end
+
+
+def test_white_space_around_generation_marks_stays(tmp_path):
+    folder = own_tokenizers.write_folder("qwen3", tmp_path / "folder", None)
+    (folder / "chat_template.jinja").write_text("a {%- generation -%} b {% endgeneration %} c")
+    tokenizer = own_tokenizers.read_tokenizer(folder, {})
+    template = gguf_tokenizer.to_pairs(tokenizer, tokenizer.vocab_size)["tokenizer.chat_template"]
+    assert template == "a {#- -#} b {# #} c"
+
+
+@pytest.mark.parametrize("part", ["beginning of a text", "text after a special token", "merges"])
+def test_parts_that_llama_cpp_has_otherwise(tmp_path, part):
+    folder = own_tokenizers.write_folder("tinyllama", tmp_path / "folder", None)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    if part == "beginning of a text":  # two tokens
+        begin = content_of(pairs_of("tinyllama", tmp_path / "other") | {"tokenizer.ggml.add_bos_token": True})
+        content["post_processor"] = begin["post_processor"]
+        content["post_processor"]["single"].insert(0, content["post_processor"]["single"][0])
+    elif part == "merges":
+        content["model"]["merges"].pop()
+    else:
+        content["normalizer"] = None
+        metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+        content["pre_tokenizer"] = metaspace
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = own_tokenizers.read_tokenizer(folder, {})
+    with pytest.raises(UserError, match=part):
+        gguf_tokenizer.to_pairs(tokenizer, tokenizer.vocab_size)
+
+
+def test_a_token_twice_is_refused(tmp_path):
+    pairs = pairs_of("qwen3", tmp_path / "folder")
+    pairs["tokenizer.ggml.tokens"][5] = pairs["tokenizer.ggml.tokens"][6]
+    with pytest.raises(UserError, match="no list of different texts"):
+        gguf_tokenizer.to_files(pairs)
+
+
+def test_a_file_without_a_suffix(files, tmp_path):
+    """As Ollama keeps them."""
+    path = tmp_path / "sha256-0123"
+    path.write_bytes(files["qwen2"].read_bytes())
+    assert open_model(path)[0].config == read_gguf(files["qwen2"])[0].config

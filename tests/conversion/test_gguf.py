@@ -302,7 +302,7 @@ def test_what_a_file_need_not_say(files, tmp_path):
     path = edit(files["default"], tmp_path / "a.gguf", b"head_count_kv", b"head_count_xx")
     assert read_gguf(path)[0].config == read_gguf(files["default"])[0].config
     path = edit(files["llama"], tmp_path / "b.gguf", b"llama.attention.key_length", b"llama.rope.dimension_count")
-    with pytest.raises(UserError, match="the key 'llama.rope.dimension_count' twice"):
+    with pytest.raises(UserError, match=r"the key 'llama.rope.dimension_count' twice"):
         read_gguf(path)
 
 

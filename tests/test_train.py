@@ -41,7 +41,7 @@ def settings(data: Path, *more: str) -> list[str]:
         (["--config=configs/sft.py", "--workdir=x", "--config.train.max_steps=many"], "many"),
         (["--config=configs/sft.py", "--workdir=x", "--config.nope=1"], "nope"),
         (["--config=configs/sft.py", "--workdir=x", "--config.optimizer.learning_rate=fast"], "fast"),
-        (["--config=configs/sft.py", "--workdir=x", "--config.export=gguf"], "export is 'gguf'"),
+        (["--config=configs/sft.py", "--workdir=x", "--config.export=onnx"], "export is 'onnx'"),
         (["--config=configs/sft.py", "--workdir=x", "more"], "unexpected argument 'more'"),
         (["--config=configs/sft.py", "--workdir=x", "--speed=3"], "speed"),
         (

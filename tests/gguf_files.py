@@ -1,5 +1,6 @@
-"""GGUF files that were damaged, or lie about what they hold."""
+"""GGUF files of tiny models, and such that were damaged, or lie about what they hold."""
 
+import dataclasses
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,10 +8,32 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from tiny_model import family, random_params
 
+from tinysft_jax.conversion.gguf import write_gguf
 from tinysft_jax.conversion.gguf_file import read_gguf_file
+from tinysft_jax.parameters import ModelDescription, Params, pad_vocabulary, trim_vocabulary
+from tinysft_jax.tokenizer import ChatTokenizer
 
+RANKS = 300  # llama.cpp needs merges
 _NUMBERS = [0, 1, 2, 3, 7, 8, 9, 12, 14, 31, 97, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1]
+
+
+def describe(name: str, tokenizer: ChatTokenizer | None = None, **changes) -> ModelDescription:
+    tokenizer = tokenizer or ChatTokenizer("control", RANKS)
+    config = family(name, vocab_size=tokenizer.vocab_size + 3, **changes)
+    model = ModelDescription(config, **tokenizer.description(), source={}, trained_length=77)
+    return dataclasses.replace(model, tokenizer_files=tokenizer.files)
+
+
+def params_of(model: ModelDescription) -> Params:
+    """Random parameters, with zeros in the rows that pad the vocabulary."""
+    return pad_vocabulary(trim_vocabulary(random_params(model.config), model.config), model.config)
+
+
+def written(path: Path, model: ModelDescription, dtype: str = "float32") -> Path:
+    write_gguf(path, params_of(model), model, "A model", dtype)
+    return path
 
 
 def hostile(draw: Random, data: bytes) -> bytes:

@@ -25,7 +25,7 @@ _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++
 LONGEST_BLANK = 500_000
 
 TOKENIZER_JSON = "tokenizer.json"
-_SPACE = "\u2581"  # stands for a space in the tokens of SentencePiece
+SPACE = "\u2581"  # stands for a space in the tokens of SentencePiece
 # Without one of these a vocabulary can't spell text. Others may have no token: control characters, and first bytes of
 # characters that don't exist. The library leaves those out.
 _NEEDED_BYTES = {0x0A, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)}
@@ -253,7 +253,7 @@ def _token_bytes(vocabulary: dict[str, int], added: Collection[str], byte_level:
         elif byte_level:
             table[id] = bytes(byte_of[character] for character in token)
         else:
-            table[id] = bytes([single[token]]) if token in single else token.replace(_SPACE, " ").encode()
+            table[id] = bytes([single[token]]) if token in single else token.replace(SPACE, " ").encode()
     return table
 
 

@@ -33,7 +33,7 @@ def cached_attention(q: Heads, k: Slots, v: Slots, positions: Int32[Array, "B T"
 
 
 def _attend(q: Heads, k: Slots, v: Slots, positions: Int32[Array, "B T"]) -> Heads:
-    """The queries that share a head of keys are one axis: with it apart, XLA takes twice as long on a CPU."""
+    """The queries that share a head of keys are one axis: with it apart, XLA for CPU is slower."""
     (batch, length, n_heads, head_dim), n_kv_heads = q.shape, k.shape[1]
     group = n_heads // n_kv_heads
     queries = q.reshape(batch, length, n_kv_heads, group, head_dim).swapaxes(1, 2)

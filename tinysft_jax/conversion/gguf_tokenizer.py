@@ -8,9 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from tinysft_jax.bpe import TOKENIZER_JSON, FileBpe, Gpt2Bpe
+from tinysft_jax.bpe import SPACE, TOKENIZER_JSON, FileBpe, Gpt2Bpe
 from tinysft_jax.console import UserError, shown
-from tinysft_jax.conversion.huggingface_tokenizer import PAD, control_template, tokenizer_json
+from tinysft_jax.conversion.huggingface_tokenizer import (
+    BYTE_LEVEL,
+    PAD,
+    TOKEN_FLAGS,
+    control_template,
+    merge_pairs,
+    split_steps,
+    tokenizer_json,
+)
 from tinysft_jax.conversion.take_apart import PROBES, probe_conversations
 from tinysft_jax.conversion.tokenizer_files import SETTINGS, TEMPLATE, chat_template, special_tokens, to_write
 from tinysft_jax.tokenizer import ChatTokenizer
@@ -21,27 +29,23 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 # Names of special tokens in Hugging Face's files → keys here.
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _ENDS = ("eos", "eot", "eom")
-_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-_SPACE = "\u2581"
 _LONGEST_PIECE = 1000  # SentencePiece's have up to 16 characters; to find merges takes the square of the length
 
 
 def _split(digits: str) -> dict[str, Any]:
     """How Llama 3 and Qwen 2 split text before merging; they differ in how many digits are one word."""
-    words = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    regex = {"type": "Split", "pattern": {"Regex": words % digits}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [regex, _BYTE_LEVEL | {"use_regex": False}]}
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+    others = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    regex = {"Regex": f"{words}|{digits}|{others}"}
+    split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}
 
 
-_GPT2 = _BYTE_LEVEL | {"use_regex": True}
-_DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _GPT2]}
+_DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}
 # llama.cpp's name of a pre-tokenizer → what it is in tokenizer.json. Of two names the first is written.
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 _PRE = {
-    **dict.fromkeys(("gpt-2", "phi-2"), _GPT2),
+    **dict.fromkeys(("gpt-2", "phi-2"), BYTE_LEVEL),
     **dict.fromkeys(("smollm", "starcoder", "refact"), _DIGITS),
     **dict.fromkeys(_LLAMA3, _split(r"\p{N}{1,3}")),
     **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen"), _split(r"\p{N}")),
@@ -73,7 +77,7 @@ def to_files(pairs: Mapping[str, Any]) -> tuple[dict[str, bytes], list[int]]:
     size = max(np.flatnonzero(~is_added & (types != _UNUSED)), default=-1) + 1
     content["model"]["vocab"] = {token: id for id, token in enumerate(tokens[:size])}
     content["added_tokens"] = [
-        {"id": id, "content": tokens[id], **_FLAGS, "special": bool(types[id] != _USER_DEFINED)}
+        {"id": id, "content": tokens[id], **TOKEN_FLAGS, "special": bool(types[id] != _USER_DEFINED)}
         for id in np.flatnonzero(is_added).tolist()
     ]
     settings = {name: tokens[ids[key]] for name, key in _SPECIAL.items() if key in ids}
@@ -92,7 +96,7 @@ def _byte_level(pairs: Mapping[str, Any]) -> dict[str, Any]:
     if not _is_texts(merges) or not all(merge.count(" ") == 1 for merge in merges):
         raise UserError(f"its {_P}merges are no list of pairs")
     model = {"type": "BPE", "ignore_merges": pre in _LLAMA3, "byte_fallback": False, "merges": merges}
-    return {"normalizer": None, "pre_tokenizer": _PRE[pre], "decoder": _GPT2, "model": model}
+    return {"normalizer": None, "pre_tokenizer": _PRE[pre], "decoder": BYTE_LEVEL, "model": model}
 
 
 def _sentencepiece(pairs: Mapping[str, Any], tokens: Sequence[str], types: np.ndarray) -> dict[str, Any]:
@@ -101,10 +105,10 @@ def _sentencepiece(pairs: Mapping[str, Any], tokens: Sequence[str], types: np.nd
     if (longest := max(map(len, pieces), default=0)) > _LONGEST_PIECE:
         raise UserError(f"it has a token of {longest:,} characters; over {_LONGEST_PIECE:,} are not read")
     unknown = [tokens[id] for id in np.flatnonzero(types == _UNKNOWN)[:1]]
-    steps = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
+    steps = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
     if _flag(pairs, "add_space_prefix", True):
-        steps.insert(0, {"type": "Prepend", "prepend": _SPACE})
-    back = [{"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}, {"type": "ByteFallback"}]
+        steps.insert(0, {"type": "Prepend", "prepend": SPACE})
+    back = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}]
     model = {"type": "BPE", "byte_fallback": True, "fuse_unk": True, "merges": _merges(pieces)}
     return {
         "normalizer": {"type": "Sequence", "normalizers": steps},
@@ -159,13 +163,12 @@ def to_pairs(tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, Any]:
 
 def _model_pairs(content: Mapping[str, Any], tokens: Sequence[str], prefix: bool) -> dict[str, Any]:
     """What says how text is split and merged."""
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in content["model"]["merges"]]
+    pairs = merge_pairs(content)
     if content["model"].get("byte_fallback") is True:
         made = {"".join(pair): -float(rank) for rank, pair in reversed(list(enumerate(pairs)))}
         scores = [made.get(token, -float(len(pairs))) for token in tokens]
         return {f"{_P}model": "llama", f"{_P}scores": np.array(scores), f"{_P}add_space_prefix": prefix}
-    wanted = _without_offsets(content["pre_tokenizer"])
-    pre = [name for name, part in _PRE.items() if _without_offsets(part) == wanted]
+    pre = [name for name, part in _PRE.items() if split_steps(part) == split_steps(content["pre_tokenizer"])]
     if not pre:
         raise UserError(f"llama.cpp has no name for how its tokenizer splits text: {shown(content['pre_tokenizer'])}")
     if not pairs:
@@ -182,7 +185,7 @@ def _check_same(bpe: Gpt2Bpe | FileBpe, pairs: Mapping[str, Any]) -> None:
         differing += ["beginning of a text"]
     if bpe.prefix and not bpe.prefixes_sections:
         differing += ["text after a special token"]
-    if bpe.files and _merge_set(bpe.files) != _merge_set(kept):
+    if bpe.files and set(_merges_of(bpe.files)) != set(_merges_of(kept)):
         differing += ["merges"]
     if differing:
         raise UserError(f"llama.cpp can't have this tokenizer: the {' and the '.join(differing)} would be others")
@@ -193,9 +196,8 @@ def _check_same(bpe: Gpt2Bpe | FileBpe, pairs: Mapping[str, Any]) -> None:
                     raise UserError(f"llama.cpp can't have this tokenizer: it would give other ids for {shown(text)}")
 
 
-def _merge_set(kept: Mapping[str, bytes]) -> set[tuple[str, ...]]:
-    merges = json.loads(kept[TOKENIZER_JSON])["model"]["merges"]
-    return {tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges}
+def _merges_of(kept: Mapping[str, bytes]) -> list[tuple[str, ...]]:
+    return merge_pairs(json.loads(kept[TOKENIZER_JSON]))
 
 
 def _token_type(token: str, is_known: bool, added: Mapping[str, Any], model: Mapping[str, Any]) -> int:
@@ -206,12 +208,6 @@ def _token_type(token: str, is_known: bool, added: Mapping[str, Any], model: Map
         return special if added[token].get("special") is True else _USER_DEFINED
     is_byte = model.get("byte_fallback") is True and re.fullmatch("<0x[0-9A-F]{2}>", token)
     return _BYTE if is_byte else _NORMAL
-
-
-def _without_offsets(part: Any) -> Any:
-    """A pre-tokenizer without what decides no ids, in one form."""
-    steps = part.get("pretokenizers", [part]) if isinstance(part, dict) else []
-    return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
 
 
 def _begin_with(token: str, id: int) -> dict[str, Any]:

@@ -20,7 +20,9 @@ PAD = "<|pad|>"
 # `{% generation %}` and `{% endgeneration %}`; transformers and TRL search for exactly this spelling.
 _TEMPLATE_FILE = Path(__file__).parents[1] / "assets" / "chat_template.jinja"
 
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+# Of an added token that stands for itself, whatever is around it.
+TOKEN_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 # In the template "text", a prompt is one string, and the answer is encoded apart from it, although only text separates
 # them. So a text that begins like a conversation is split there; otherwise `>` and a quotation mark, say, would become
 # one token. In Oniguruma, (?m:.) matches newlines.
@@ -29,10 +31,10 @@ _TEXT_PRE_TOKENIZER = {
     "type": "Sequence",
     "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": _TEXT_PROMPT}, "behavior": "Isolated", "invert": False},
-        _BYTE_LEVEL,
+        BYTE_LEVEL,
     ],
 }
-_PRE_TOKENIZERS = {"control": _BYTE_LEVEL, "text": _TEXT_PRE_TOKENIZER, None: _BYTE_LEVEL}
+_PRE_TOKENIZERS = {"control": BYTE_LEVEL, "text": _TEXT_PRE_TOKENIZER, None: BYTE_LEVEL}
 
 
 def added_tokens(tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, int]:
@@ -50,17 +52,16 @@ def tokenizer_json(tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, Any]:
     alphabet, merges = read_merges()
     merges = merges[: tokenizer.bpe.ranks - len(alphabet)]
     tokens = [*alphabet, *map("".join, merges)]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = added_tokens(tokenizer, vocab_size)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": id, "content": content, **flags} for content, id in added.items()],
+        "added_tokens": [{"id": id, "content": content, **TOKEN_FLAGS} for content, id in added.items()],
         "normalizer": None,
         "pre_tokenizer": _PRE_TOKENIZERS[tokenizer.template],
         "post_processor": None,
-        "decoder": _BYTE_LEVEL,
+        "decoder": BYTE_LEVEL,
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -130,12 +131,23 @@ def recognise(content: Any) -> tuple[ChatTokenizer, int | None] | None:
 
 def _what_decides_ids(content: dict[str, Any]) -> dict[str, Any]:
     """The parts of a `tokenizer.json` on which ids depend, except added tokens, in one form whoever wrote it."""
-    model, pre_tokenizer = content["model"], content["pre_tokenizer"]
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    model = content["model"]
     return {
         "type": model["type"],
         "vocab": {token: id for token, id in model["vocab"].items() if token != chat.END_OF_TEXT},
-        "merges": [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]],
+        "merges": merge_pairs(content),
         "normalizer": content["normalizer"],
-        "pre_tokenizer": [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps],
+        "pre_tokenizer": split_steps(content["pre_tokenizer"]),
     }
+
+
+def merge_pairs(content: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The merges of a `tokenizer.json`, which writes them in two ways."""
+    return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in content["model"]["merges"]]
+
+
+def split_steps(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a pre-tokenizer, without what decides no ids."""
+    part = pre_tokenizer or {}
+    steps = part["pretokenizers"] if part.get("type") == "Sequence" else [part]
+    return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]

@@ -143,17 +143,16 @@ _TENSORS = (
     ("head.embedding", "vocab dim", None, "lm_head", "output"),
 )
 _AXES = {path: axes.split() for path, axes, *_ in _TENSORS}
-_TORCH, _HUGGING_FACE, _GGUF = ("blocks.{}.", 2), ("model.layers.{}.", 3), ("blk.{}.", 4)
 
 
-def _names(prefix: str, column: int, config: GPTConfig | None = None) -> dict[str, str]:
-    """`Layout.names` from a column of `_TENSORS`; of a model of this shape, if it is given."""
+def _names(column: int, layer: str, config: GPTConfig | None = None) -> dict[str, str]:
+    """`Layout.names` from a column of modules in `_TENSORS`; of a model of this shape, if it is given."""
     names = {}
     for path, _, *modules in _TENSORS:
-        module = modules[column - 2]
+        module = modules[column]
         if module and (config is None or _has(config, path)):
             suffix = "bias" if path.endswith(".bias") else "weight"
-            names[path] = f"{prefix if path.startswith('blocks.') else ''}{module}.{suffix}"
+            names[path] = f"{layer if path.startswith('blocks.') else ''}{module}.{suffix}"
     return names
 
 
@@ -168,17 +167,17 @@ def _has(config: GPTConfig, path: str) -> bool:
     return True
 
 
-TORCH = Layout(_names(*_TORCH), head="head.weight", interleaved=True)
+TORCH = Layout(_names(0, "blocks.{}."), head="head.weight", interleaved=True)
 
 
 def huggingface_layout(config: GPTConfig) -> Layout:
     """The tensors of a Hugging Face folder that holds a model of this shape."""
-    return Layout(_names(*_HUGGING_FACE, config), head="lm_head.weight", interleaved=False)
+    return Layout(_names(1, "model.layers.{}.", config), head="lm_head.weight", interleaved=False)
 
 
 def gguf_layout(config: GPTConfig, interleaved: bool) -> Layout:
     """The tensors of a GGUF file that holds a model of this shape."""
-    return Layout(_names(*_GGUF, config), head="output.weight", interleaved=interleaved)
+    return Layout(_names(2, "blk.{}.", config), head="output.weight", interleaved=interleaved)
 
 
 def own_entries(content: Mapping[Any, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tinysft_jax.bpe import TOKENIZER_JSON, FileBpe
 from tinysft_jax.console import UserError, import_extra
-from tinysft_jax.conversion.huggingface_tokenizer import control_template
+from tinysft_jax.conversion.huggingface_tokenizer import TOKEN_FLAGS, control_template
 from tinysft_jax.conversion.take_apart import prove, take_apart
 from tinysft_jax.tokenizer import ChatTokenizer, read_files
 
@@ -59,8 +59,9 @@ def to_write(tokenizer: ChatTokenizer) -> dict[str, bytes]:
         return dict(tokenizer.files)
     kept = {name: data for name, data in tokenizer.files.items() if name != "chat_template.json"}
     content, settings = json.loads(kept[TOKENIZER_JSON]), _object(kept, SETTINGS)
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    content["added_tokens"] += [{"id": id, "content": text, **flags} for text, id in tokenizer.control_ids.items()]
+    content["added_tokens"] += [
+        {"id": id, "content": text, **TOKEN_FLAGS} for text, id in tokenizer.control_ids.items()
+    ]
     settings.pop("chat_template", None)
     changed = {TOKENIZER_JSON: content, SETTINGS: settings | {"eos_token": tokenizer.bpe.eot}}
     written = {name: json.dumps(value, ensure_ascii=False, indent=2).encode() for name, value in changed.items()}

@@ -62,11 +62,7 @@ class Rows:
             text = json.dumps(self._others | values, ensure_ascii=False, default=lambda value: {})
         except UnicodeDecodeError:
             return "", "not UTF-8 text"
-        except (
-            ValueError,
-            OverflowError,
-            RecursionError,
-        ):  # a date that Python has not, a struct with two fields of one name, ...
+        except (ValueError, OverflowError, RecursionError):  # a date that Python has not, two fields of one name, ...
             return "", "a value that can't be read"
         return ("", TOO_LONG) if len(text.encode()) > MAX_BYTES else (text, None)
 

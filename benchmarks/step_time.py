@@ -23,7 +23,7 @@ from tinysft_jax.data.packing import plan_epoch
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.sharding import global_batch, make_mesh
-from tinysft_jax.training import step as loss
+from tinysft_jax.training import loss
 
 VOCAB_SIZE = 50_304
 

@@ -13,7 +13,7 @@ from tiers import slow
 
 from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.sharding import batch_sharding
-from tinysft_jax.training import step as train_step
+from tinysft_jax.training import loss as train_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from training import make_step

@@ -12,7 +12,7 @@ from tiny_model import OTHERS, family
 
 from tinysft_jax.model import GPT
 from tinysft_jax.parameters import count_parameters
-from tinysft_jax.training.step import supervised_nll
+from tinysft_jax.training.loss import supervised_nll
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import memory

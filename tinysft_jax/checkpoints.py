@@ -33,17 +33,18 @@ from tinysft_jax.tokenizer import FILES_DIRECTORY, ChatTokenizer, read_files, wr
 ORBAX_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
-def load_model(path: str | Path, **options) -> GPT:
+def load_model(path: str | Path, reward: bool = False, **options) -> GPT:
     """Reads a model from any path that `open_model` takes; `options` are GPT's: dtype, attention, remat."""
-    description, params = open_model(path)
+    description, params = open_model(path, reward=reward)
     return parameters.make_model(description.config, params, trained_length=description.trained_length, **options)
 
 
-def open_model(path: str | Path, n_heads: int | None = None) -> tuple[ModelDescription, Params]:
+def open_model(path: str | Path, n_heads: int | None = None, reward: bool = False) -> tuple[ModelDescription, Params]:
     """Reads a model in any form: a work directory (its best so far), a model directory, a `.pt` or GGUF file, a Hugging
     Face folder.
 
-    `n_heads`, the number of attention heads, is for a `.pt` file that does not say.
+    `n_heads`, the number of attention heads, is for a `.pt` file that does not say. With `reward`, it must be a reward
+    model, else a language model.
 
     Returns:
       The description, and the parameters as float32 NumPy arrays in host memory, the embedding padded.
@@ -52,11 +53,21 @@ def open_model(path: str | Path, n_heads: int | None = None) -> tuple[ModelDescr
     kind = model_kind(path)
     if n_heads is not None and kind != "torch":
         raise UserError(f"--n_heads is for .pt files that don't say; {path} does")
+    if is_reward_model(path) != reward:
+        found = "language model; give a reward model" if reward else "reward model: it scores answers, and gives none"
+        raise UserError(f"{path} is a {found}")
     if kind == "torch":
         return read_torch_checkpoint(path, n_heads)
     if kind in (readers := {"huggingface": read_huggingface, "gguf": read_gguf}):
         return readers[kind](path)
     return _read_model_directory(path / "model" if kind == "work" else path)
+
+
+def is_reward_model(path: str | Path) -> bool:
+    """Whether the model at a path that `open_model` takes is a reward model."""
+    path = Path(path).expanduser()
+    kind = model_kind(path)
+    return kind in ("model", "work") and load_description(path / "model" if kind == "work" else path).config.scalar_head
 
 
 def load_tokenizer(path: str | Path) -> ChatTokenizer:

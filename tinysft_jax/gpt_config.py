@@ -53,6 +53,7 @@ class GPTConfig:
     qk_norm: bool = False  # an RMS norm of each head's query and key
     tied_head: bool = True  # to the embedding
     rope_scaling: RopeScaling | None = None
+    scalar_head: bool = False  # a reward model's, which scores a conversation, in place of the head over the vocabulary
 
     def __post_init__(self):
         _check_fields(self, "model")

@@ -234,7 +234,9 @@ class GPT(nnx.Module):
         init = functools.partial(_embedding_init, vocab_size=config.vocab_size)
         table = functools.partial(nnx.Embed, config.padded_vocab_size, config.dim, embedding_init=init, rngs=rngs)
         self.tok_emb = table()
-        if not config.tied_head:
+        if config.scalar_head:
+            self.score = nnx.Param(jnp.zeros(config.dim, jnp.float32))
+        elif not config.tied_head:
             self.head = table()
         create_blocks = nnx.vmap(lambda rngs: Block(config, self.dtype, attention, rngs))
         self.blocks = create_blocks(rngs.split(config.n_layers))
@@ -253,6 +255,13 @@ class GPT(nnx.Module):
     def head_table(self) -> Float[Array, "V dim"]:
         """The rows with which the head compares its input: those of the embedding if the head is tied."""
         return (self.tok_emb if self.config.tied_head else self.head).embedding[...]
+
+    def scores(
+        self, tokens: Ints, segment_ids: Ints | None = None, positions: Ints | None = None
+    ) -> Float[Array, "B T"]:
+        """A reward model's score of what each position and those before it in its segment say, float32."""
+        hidden = self.hidden(tokens, segment_ids, positions)
+        return product("btd,d->bt", hidden.astype(jnp.float32), self.score[...])
 
     def hidden(
         self, tokens: Ints, segment_ids: Ints | None = None, positions: Ints | None = None

@@ -16,8 +16,9 @@ from tinysft_jax.gpt_config import GPTConfig, RopeScaling
 from tinysft_jax.model import GPT
 from tinysft_jax.tokenizer import ChatTokenizer, parse_template
 
-# Version 1 had queries and keys interleaved, see `from_interleaved`; versions 1 and 2 only the PyTorch project's model.
-FORMAT_VERSION = 3
+# Version 1 had queries and keys interleaved, see `from_interleaved`; versions 1 and 2 only the PyTorch project's model;
+# versions 1 to 3 no reward models.
+FORMAT_VERSION = 4
 
 Params = dict[str, Any]  # nested dicts of arrays, see `model_parameter_shapes`
 TABLES = ("tok_emb", "head")  # have a row for each id; the second only in a model with an untied head

@@ -17,7 +17,8 @@ from tinysft_jax.conversion.parity import measure_parity, torch_logits
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.parameters import make_model
-from tinysft_jax.training.step import make_optimizer, make_train_step, supervised_nll
+from tinysft_jax.training.loss import supervised_nll
+from tinysft_jax.training.step import make_optimizer, make_train_step
 
 
 class Golden(NamedTuple):

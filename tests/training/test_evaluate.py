@@ -12,6 +12,7 @@ from runs import load_config, losses, mesh_of, tiny_config
 from tinysft_jax.checkpoints import load_model
 from tinysft_jax.console import Interrupted
 from tinysft_jax.data import prepare
+from tinysft_jax.data.mixture import open_parts
 from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.gpt_config import GPTConfig
@@ -35,7 +36,7 @@ def evaluate(data, model: GPT, seq_len: int, batch_size: int, n_rows=None, seed=
     mesh = mesh_of(*sizes)
     with jax.set_mesh(mesh):
         changes = {"data__seq_len": seq_len, "train__eval_batch_size": batch_size, "seed": seed}
-        evaluator = Evaluator(data, tiny_config(data.directory, **changes), mesh)
+        evaluator = Evaluator(open_parts(str(data.directory)), tiny_config(data.directory, **changes), mesh)
         step = jax.jit(make_eval_step(graph, len(data.tasks)))
         return evaluator.losses(step, nnx.to_pure_dict(state), evaluator.n_rows if n_rows is None else n_rows)
 
@@ -50,9 +51,9 @@ def test_the_whole_split_gives_the_loss_of_each_conversation_alone(story_data):
         ids, supervised = split.conversation(index)
         log_p = np.asarray(forward(np.pad(ids, (0, 512 - len(ids))).astype(np.int32)[None])[0])
         nll[data.tasks[task]] += [-log_p[i, ids[i + 1]] for i in range(len(ids) - 1) if supervised[i + 1]]
-    expected = {f"sft/val_loss/{task}": np.mean(values) for task, values in nll.items() if values}
+    expected = {f"val_loss/{task}": np.mean(values) for task, values in nll.items() if values}
     assert len(expected) == 8
-    expected["sft/val_loss"] = np.mean(np.concatenate([*nll.values()]))
+    expected["val_loss"] = np.mean(np.concatenate([*nll.values()]))
     for seq_len, batch_size, sizes in ((512, 3, (1, 1, 1)), (512, 16, (8, 1, 1)), (1024, 1000, (2, 2, 2))):
         assert evaluate(data, model, seq_len, batch_size, sizes=sizes) == pytest.approx(expected, rel=1e-5)
 
@@ -130,8 +131,8 @@ def small_samples(data: Path, **changes):
 def test_a_run_evaluates_one_sample_and_at_the_end_the_kept_model(chat_data, finished):
     valid, data, kept = losses(finished, "sft/val_loss"), PreparedData(chat_data), load_model(finished)
     assert [*valid] == [0, 5, 10, 12] and len({*valid.values()}) == 1 and os.readlink(finished / "model") == "models/5"
-    assert valid[12] == pytest.approx(evaluate(data, kept, 64, 1, n_rows=1)["sft/val_loss"], rel=1e-6)
-    final = evaluate(data, kept, 64, 1, n_rows=2)["sft/val_loss"]
+    assert valid[12] == pytest.approx(evaluate(data, kept, 64, 1, n_rows=1)["val_loss"], rel=1e-6)
+    final = evaluate(data, kept, 64, 1, n_rows=2)["val_loss"]
     assert final_lines(finished) == {12: (2, pytest.approx(final, rel=1e-6))}
 
 
@@ -164,7 +165,7 @@ def test_the_final_evaluation_is_done_once(chat_data, finished, tmp_path, monkey
     data, kept = PreparedData(chat_data), load_model(finished)
     every_row = Packing(data.split("valid").lengths, 64).n_rows
     assert final_lines(tmp_path / "work") == {
-        12: (every_row, pytest.approx(evaluate(data, kept, 64, 1)["sft/val_loss"], rel=1e-6))
+        12: (every_row, pytest.approx(evaluate(data, kept, 64, 1)["val_loss"], rel=1e-6))
     }
 
 

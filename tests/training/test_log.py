@@ -18,10 +18,10 @@ from tinysft_jax.training.log import Rates, RunLog, read_metrics, train_flops
 CONFIG = GPTConfig(vocab_size=260, dim=16, n_layers=1, n_heads=2, max_seq_len=64)
 
 
-def write_lines(workdir, kept, lines, mode="disabled", error=None):
-    """A run's log of some lines; `error` ends it."""
+def write_lines(workdir, kept_until, lines, mode="disabled", error=None):
+    """A run's log of some lines, after those of steps up to `kept_until`; `error` ends it."""
     log = RunLog(load_config("sft"), workdir, CONFIG, 10)
-    log.open(kept, {"config": {"wandb": {"mode": mode, "project": "p", "name": ""}}})
+    log.open(lambda line: line["step"] <= kept_until, {"config": {"wandb": {"mode": mode, "project": "p", "name": ""}}})
     with contextlib.suppress(Interrupted), log:
         for step, metrics in lines:
             log.write(step, metrics)
@@ -32,7 +32,7 @@ def write_lines(workdir, kept, lines, mode="disabled", error=None):
 def test_wandb_resumes_the_same_run_and_learns_how_it_ended(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
     for error in (Interrupted("stopped", 143), None):
-        write_lines(tmp_path, [], [(3, {"sft/lr": 0.5})], "offline", error)
+        write_lines(tmp_path, 0, [(3, {"lr": 0.5})], "offline", error)
     first, second = fake.started
     assert first["id"] == second["id"] and len(first["id"]) == 8 and first["resume"] == "allow"
     assert (first["mode"], first["project"], first["name"]) == ("offline", "p", tmp_path.name)
@@ -40,12 +40,12 @@ def test_wandb_resumes_the_same_run_and_learns_how_it_ended(tmp_path, monkeypatc
 
 
 def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path):
-    write_lines(tmp_path, [], [(step, {"sft/train_loss": step / 2}) for step in range(1, 6)])
+    write_lines(tmp_path, 0, [(step, {"train_loss": step / 2}) for step in range(1, 6)])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('3\n{"step": null}\n{}\n')  # damaged
         file.write('{"step": 6, "sft/tr')  # killed while writing
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
-    write_lines(tmp_path, read_metrics(tmp_path)[:3], [(4, {"sft/train_loss": 9.0})])
+    write_lines(tmp_path, 3, [(4, {"train_loss": 9.0})])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["sft/train_loss"] for line in lines] == [0.5, 1.0, 1.5, 9.0]
 
@@ -66,10 +66,10 @@ def test_rates_leave_out_compilation_and_pauses(monkeypatch):
     now[0] = 62.0
     rates.count(70, 6)
     report = rates.report()
-    assert report["sft/tokens_per_second"] == pytest.approx(160 / 4)
-    assert report["sft/supervised_tokens_per_second"] == pytest.approx(16 / 4)
-    assert report["sft/padding_fraction"] == pytest.approx(0.2)
-    assert report["sft/mfu"] == pytest.approx(train_flops(CONFIG, 160, 16, 50) / 4 / 1e6)
+    assert report["tokens_per_second"] == pytest.approx(160 / 4)
+    assert report["supervised_tokens_per_second"] == pytest.approx(16 / 4)
+    assert report["padding_fraction"] == pytest.approx(0.2)
+    assert report["mfu"] == pytest.approx(train_flops(CONFIG, 160, 16, 50) / 4 / 1e6)
     assert rates.report() == {}
 
 

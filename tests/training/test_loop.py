@@ -20,7 +20,9 @@ from tinysft_jax.data.packing import plan_epoch
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.parameters import ModelDescription
 from tinysft_jax.training import loop
-from tinysft_jax.training.log import read_metrics
+from tinysft_jax.training.checkpoints import Checkpoints
+from tinysft_jax.training.evaluate import Evaluator
+from tinysft_jax.training.log import RunLog, read_metrics
 
 
 def test_a_run_learns_and_leaves_what_it_should(finished):
@@ -199,16 +201,16 @@ def test_an_evaluation_made_good_counts_after_a_kill(chat_data, tmp_path, monkey
     def killed(*_):
         raise RunError("killed")
 
-    first = scripted({"sft/val_loss": 9.0})
+    first = scripted({"val_loss": 9.0})
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="step 5 "):
-        patch.setattr(loop.Evaluator, "losses", lambda run, *_: first() if not losses(tmp_path) else interrupted())
+        patch.setattr(Evaluator, "losses", lambda run, *_: first() if not losses(tmp_path) else interrupted())
         loop.train(tiny_config(chat_data), tmp_path)
     with monkeypatch.context() as patch, pytest.raises(RunError, match="killed"):
-        patch.setattr(loop.Evaluator, "losses", scripted({"sft/val_loss": 1.0}))
-        patch.setattr(loop.Checkpoints, "save", killed)
+        patch.setattr(Evaluator, "losses", scripted({"val_loss": 1.0}))
+        patch.setattr(Checkpoints, "save", killed)
         loop.train(tiny_config(chat_data), tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Evaluator, "losses", scripted(*({"sft/val_loss": loss} for loss in (1.0, 2.0, 3.0, 1.5))))
+        patch.setattr(Evaluator, "losses", scripted(*({"val_loss": loss} for loss in (1.0, 2.0, 3.0, 1.5))))
         loop.train(tiny_config(chat_data), tmp_path)
     assert os.readlink(tmp_path / "model") == "models/5"
     assert losses(tmp_path, "sft/val_loss") == {0: 9.0, 5: 1.0, 10: 2.0, 12: 3.0}
@@ -233,13 +235,13 @@ def test_a_run_resumes_without_what_it_started_from(chat_data, tmp_path, name):
 
 def test_a_resumed_run_remembers_its_best_model(chat_data, finished, tmp_path, monkeypatch):
     """And evaluates that one at the end, not the last."""
-    scripted, honest = iter([5.0, 1.0, 2.0, 3.0]), loop.Evaluator.losses  # at the steps 0, 5, 10 and 12
+    scripted, honest = iter([5.0, 1.0, 2.0, 3.0]), Evaluator.losses  # at the steps 0, 5, 10 and 12
 
     def losses_of(*arguments):
         loss = next(scripted, None)
-        return honest(*arguments) if loss is None else {"sft/val_loss": loss}
+        return honest(*arguments) if loss is None else {"val_loss": loss}
 
-    monkeypatch.setattr(loop.Evaluator, "losses", losses_of)
+    monkeypatch.setattr(Evaluator, "losses", losses_of)
     with monkeypatch.context() as patch:
         stop_at(6, patch)
         with pytest.raises(Interrupted):
@@ -257,7 +259,7 @@ def test_an_evaluation_that_was_cut_short_is_done_again(chat_data, finished, tmp
         return {}
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Evaluator, "losses", interrupted)
+        patch.setattr(Evaluator, "losses", interrupted)
         with pytest.raises(Interrupted, match="stopped after step 0"):
             loop.train(tiny_config(chat_data), tmp_path)
     loop.train(tiny_config(chat_data), tmp_path)
@@ -281,13 +283,13 @@ def test_a_disk_that_is_full_is_one_line(chat_data, tmp_path, monkeypatch):
         with pytest.raises(RunError, match=r"can't write .*checkpoints: .*No space left"):
             loop.train(tiny_config(chat_data), tmp_path / "one")
     with monkeypatch.context() as patch:
-        patch.setattr(loop.RunLog, "write", full)
+        patch.setattr(RunLog, "write", full)
         with pytest.raises(RunError, match=r"can't write .*No space left"):
             loop.train(tiny_config(chat_data), tmp_path / "two")
 
 
 def test_without_validation_data_the_last_model_is_kept(chat_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.Evaluator, "losses", lambda *_: {})
+    monkeypatch.setattr(Evaluator, "losses", lambda *_: {})
     loop.train(tiny_config(chat_data, train__max_steps=2), tmp_path)
     assert os.readlink(tmp_path / "model") == "models/2"
 

@@ -8,8 +8,8 @@ from jax.sharding import NamedSharding
 
 from tinysft_jax.model import head_logits
 from tinysft_jax.sharding import batch_sharding, make_mesh, spec
-from tinysft_jax.training import step as loss
-from tinysft_jax.training.step import supervised_nll, supervised_sums
+from tinysft_jax.training import loss
+from tinysft_jax.training.loss import supervised_nll, supervised_sums
 
 VOCAB = 300
 

@@ -7,10 +7,11 @@ import pytest
 from runs import assert_same_bits, losses, stop_at, tiny_config
 
 from tinysft_jax.console import Interrupted, RunError
-from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.training import loop
+from tinysft_jax.training.evaluate import Evaluator
+from tinysft_jax.training.source import StepBatches
 
 
 @pytest.fixture
@@ -18,15 +19,15 @@ def poison(monkeypatch):
     """Makes the loss of the batches of these steps no number."""
 
     def poison(*steps: int) -> None:
-        build = BatchSource.__getitem__
+        build = StepBatches.__getitem__
 
-        def build_poisoned(source, index):
-            batch = build(source, index)
-            if index + 1 in steps and source.split.directory.name == "train":
+        def build_poisoned(source, step):
+            batch = build(source, step)
+            if step + 1 in steps:
                 batch["weights"][0, 0] = 3e38  # times a loss of more than 1
             return batch
 
-        monkeypatch.setattr(BatchSource, "__getitem__", build_poisoned)
+        monkeypatch.setattr(StepBatches, "__getitem__", build_poisoned)
 
     return poison
 
@@ -67,7 +68,7 @@ def test_a_run_with_skipped_steps_resumes_exactly(chat_data, tmp_path, poison, m
 
 def test_an_evaluation_that_is_no_number_is_not_the_best(chat_data, tmp_path, monkeypatch):
     scripted = iter([5.0, float("nan"), 4.0, float("nan"), 4.5])  # at the steps 0, 5, 10 and 12, and of the kept model
-    monkeypatch.setattr(loop.Evaluator, "losses", lambda *_: {"sft/val_loss": next(scripted)})
+    monkeypatch.setattr(Evaluator, "losses", lambda *_: {"val_loss": next(scripted)})
     loop.train(tiny_config(chat_data), tmp_path)
     assert os.readlink(tmp_path / "model") == "models/10"
     assert losses(tmp_path, "sft/val_loss") == {0: 5.0, 10: 4.0}

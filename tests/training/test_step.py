@@ -20,9 +20,10 @@ from tinysft_jax.data.store import PreparedData
 from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.model import GPT
 from tinysft_jax.sharding import global_batch, state_sharding
-from tinysft_jax.training import step as step_module
+from tinysft_jax.training import loss as loss_module
+from tinysft_jax.training.loss import supervised_nll
 from tinysft_jax.training.state import make_steps
-from tinysft_jax.training.step import make_optimizer, make_train_step, supervised_nll, warmup_cosine
+from tinysft_jax.training.step import make_optimizer, make_train_step, warmup_cosine
 
 CONFIG, PARAMS = family("default"), random_params(family("default"))
 OPTIMIZER = make_optimizer(1e-3, 0.01, 0.9, 0.95, 1.0)
@@ -289,7 +290,7 @@ def test_layers_that_are_not_a_loop_give_the_same_losses(split, single_losses, r
 def test_what_an_accelerator_computes_has_the_same_losses(split, single_losses, monkeypatch, mesh_sizes):
     """Larger chunks in the head, attention blocks without loops, layers one by one."""
     monkeypatch.setattr(accelerator, "is_present", lambda: True)
-    monkeypatch.setattr(step_module, "CHUNK", 64)  # below a quarter of the positions
+    monkeypatch.setattr(loss_module, "CHUNK", 64)  # below a quarter of the positions
     np.testing.assert_allclose(losses_on(mesh_sizes, split, 20)[0], single_losses[:20], rtol=1e-5)
 
 

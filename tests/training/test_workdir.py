@@ -123,7 +123,7 @@ def test_what_a_user_put_between_checkpoints_and_models_stays(chat_data, finishe
     for place in ("checkpoints/.2.partial", "checkpoints/9", "models/.2.partial", "models/9"):
         (work / place).mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "losses", lambda *_: {"sft/val_loss": 0.0})
+        patch.setattr(Evaluator, "losses", lambda *_: {"val_loss": 0.0})
         train(tiny_config(chat_data), work)
     assert all((work / place / "mine").exists() for place in places)
     ours = {path.name for path in (work / "checkpoints").iterdir()} - {Path(place).name for place in places}

@@ -4,14 +4,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import parent_process, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import grain
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, Int64
 
 from tinysft_jax.console import RunError, reason
 from tinysft_jax.data.packing import PackingPlan, plan_epoch
@@ -47,13 +47,8 @@ class BatchSource:
     def __getitem__(self, index) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
-        rows = self.rows(index)
-        shape = (len(rows), self.seq_len)
-        batch = {key: np.zeros(shape, np.int32) for key in ("tokens", "segment_ids", "positions", "targets")}
-        batch["weights"] = np.zeros(shape, np.float32)
-        for place, row in enumerate(rows):
-            if row < len(self.plan):
-                self._fill({key: array[place] for key, array in batch.items()}, row)
+        rows = [map(self.split.conversation, self.conversations(row).tolist()) for row in self.rows(index)]
+        batch = make_batch(rows, self.seq_len)
         self.split.check_ids(batch["tokens"])
         return batch
 
@@ -61,18 +56,40 @@ class BatchSource:
         """The plan's rows in this part of batch `index`; those beyond the plan's end are empty."""
         return range(self.batch_size * int(index), self.batch_size * (int(index) + 1))[self.part]
 
-    def _fill(self, arrays: dict[str, np.ndarray], row: int) -> None:
-        """Fills a row with its conversations; the target of token i is token i + 1 of the same conversation."""
+    def conversations(self, row: int) -> Int64[np.ndarray, " segments"]:
+        """The conversations of a row, in the order of their segments."""
+        return self.split.conversations_of(self.plan.row(row) if row < len(self.plan) else self.plan.order[:0])
+
+
+def make_batch(rows: Sequence[Iterable[tuple[np.ndarray, np.ndarray]]], seq_len: int) -> Batch:
+    """The batch of these rows, each of conversations: their ids, and which of them are supervised.
+
+    The target of token i is token i + 1 of the same conversation.
+    """
+    shape = (len(rows), seq_len)
+    batch = {key: np.zeros(shape, np.int32) for key in ("tokens", "segment_ids", "positions", "targets")}
+    batch["weights"] = np.zeros(shape, np.float32)
+    for place, conversations in enumerate(rows):
         start = 0
-        for segment, conversation in enumerate(self.plan.row(row).tolist(), 1):
-            ids, supervised = self.split.conversation(conversation)
+        for segment, (ids, supervised) in enumerate(conversations, 1):
             end = start + len(ids)
-            arrays["tokens"][start:end] = ids
-            arrays["segment_ids"][start:end] = segment
-            arrays["positions"][start:end] = np.arange(len(ids))
-            arrays["targets"][start : end - 1] = ids[1:]
-            arrays["weights"][start : end - 1] = supervised[1:]
+            batch["tokens"][place, start:end] = ids
+            batch["segment_ids"][place, start:end] = segment
+            batch["positions"][place, start:end] = np.arange(len(ids))
+            batch["targets"][place, start : end - 1] = ids[1:]
+            batch["weights"][place, start : end - 1] = supervised[1:]
             start = end
+    return batch
+
+
+def by_segment(values: list[np.ndarray], n_segments: int) -> np.ndarray:
+    """`[rows, n_segments]`: of each row the values of its segments, then 0."""
+    return np.stack([np.pad(row, (0, n_segments - len(row))) for row in values])
+
+
+def by_position(segment_ids: np.ndarray, values: list[np.ndarray]) -> np.ndarray:
+    """`[rows, T]`: at each position the value of its segment, 0 at padding."""
+    return np.stack([np.pad(row, (1, 0))[segments] for row, segments in zip(values, segment_ids, strict=True)])
 
 
 def epoch_batches(source: BatchSource, start: int = 0, num_workers: int = 0) -> Iterator[Batch]:

@@ -61,6 +61,7 @@ class Packing:
         self._pattern_lengths = np.array([length for pattern, _ in rows for length in pattern], self._dtype)
         self._pattern_starts = np.cumsum(self._pattern_sizes) - self._pattern_sizes
         self.n_rows = int(self._row_counts.sum())  # of every epoch
+        self.most_items = int(self._pattern_sizes.max(initial=0))  # in a row
         # The share of the rows' tokens that are not padding.
         self.fill = float(counts @ np.arange(len(counts))) / max(1, self.n_rows * seq_len)
 

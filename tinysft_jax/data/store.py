@@ -108,6 +108,8 @@ class PreparedData:
         self.description, self.tokenizer = open_description(self.directory)
         self.verify(hashes=False)
 
+    per_item = 1
+
     @property
     def tasks(self) -> list[str]:
         """Task names; a task's id is its index."""
@@ -175,6 +177,15 @@ class Split:
                 )
             parts.append(lengths.astype(np.int32))
         return np.concatenate(parts)
+
+    per_item = 1
+
+    @property
+    def item_lengths(self):
+        return self.lengths.reshape(-1, self.per_item).sum(axis=1, dtype=np.int32)
+
+    def conversations_of(self, items):
+        return (items[:, None].astype(np.int64) * self.per_item + np.arange(self.per_item)[None]).reshape(-1)
 
     @functools.cached_property
     def tasks(self) -> UInt8[np.ndarray, " n"]:

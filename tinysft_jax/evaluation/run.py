@@ -118,7 +118,7 @@ def _make_losses(model: GPT, n_rows: int, length: int) -> Callable[[Sequence[Cas
         rows, positions = np.indices(shape, np.int32)
         batch = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "weights": weights}
         batch |= {"segment_ids": np.ones(shape, np.int32), "positions": positions, "tasks": rows}
-        return np.asarray(eval_step(params, batch))[0, : len(cases)]
+        return np.asarray(eval_step(params, batch)["loss"])[: len(cases)]
 
     return losses
 

@@ -19,8 +19,10 @@ from orbax.checkpoint import v1 as ocp
 from tinysft_jax import distributed, files, locks
 from tinysft_jax.checkpoints import ORBAX_ERRORS, quiet_orbax, write_model
 from tinysft_jax.console import RunError, UserError, reason
+from tinysft_jax.data.mixture import Part
+from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.files import COUNT, NUMBER, REAL_OR_NULL, Kind, Schema, check
+from tinysft_jax.files import COUNT, NUMBER, REAL_OR_NULL, TEXT, Kind, Schema, check
 from tinysft_jax.parameters import ModelDescription, Params
 from tinysft_jax.training.config import flat
 from tinysft_jax.training.state import RANDOM
@@ -111,16 +113,26 @@ def _matching(directory: Path, names: str) -> list[Path]:
     return [path for path in directory.iterdir() if re.fullmatch(names, path.name) and path.is_dir()]
 
 
-def run_identity(config: ConfigDict, data: PreparedData, packing: str, total_steps: int) -> dict[str, Any]:
+def data_hash(data: PreparedData) -> str:
+    """A prepared data set's identity."""
+    return files.sha256(data.directory / "manifest.json")[:16]
+
+
+def run_identity(config: ConfigDict, parts: list[Part], packings: list[Packing], total_steps: int) -> dict[str, Any]:
     """What must not change when a run resumes: its model, the data and their order, the arithmetic of a step."""
+    data = parts[0].data
     values, template = flat(config), data.description["chat_template"]
     sections = ("model.", "optimizer.") if config.init_from in ("", RANDOM) else ("optimizer.",)
+    sections += (f"{config.objective}.",)
+    mixed = [f"{part.share} {part.name} " if part.name else "" for part in parts]
     return {
+        # Not of runs from before there was a choice.
+        **({"objective": config.objective} if config.objective != "sft" else {}),
         "init_from": config.init_from,
-        "data": files.sha256(data.directory / "manifest.json")[:16],
+        "data": ", ".join(share + data_hash(part.data) for share, part in zip(mixed, parts, strict=True)),
         "chat_template": template if isinstance(template, str | None) else data.description["tokenizer_hash"],
         "tokenizer": data.description["tokenizer"],
-        "packing": packing,
+        "packing": " ".join(packing.fingerprint for packing in packings),
         **{key: values[key] for key in ("seed", "data.seq_len", "train.batch_size")},
         **{key: value for key, value in values.items() if key.startswith(sections)},
         TOTAL_STEPS: total_steps,
@@ -156,6 +168,7 @@ class RunStatus:
     best_step: int = 0  # the step of the kept model; 0 while there is none
     evaluated_step: int = -1  # the last step that was evaluated
     eval_rows: int = 0  # of each periodic evaluation
+    reference: str = ""  # hash of the model at the start, if the objective compares with it
     skipped_steps: tuple[int, ...] | list[int] = (0, 0)  # in the run, and in a row up to now
 
 
@@ -168,6 +181,7 @@ _STATUS: Schema = {  # `RunStatus`, but for the step
     "best_step": COUNT,
     "evaluated_step": NUMBER,
     "eval_rows": COUNT,
+    "reference": TEXT,
     "skipped_steps": _TWO_COUNTS,
 }
 
@@ -219,7 +233,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             check(content, {"format_version": NUMBER})
             if content["format_version"] > FORMAT_VERSION:
                 raise UserError("it is of a newer program; upgrade tinysft-jax")
-            content = {"eval_rows": 0} | content  # which older programs did not write
+            content = {"eval_rows": 0, "reference": ""} | content  # which older programs did not write
             check(content, _STATUS)
         except UserError as error:
             raise RunError(f"can't resume from {where}: {error}") from None

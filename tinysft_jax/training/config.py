@@ -19,7 +19,7 @@ class Setting(NamedTuple):
 
     default: Any
     meaning: str
-    at_least: int = 0  # for numbers
+    at_least: int | float = 0  # for numbers
     below: float = math.inf
     choices: tuple[str, ...] = ()
 
@@ -27,6 +27,11 @@ class Setting(NamedTuple):
 # `model.*` is the shape of random weights; a model that is fine-tuned keeps its own.
 SETTINGS = {
     "seed": Setting(0, "of random weights, order of the data, validation sample", below=2**31),
+    "objective": Setting(
+        "sft",
+        "answers' likelihood (plain text's, too), or of pairs: direct preference optimization, a reward model",
+        choices=("sft", "dpo", "reward"),
+    ),
     "init_from": Setting(
         "",
         "model to fine-tune: work directory (its best model), model directory, .pt or Hugging Face folder; "
@@ -40,9 +45,12 @@ SETTINGS = {
     "model.n_heads": Setting(12, "attention heads", 1),
     "model.max_seq_len": Setting(1024, "context length in tokens", 1),
     "model.mlp_ratio": Setting(4.0, "hidden units of the MLP, as a multiple of dim"),
-    "data.path": Setting("data", "a prepared data set"),
+    "data.path": Setting("data", "a prepared data set, or several: PATH=WEIGHT,PATH=WEIGHT"),
     "data.seq_len": Setting(1024, "tokens of a packed row; at least prepare's --max_tokens", 1),
     "data.num_workers": Setting(0, "processes that build batches; 0: a thread, enough for one GPU"),
+    "dpo.beta": Setting(0.1, "how much a log-likelihood ratio counts: the higher, the closer to the start", 1e-6),
+    "dpo.length_normalized": Setting(False, "ratios of a token, not an answer; beta is then 100 times higher"),
+    "dpo.sft_weight": Setting(0.0, "of the chosen answer's mean negative log-likelihood of a token, beside DPO's loss"),
     "optimizer.learning_rate": Setting(2e-5, "peak, after warm-up; a tenth of pretraining's"),
     "optimizer.warmup_steps": Setting(500, "of linear warm-up, before a cosine to 0 at the last step"),
     "optimizer.weight_decay": Setting(0.01, "of AdamW, times the learning rate"),
@@ -133,7 +141,7 @@ def check_key(key: str) -> None:
 def _is_allowed(value: Any, setting: Setting) -> bool:
     if setting.choices:
         return value in setting.choices
-    if isinstance(setting.default, str) or value is None:
+    if isinstance(setting.default, str | bool) or value is None:
         return isinstance(value, type(setting.default))
     # A float may be written as an int; True is an int to Python.
     is_number = isinstance(value, float | int if isinstance(setting.default, float) else int)
@@ -144,8 +152,8 @@ def _allowed(setting: Setting) -> str:
     """The values that a setting can have, in words."""
     if setting.choices:
         return f"one of {', '.join(setting.choices)}"
-    if isinstance(setting.default, str):
-        return "text"
+    if isinstance(setting.default, str | bool):
+        return "text" if isinstance(setting.default, str) else "true or false"
     below = f", < {setting.below}" if setting.below < math.inf else ""
     return f"{'float' if isinstance(setting.default, float) else 'int'} >= {setting.at_least}{below}"
 
@@ -178,11 +186,28 @@ def check_batch(config: ConfigDict, batch_shards: int) -> None:
         )
 
 
-def check_run(config: ConfigDict, total_steps: int, max_tokens: int) -> None:
-    """Raises: UserError, if warm-up is longer than the run, or a row shorter than the data's `max_tokens`."""
+def check_run(config: ConfigDict, total_steps: int, max_tokens: int, per_item: int = 1) -> None:
+    """Raises: UserError, if warm-up is longer than the run, a row shorter than the data's `max_tokens`, or the
+    objective needs other data than items of `per_item` conversations.
+    """
     warmup, seq_len = config.optimizer.warmup_steps, config.data.seq_len
+    if per_item == 1 and config.objective != "sft":
+        raise UserError(
+            f"objective {config.objective} learns from pairs, and data.path holds none; prepare them with --format "
+            "preference-jsonl"
+        )
+    if per_item == 2 and config.objective == "sft":
+        raise UserError(
+            "data.path holds pairs, and objective sft learns from conversations; use --config=configs/dpo.py or "
+            "configs/reward.py"
+        )
     if warmup > total_steps:
         raise UserError(f"optimizer.warmup_steps {warmup} is longer than the run of {total_steps} steps")
+    if per_item == 2 and seq_len < 2 * max_tokens:
+        raise UserError(
+            f"data.seq_len {seq_len} is below the 2 × {max_tokens} tokens that a pair of the data may have; raise "
+            f"data.seq_len or prepare with --max_tokens {seq_len // 2}"
+        )
     if seq_len < max_tokens:
         raise UserError(
             f"data.seq_len {seq_len} is below the data's max_tokens {max_tokens}; raise data.seq_len or prepare with "

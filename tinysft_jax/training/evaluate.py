@@ -1,18 +1,21 @@
 """Validation loss by task and over all tasks, on a fixed sample of packed rows; every supervised token counts once."""
 
 from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tinysft_jax.data.batches import BatchSource, epoch_batches
-from tinysft_jax.data.packing import plan_epoch
-from tinysft_jax.data.store import PreparedData
+from tinysft_jax.data.batches import Batch, BatchSource, by_position, by_segment, epoch_batches
+from tinysft_jax.data.mixture import Part
+from tinysft_jax.data.packing import Packing, PackingPlan
+from tinysft_jax.data.store import Split
 from tinysft_jax.parameters import Params
 from tinysft_jax.sharding import batch_shards, global_batch, process_part
-from tinysft_jax.training.log import ALL_TASKS
+from tinysft_jax.training.log import VAL, VAL_LOSS
 
 # Upper limits, in percent of the rows that a run trains on: all periodic evaluations together, and the final one.
 # An evaluated row needs no backward pass: about a third of the FLOPs.
@@ -20,48 +23,99 @@ PERIODIC_PERCENT = 7
 FINAL_PERCENT = 3
 
 
+class _Sample(NamedTuple):
+    """The validation rows of a part of a mixture, or of the only data set, in random order."""
+
+    name: str  # of the part
+    share: Fraction
+    tasks: list[str]
+    split: Split
+    plan: PackingPlan
+
+
 class Evaluator:
     """Evaluates the first rows of a shuffled packing plan of the validation split, which has `n_rows` in all.
 
     The plan depends on data, row length and seed alone, so the sample is the same at every evaluation, after a resume,
-    and on any devices; each conversation is in it with the same probability; a larger sample contains a smaller one.
+    and on any devices; each item is in it with the same probability; a larger sample contains a smaller one. Of a
+    mixture, each part has its share of the rows, as far as it has so many.
     """
 
-    def __init__(self, data: PreparedData, config: ConfigDict, mesh: Mesh):
-        self._split, self._tasks, self._mesh = data.split("valid"), data.tasks, mesh
-        self._seq_len = config.data.seq_len
-        self._plan = plan_epoch(self._split.lengths, self._seq_len, config.seed)
-        self.n_rows, shards = len(self._plan), batch_shards(mesh)
-        self._batch_size = -(-min(config.train.eval_batch_size, max(1, self.n_rows)) // shards) * shards
+    def __init__(self, parts: list[Part], config: ConfigDict, mesh: Mesh):
+        self._mesh, self._seq_len, self._samples, self.packings = mesh, config.data.seq_len, [], []
+        for part in parts:
+            split = part.data.split("valid")
+            self.packings.append(packing := Packing(split.item_lengths, self._seq_len))
+            plan = packing.epoch(config.seed)
+            self._samples.append(_Sample(part.name, part.share, part.data.tasks, split, plan))
+        self.n_rows, shards = sum(packing.n_rows for packing in self.packings), batch_shards(mesh)
+        self.batch_size = -(-min(config.train.eval_batch_size, max(1, self.n_rows)) // shards) * shards
+        self.n_tasks = max(len(sample.tasks) for sample in self._samples)
+        # Of each part, what a batch has by segment; see `DPO`.
+        self.reference: list[np.ndarray] = []
+        self.n_segments = 0
 
     def losses(
         self, eval_step: Callable, params: Params, n_rows: int, should_stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float]:
-        """Mean negative log-likelihood of a supervised token, in nats, over the first `n_rows`, as metrics.
+        """The objective's loss and other figures over the first `n_rows`, as metrics: "val_loss" and so on.
 
-        Several tasks have one each besides. Empty if no token is supervised, or if `should_stop` before some batch.
+        Several tasks have a loss each besides; of a mixture, so has each part, and the whole is weighted by the parts'
+        shares. Empty if there is nothing to evaluate, or if `should_stop` before some batch.
         """
-        sums = [np.zeros((2, len(self._tasks)))]
-        for batch in self._batches(n_rows):
-            if should_stop():
-                return {}
-            sums.append(eval_step(params, batch))
-        # The sums stay on the device until all batches are dispatched; they are added in float64.
-        nll, weight = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
-        if not weight.any():
-            return {}
-        by_task = {f"{ALL_TASKS}/{self._tasks[i]}": float(nll[i] / weight[i]) for i in np.flatnonzero(weight)}
-        return {ALL_TASKS: float(nll.sum() / weight.sum()), **(by_task if len(by_task) > 1 else {})}
+        found = []
+        for number, sample in enumerate(self._samples):
+            sums: list[dict[str, jax.Array]] = []
+            for batch in self._batches(number, -(-n_rows * sample.share // 1)):
+                if should_stop():
+                    return {}
+                sums.append(eval_step(params, batch))
+            # The sums stay on the device until all batches are dispatched.
+            totals = _add_up(jax.device_get(sums))
+            if totals and totals["normalizer"].any():
+                found.append((sample, totals))
+        return _metrics(found)
 
-    def _batches(self, n_rows: int) -> Iterator[dict[str, jax.Array]]:
-        plan = self._plan.first(n_rows)
-        source = BatchSource(self._split, plan, self._batch_size, self._seq_len, process_part(self._mesh))
-        for index, batch in enumerate(epoch_batches(source)):
-            # Segment s of a row is the row's s-th conversation; rows beyond the plan are empty.
-            first, segments = plan.row_starts[np.minimum(source.rows(index), len(plan))], batch["segment_ids"]
-            conversations = plan.order[first[:, None] + segments - 1]
-            tasks = np.where(segments > 0, self._split.tasks[conversations], 0).astype(np.int32)
-            yield global_batch(self._mesh, batch | {"tasks": tasks})
+    def _batches(self, number: int, n_rows: int) -> Iterator[Batch]:
+        sample = self._samples[number]
+        split, plan = sample.split, sample.plan.first(min(n_rows, len(sample.plan)))
+        for rows, batch in packed_batches(split, plan, self.batch_size, self._seq_len, self._mesh):
+            batch["tasks"] = by_position(batch["segment_ids"], [split.tasks[row].astype(np.int32) for row in rows])
+            if self.reference:
+                values = [self.reference[number][row] for row in rows]
+                batch["reference"] = by_segment(values, self.n_segments)
+            yield global_batch(self._mesh, batch)
+
+
+def _add_up(sums: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The totals of all batches, in float64."""
+    return {name: np.sum([of[name] for of in sums], axis=0, dtype=np.float64) for name in (sums[0] if sums else ())}
+
+
+def _metrics(found: list[tuple[_Sample, dict[str, np.ndarray]]]) -> dict[str, float]:
+    """The metrics of the samples' sums by task."""
+    metrics, shares = {}, sum(sample.share for sample, _ in found)
+    for sample, totals in found:
+        normalizer, prefix = totals.pop("normalizer"), f"{sample.name}/" if sample.name else ""
+        with_data, share = np.flatnonzero(normalizer), float(sample.share / shares)
+        for name, sums in totals.items():
+            mean = float(sums.sum() / normalizer.sum())
+            metrics[VAL + name] = metrics.get(VAL + name, 0.0) + share * mean
+            if sample.name:
+                metrics[f"{VAL}{name}/{sample.name}"] = mean
+        if len(with_data) > 1:
+            of_tasks = {sample.tasks[i]: float(totals["loss"][i] / normalizer[i]) for i in with_data}
+            metrics |= {f"{VAL_LOSS}/{prefix}{task}": loss for task, loss in of_tasks.items()}
+    return metrics
+
+
+def packed_batches(
+    split: Split, plan: PackingPlan, batch_size: int, seq_len: int, mesh: Mesh
+) -> Iterator[tuple[list[np.ndarray], Batch]]:
+    """This process's part of a plan's batches, each with its rows' conversations; rows beyond the plan are empty."""
+    source = BatchSource(split, plan, batch_size, seq_len, process_part(mesh))
+    for index, batch in enumerate(epoch_batches(source)):
+        yield [source.conversations(row) for row in source.rows(index)], batch
 
 
 def evaluation_rows(config: ConfigDict, total_steps: int, split_rows: int, rows_before: int = 0) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from tinysft_jax.gpt_config import GPTConfig
 
 MetricLine = dict[str, int | float]  # a line of metrics.jsonl: "step", and what was measured then
 
-ALL_TASKS = "sft/val_loss"  # over all tasks; with "/<task>" appended, over one of them
-FINAL = "sft/final_val_loss"  # of the kept model, at the end
-FINAL_ROWS = "sft/final_val_rows"  # of the sample that it was evaluated on
+# Names of metrics, before which metrics.jsonl has the objective's name: "sft/val_loss".
+TRAIN, VAL = "train_", "val_"  # figures of a step, and of the validation sample
+VAL_LOSS = f"{VAL}loss"  # over all tasks; with "/<task>" appended, over one of them
+FINAL = "final_"  # before the name of what is measured of the kept model, at the end
+FINAL_ROWS = f"{FINAL}{VAL}rows"  # of the sample that it was evaluated on
 
 SKIPPED = "skipped_steps.jsonl"
 
@@ -66,6 +68,11 @@ def peak_flops() -> float | None:
     return peak * jax.device_count() if peak else None
 
 
+def loss_unit(objective: str) -> str:
+    """What the loss of an objective is measured in."""
+    return "nats per supervised token" if objective == "sft" else "nats per pair"
+
+
 class Rates:
     """Tokens per second since the last report, over the time spent on training alone."""
 
@@ -97,12 +104,12 @@ class Rates:
         now = time.perf_counter()
         seconds, self.started, self._totals = now - self.started, now, np.zeros(3)
         rates = {
-            "sft/tokens_per_second": tokens / seconds,
-            "sft/supervised_tokens_per_second": supervised / seconds,
-            "sft/padding_fraction": 1 - tokens / (steps * self._batch_size * self._seq_len),
+            "tokens_per_second": tokens / seconds,
+            "supervised_tokens_per_second": supervised / seconds,
+            "padding_fraction": 1 - tokens / (steps * self._batch_size * self._seq_len),
         }
         if peak := peak_flops():
-            rates["sft/mfu"] = train_flops(self._config, tokens, supervised, self._seq_len) / seconds / peak
+            rates["mfu"] = train_flops(self._config, tokens, supervised, self._seq_len) / seconds / peak
         return rates
 
 
@@ -112,14 +119,16 @@ class RunLog(contextlib.ExitStack):
     def __init__(self, config: ConfigDict, workdir: Path, shape: GPTConfig, total_steps: int):
         super().__init__()
         self.rates = Rates(shape, config.train.batch_size, config.data.seq_len)
-        self._workdir, self._rate, self._file, self._wandb = workdir, "", None, None
+        self._workdir, self._prefix, self._rate = workdir, f"{config.objective}/", ""
+        self._file, self._wandb = None, None
         self._progress = Progress("step", total_steps, quiet=not distributed.is_first())
         self.say = self._progress.say
 
-    def open(self, kept: list[MetricLine], settings: dict[str, Any]) -> None:
-        """Starts the log in the first process, with the lines `kept`; `settings`: the content of config.json."""
+    def open(self, is_kept: Callable[[MetricLine], bool], settings: dict[str, Any]) -> None:
+        """Starts the log in the first process, with the lines to keep; `settings`: the content of config.json."""
         path = self._workdir / "metrics.jsonl"
-        files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = [line for line in self.lines() if is_kept(line)]
+        files.write_text(path, "".join(json.dumps(self._named(line)) + "\n" for line in kept))
         self._file = self.enter_context(path.open("a", encoding="utf-8"))
         if settings["config"]["wandb"]["mode"] != "disabled":
             self._wandb = wandb = _start_wandb(self._workdir, settings)
@@ -129,25 +138,38 @@ class RunLog(contextlib.ExitStack):
     def write(self, step: int, metrics: MetricLine) -> None:
         """Writes a line of metrics, without those that are not finite, which JSON can't hold."""
         metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        named = self._named({"step": step, **metrics})
         if self._file:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.write(json.dumps(named) + "\n")
             self._file.flush()
         if self._wandb:
-            self._wandb.log(metrics, step=step)
+            self._wandb.log({key: value for key, value in named.items() if key != "step"}, step=step)
 
-    def step(self, step: int, values: dict[str, float], skipped_steps: int, is_due: bool) -> None:
-        """Counts a finished step with its metrics `values`, shows it, and logs it if it is due or was skipped."""
+    def step(self, step: int, values: dict[str, float], more: MetricLine, skipped_steps: int, is_due: bool) -> None:
+        """Counts a finished step with its metrics `values`, shows it, and logs it if it is due or was skipped.
+
+        `more` is logged beside them.
+        """
         self.rates.count(values["tokens"], values["supervised_tokens"])
-        line = {"sft/skipped_steps": skipped_steps}
+        line = {"skipped_steps": skipped_steps}
         is_due = is_due and not values["skipped"]
         if is_due:
-            names = {"sft/train_loss": "loss", "sft/grad_norm": "grad_norm", "sft/lr": "lr"}
-            line |= {name: values[key] for name, key in names.items()} | self.rates.report()
-            if rate := line.get("sft/supervised_tokens_per_second"):
+            others = ("skipped", "tokens", "supervised_tokens", "grad_norm", "lr")
+            line |= {TRAIN + key: value for key, value in values.items() if key not in others}
+            line |= {key: values[key] for key in ("grad_norm", "lr")}
+            line |= more | self.rates.report()
+            if rate := line.get("supervised_tokens_per_second"):
                 self._rate = f"  {rate:,.0f} supervised tokens/s"
         self._progress.update(step, f"loss {values['loss']:.4f}  lr {values['lr']:.2e}{self._rate}", always=is_due)
         if is_due or values["skipped"]:
             self.write(step, line)
+
+    def lines(self) -> list[MetricLine]:
+        """The lines of metrics.jsonl, under the names that metrics have here."""
+        return run_metrics(self._workdir, self._prefix)
+
+    def _named(self, line: MetricLine) -> MetricLine:
+        return {key if key == "step" else self._prefix + key: value for key, value in line.items()}
 
 
 def _start_wandb(workdir: Path, settings: dict[str, Any]):
@@ -170,6 +192,12 @@ def read_metrics(workdir: Path, name: str = "metrics.jsonl") -> list[MetricLine]
     return [line for line in files.read_json_lines(workdir / name) if isinstance(line.get("step"), int)]
 
 
+def run_metrics(workdir: Path, prefix: str) -> list[MetricLine]:
+    """The lines of a run's metrics without the objective's name before each; a foreign metric keeps its name."""
+    lines = read_metrics(workdir)
+    return [{key.removeprefix(prefix): value for key, value in line.items()} for line in lines]
+
+
 def forget_skipped(workdir: Path, step: int) -> None:
     """Drops the lines about skipped steps after `step`, which a run that resumes repeats."""
     if lines := read_metrics(workdir, SKIPPED):
@@ -186,19 +214,19 @@ def write_skipped(workdir: Path, step: int, values: dict[str, float], conversati
     return f"step {step:,} skipped: its loss is {loss}, its gradient norm {norm}; conversations {shown}, … (see {path})"
 
 
-def plot_loss(workdir: Path) -> None:
+def plot_loss(workdir: Path, lines: list[MetricLine], unit: str) -> None:
     """Draws training and validation loss over steps into `loss.png`."""
-    lines, figure = read_metrics(workdir), Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    steps, losses = _series(lines, "sft/train_loss")
+    steps, losses = _series(lines, f"{TRAIN}loss")
     if steps:
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
         axes.plot(steps, _running_mean(losses), color="tab:blue", label="training (smoothed)")
-    if any(ALL_TASKS in line for line in lines):
-        axes.plot(*_series(lines, ALL_TASKS), color="black", marker="o", markersize=4, label="validation")
-    for key in sorted({key for line in lines for key in line if key.startswith(f"{ALL_TASKS}/")}):
-        axes.plot(*_series(lines, key), linewidth=1, linestyle="--", label=key.removeprefix(f"{ALL_TASKS}/"))
-    axes.set(xlabel="step", ylabel="loss (nats per supervised token)", yscale="log")
+    if any(VAL_LOSS in line for line in lines):
+        axes.plot(*_series(lines, VAL_LOSS), color="black", marker="o", markersize=4, label="validation")
+    for key in sorted({key for line in lines for key in line if key.startswith(f"{VAL_LOSS}/")}):
+        axes.plot(*_series(lines, key), linewidth=1, linestyle="--", label=key.removeprefix(f"{VAL_LOSS}/"))
+    axes.set(xlabel="step", ylabel=f"loss ({unit})", yscale="log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -219,19 +247,19 @@ def _running_mean(values: list[float]) -> np.ndarray:
     return np.convolve(values, window)[:n] / np.convolve(np.ones(n), window)[:n]
 
 
-def print_summary(workdir: Path, best_step: int) -> None:
-    """Prints the validation loss by task: before training, at the best step, and of the kept model at the end."""
-    lines = read_metrics(workdir)
-    evaluated = {line["step"]: line for line in lines if ALL_TASKS in line}
+def print_summary(lines: list[MetricLine], best_step: int, unit: str) -> None:
+    """Prints the validation loss by task, and other figures: before training, at the best step, of the kept model."""
+    evaluated = {line["step"]: line for line in lines if VAL_LOSS in line}
     if not {0, best_step} <= evaluated.keys():
         return
     final = next((line for line in lines if FINAL_ROWS in line), {})
-    columns = [(evaluated[0], ALL_TASKS), (evaluated[best_step], ALL_TASKS), (final, FINAL)]
-    table = Table("task", title="validation loss (nats per supervised token)", min_width=44)
+    columns = [(evaluated[0], VAL), (evaluated[best_step], VAL), (final, FINAL + VAL)]
+    table = Table("task", title=f"validation loss ({unit})", min_width=44)
     for name in ("before", f"step {best_step:,}", f"kept model, {final.get(FINAL_ROWS, 0):,} rows"):
         table.add_column(name, justify="right")
-    tasks = {key.removeprefix(prefix) for line, prefix in columns for key in line if key.startswith(prefix)}
-    for task in sorted(tasks, key=lambda task: (task == "", task)):
-        losses = [line.get(prefix + task) for line, prefix in columns]
-        table.add_row(task[1:] or "all", *("–" if loss is None else f"{loss:.3f}" for loss in losses))
+    names = {key.removeprefix(prefix) for line, prefix in columns for key in line if key.startswith(prefix)} - {"rows"}
+    for name in sorted(names, key=lambda name: (not name.startswith("loss/"), name != "loss", name)):
+        values = [line.get(prefix + name) for line, prefix in columns]
+        label = "all" if name == "loss" else name.removeprefix("loss/")
+        table.add_row(label, *("–" if value is None else f"{value:.3f}" for value in values))
     Console().print(table)

@@ -1,30 +1,21 @@
 """A training run, from its configuration to its best model."""
 
 import contextlib
-import dataclasses
-import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tinysft_jax import distributed, files
 from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import Interrupted, RunError, UserError, lacks_memory, shortage
-from tinysft_jax.data.batches import Batch, BatchSource, epoch_batches
-from tinysft_jax.data.packing import Packing
-from tinysft_jax.data.store import PreparedData, Split
-from tinysft_jax.export import check_exports
-from tinysft_jax.sharding import batch_shards, global_batch, make_mesh, process_part
+from tinysft_jax.sharding import batch_shards, global_batch, make_mesh
 from tinysft_jax.training import log as logs
-from tinysft_jax.training.checkpoints import Checkpoints, RunStatus, locked, move_other_run, run_identity, save_best
-from tinysft_jax.training.config import check_batch, check_config, check_run, parse_window, resolved
-from tinysft_jax.training.evaluate import Evaluator, evaluation_rows, n_evaluations
-from tinysft_jax.training.log import ALL_TASKS, FINAL, FINAL_ROWS, RunLog
-from tinysft_jax.training.state import Steps, check_tokenizer, starting_model, steps_of
+from tinysft_jax.training.checkpoints import locked, move_other_run, save_best
+from tinysft_jax.training.config import check_batch, check_config, parse_window, resolved
+from tinysft_jax.training.log import FINAL, FINAL_ROWS, VAL_LOSS, loss_unit
+from tinysft_jax.training.run import Run, open_run
 from tinysft_jax.training.step import Metrics, TrainState
 from tinysft_jax.training.stop import StopRequest
 
@@ -52,7 +43,9 @@ def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verif
                     run.log.say(text)
                 state = train_steps(run, state)
                 finish(run, state)
-            distributed.on_first(lambda: logs.print_summary(workdir, run.status.best_step))
+            distributed.on_first(
+                lambda: logs.print_summary(run.log.lines(), run.status.best_step, loss_unit(config.objective))
+            )
     except OSError as error:
         raise RunError(f"can't write {workdir}: {error.strerror or error}") from None
     except jax.errors.JaxRuntimeError as error:
@@ -64,72 +57,6 @@ def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verif
         ) from None
 
 
-@dataclasses.dataclass
-class Run:
-    """A run that is ready to begin."""
-
-    config: ConfigDict
-    workdir: Path
-    mesh: Mesh
-    stop: StopRequest
-    batches: "TrainingBatches"
-    evaluator: Evaluator
-    final_rows: int  # of the final evaluation, that of the kept model
-    checkpoints: Checkpoints
-    status: RunStatus
-    steps: Steps
-    log: RunLog
-    changes: list[str]  # in the settings of a run that resumes
-    notes: list[str]  # for the user
-
-
-def open_run(
-    config: ConfigDict, workdir: Path, mesh: Mesh, stop: StopRequest, accept_changes: bool, verify: bool
-) -> tuple[Run, TrainState]:
-    """Opens the data, decides whether the run resumes, and builds its state and jitted steps; writes nothing."""
-    data = PreparedData(config.data.path)
-    if verify:
-        data.verify()
-    batches = TrainingBatches(config, data.split("train"), process_part(mesh))
-    total_steps, packing = batches.total_steps, batches.packing.fingerprint
-    check_run(config, total_steps, data.description["max_tokens"])
-    identity = run_identity(config, data, packing, total_steps)
-    distributed.check_same(
-        {"the configuration": config.to_json(), "the data": identity["data"], "its packing": packing}
-    )
-    distributed.check_shared(workdir)
-    evaluator = Evaluator(data, config, mesh)
-    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-    damage, changes, notes = checkpoints.find_newest(), [], []
-    if is_new := checkpoints.newest < 0:
-        model, params = starting_model(config.init_from, config.model.to_dict(), data)
-        status = RunStatus(identity, model)
-    else:
-        status, changes = checkpoints.resume(config, identity, accept_changes)
-        where = f"resuming at step {status.step:,} of {total_steps:,} in {workdir}"
-        notes = [*changes, f"{damage}; {where}" if damage else where]
-        check_tokenizer(status.model, data.tokenizer, str(workdir))
-        status.model = dataclasses.replace(status.model, tokenizer_files=data.tokenizer.files)
-    eval_rows, final_rows = evaluation_rows(config, total_steps, evaluator.n_rows, status.eval_rows)
-    if not is_new and eval_rows != status.eval_rows:
-        status.best_loss = None
-        notes.append("the validation sample is not what it was: the search for the best model starts over")
-    status.eval_rows = eval_rows
-    if n_rows := evaluator.n_rows:
-        sample = f"{eval_rows:,} of {n_rows:,} rows, {n_evaluations(total_steps, config.train.eval_interval):,} times"
-        notes.append(f"validation: {sample}; the kept model: {final_rows:,} rows")
-    else:
-        notes.append("there is no validation data: the last model is kept")
-    check_exports(config.export, status.model)
-    steps = steps_of(config, status.model.config, total_steps, len(data.tasks), mesh)
-    state = steps.create(params, config.seed) if is_new else checkpoints.restore(steps.shapes, steps.shardings)
-    log = RunLog(config, workdir, status.model.config, total_steps)
-    run = Run(
-        config, workdir, mesh, stop, batches, evaluator, final_rows, checkpoints, status, steps, log, changes, notes
-    )
-    return run, state
-
-
 def begin(run: Run) -> None:
     """In the first process: starts the log, and drops from the work directory what the run will write again."""
 
@@ -137,7 +64,7 @@ def begin(run: Run) -> None:
         if FINAL_ROWS in line and (run.changes or line[FINAL_ROWS] != run.final_rows):
             return False
         if line["step"] == run.status.step:
-            return ALL_TASKS not in line or run.status.evaluated_step == run.status.step
+            return VAL_LOSS not in line or run.status.evaluated_step == run.status.step
         return line["step"] < run.status.step
 
     if run.checkpoints.newest < 0:
@@ -146,7 +73,7 @@ def begin(run: Run) -> None:
     files.write_json(run.workdir / "config.json", settings)
     run.checkpoints.clear()
     logs.forget_skipped(run.workdir, run.status.step)
-    run.log.open([line for line in logs.read_metrics(run.workdir) if is_kept(line)], settings)
+    run.log.open(is_kept, settings)
 
 
 def train_steps(run: Run, state: TrainState) -> TrainState:
@@ -164,8 +91,8 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
 
     if is_due(train.eval_interval) and status.evaluated_step != status.step:
         evaluate(run, state)
-    with contextlib.closing(run.batches.after(status.step)) as batches, contextlib.ExitStack() as profiler:
-        batch, failure = next_batch(run, batches)
+    with contextlib.closing(run.batches), contextlib.ExitStack() as profiler:
+        batch, failure = next_batch(run, state)
         while batch is not None and not stop.agreed():
             if status.step == first_traced and status.step in window:
                 profiler.enter_context(jax.profiler.trace(run.workdir / "profile"))
@@ -175,7 +102,7 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
             for value in metrics.values():
                 value.copy_to_host_async()
             status.step += 1
-            batch, failure = next_batch(run, batches)  # is sent to the devices while they compute
+            batch, failure = next_batch(run, state)  # is sent to the devices while they compute
             if pending:
                 log_metrics(run, *pending)
             pending = status.step, metrics
@@ -202,12 +129,12 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
     raise Interrupted(message, stop.exit_code)
 
 
-def next_batch(run: Run, batches: Iterator[Batch]) -> tuple[dict[str, jax.Array] | None, UserError | RunError | None]:
+def next_batch(run: Run, state: TrainState) -> tuple[dict[str, jax.Array] | None, UserError | RunError | None]:
     """The next step's batch on the devices, None after the last step; or the error, if the data can't be read."""
     if run.status.step == run.batches.total_steps:
         return None, None
     try:
-        return global_batch(run.mesh, next(batches)), None
+        return global_batch(run.mesh, run.batches(state["params"], run.status.step)), None
     except (UserError, RunError) as error:
         if jax.process_count() > 1:  # the others wait for this process's rows
             raise
@@ -221,7 +148,7 @@ def log_metrics(run: Run, step: int, metrics: Metrics) -> None:
     total, in_a_row = (total + 1, in_a_row + 1) if values["skipped"] else (total, 0)
     run.status.skipped_steps = total, in_a_row
     is_due = step % run.config.train.log_interval == 0 or step in (1, run.batches.total_steps)
-    run.log.step(step, values, total, is_due)
+    run.log.step(step, values, run.batches.rows_until(step), total, is_due)
     if values["skipped"] and distributed.is_first():
         run.log.say(logs.write_skipped(run.workdir, step, values, run.batches.conversations(step)))
     if in_a_row >= most:
@@ -236,16 +163,17 @@ def evaluate(run: Run, state: TrainState) -> None:
     """Evaluates the moving average of the parameters, if there is one; the model is kept if it is the best so far."""
     status, params = run.status, state.get("average", state["params"])
     losses = run.evaluator.losses(run.steps.evaluate, params, status.eval_rows, run.stop.agreed)
-    if ALL_TASKS not in losses:  # there is no validation data, or the run was asked to stop
+    if VAL_LOSS not in losses:  # there is no validation data, or the run was asked to stop
         return
-    loss, status.evaluated_step = losses[ALL_TASKS], status.step
+    loss, status.evaluated_step = losses[VAL_LOSS], status.step
     run.log.say(f"step {status.step:,}: validation loss {loss:.4f}")
     if status.step and loss < (math.inf if status.best_loss is None else status.best_loss):
         status.best_loss, status.best_step = loss, status.step
         save_best(run.workdir, status.step, params, status.model)
     run.log.write(status.step, losses)
+    lines, unit = run.log.lines(), loss_unit(run.config.objective)
     if distributed.is_first():
-        logs.plot_loss(run.workdir)
+        logs.plot_loss(run.workdir, lines, unit)
 
 
 def finish(run: Run, state: TrainState) -> None:
@@ -256,46 +184,16 @@ def finish(run: Run, state: TrainState) -> None:
         status.best_step = status.step
         save_best(run.workdir, status.step, params, status.model)
     run.log.say(f"best model (step {status.best_step:,}): {run.workdir / 'model'}")
-    if distributed.first_decides(any(FINAL_ROWS in line for line in logs.read_metrics(run.workdir))):
+    if distributed.first_decides(any(FINAL_ROWS in line for line in run.log.lines())):
         return
     if status.best_step != status.step:
-        params = jax.device_put(open_model(run.workdir / "model")[1], run.steps.shardings["params"])
+        is_reward = status.model.config.scalar_head
+        params = jax.device_put(open_model(run.workdir / "model", reward=is_reward)[1], run.steps.shardings["params"])
     losses = run.evaluator.losses(run.steps.evaluate, params, run.final_rows, run.stop.agreed)
     if run.stop.exit_code is not None:
         message = "stopped during the final evaluation; all steps are saved, run the same command to finish"
         raise Interrupted(message, run.stop.exit_code)
-    if ALL_TASKS in losses:
-        run.log.say(f"kept model (step {status.best_step:,}): validation loss {losses[ALL_TASKS]:.4f}")
-        final = {key.replace(ALL_TASKS, FINAL): loss for key, loss in losses.items()}
+    if VAL_LOSS in losses:
+        run.log.say(f"kept model (step {status.best_step:,}): validation loss {losses[VAL_LOSS]:.4f}")
+        final = {FINAL + key: value for key, value in losses.items()}
         run.log.write(status.step, final | {FINAL_ROWS: run.final_rows})
-
-
-class TrainingBatches:
-    """This process's part of a run's batches, epoch after epoch: each is a pure function of data, seed and step."""
-
-    def __init__(self, config: ConfigDict, split: Split, part: tuple[int, int]):
-        if not len(split):
-            raise UserError(f"{config.data.path} has no training conversation")
-        self._config, self._split, self._part = config, split, part
-        self.packing = Packing(split.lengths, config.data.seq_len)
-        self._steps_per_epoch = -(-self.packing.n_rows // config.train.batch_size)
-        epochs = config.train.num_epochs
-        self.total_steps = config.train.max_steps if epochs is None else epochs * self._steps_per_epoch
-
-    def after(self, step: int) -> Iterator[Batch]:
-        """The batches of the steps after `step`, without end."""
-        config = self._config
-        first, start = divmod(step, self._steps_per_epoch)
-        for epoch in itertools.count(first):
-            plan = self.packing.epoch(config.seed, epoch)
-            source = BatchSource(self._split, plan, config.train.batch_size, config.data.seq_len, self._part)
-            yield from epoch_batches(source, start, config.data.num_workers)
-            start = 0
-            del plan, source  # or two epochs' plans would exist while the next is made
-
-    def conversations(self, step: int) -> list[int]:
-        """The conversations in the batch of a step, as indices of the training split."""
-        epoch, batch = divmod(step - 1, self._steps_per_epoch)
-        plan, size = self.packing.epoch(self._config.seed, epoch), self._config.train.batch_size
-        starts = plan.row_starts[batch * size :][: size + 1]
-        return plan.order[starts[0] : starts[-1]].tolist()

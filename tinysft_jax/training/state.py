@@ -1,6 +1,7 @@
 """Where a run starts: the model to fine-tune, its vocabulary grown for the data, the sharded state and its steps."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,11 +25,13 @@ from tinysft_jax.parameters import TABLES, ModelDescription, Params, pad_vocabul
 from tinysft_jax.sharding import batch_sharding, state_sharding
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.config import check_model
+from tinysft_jax.training.objectives import DPO, SFT, Objective
 from tinysft_jax.training.step import (
     Schedule,
     TrainState,
     make_eval_step,
     make_optimizer,
+    make_reference_step,
     make_train_step,
     warmup_cosine,
 )
@@ -36,20 +39,23 @@ from tinysft_jax.training.step import (
 RANDOM = "random"
 
 
-def starting_model(init_from: str, shape: dict, data: PreparedData) -> tuple[ModelDescription, Params | None]:
-    """The model that training starts from, with the data's tokenizer and chat template.
+def starting_model(
+    init_from: str, shape: dict, *data: PreparedData, reward: bool = False
+) -> tuple[ModelDescription, Params | None]:
+    """The model that training starts from, with the tokenizer and chat template of all the data sets.
 
     `init_from` is a path that `open_model` takes, `RANDOM`, or for plain text empty, which is the same. Random weights
-    have `shape` (`GPTConfig`'s fields; vocab_size 0: the data's), and None for parameters. Raises a UserError if the
-    model can't be read or does not fit the data.
+    have `shape` (`GPTConfig`'s fields; vocab_size 0: the data's), and None for parameters. With `reward`, the head over
+    the vocabulary gives way to a scalar one, which starts at 0. Raises a UserError if the model can't be read or does
+    not fit the data.
     """
-    tokenizer = data.tokenizer
+    tokenizer = data[0].tokenizer
     if not init_from and tokenizer.template is not None:
         raise UserError(
             "init_from is empty, and the data are conversations: fine-tuning starts from a model; give it with "
             f"--config.init_from=PATH, or say --config.init_from={RANDOM} for random weights"
         )
-    length = data.description["splits"]["train"]["longest"]
+    length = max(each.description["splits"]["train"]["longest"] for each in data)
     if init_from in ("", RANDOM):
         params, source = None, {"kind": "random"}
         config = GPTConfig(**shape | {"vocab_size": shape["vocab_size"] or tokenizer.vocab_size})
@@ -63,6 +69,10 @@ def starting_model(init_from: str, shape: dict, data: PreparedData) -> tuple[Mod
             config, params = grow_vocabulary(config, params, tokenizer)
         source = {"kind": "fine-tuned", "init_from": Path(init_from).name, "from": start.source}
         length = max(length, start.trained_length)
+    if reward:
+        config, source = dataclasses.replace(config, scalar_head=True), source | {"kind": "reward model"}
+        params = params and {name: of for name, of in params.items() if name != "head"}
+        params = params and params | {"score": np.zeros(config.dim, np.float32)}
     length = min(length, config.max_seq_len)
     model = ModelDescription(config, **tokenizer.description(), source=source, trained_length=length)
     return dataclasses.replace(model, tokenizer_files=tokenizer.files), params
@@ -111,6 +121,7 @@ class Steps(NamedTuple):
 
     train: Callable  # (state, batch) -> (state, metrics); donates the state
     evaluate: Callable  # (params, batch) -> sums by task
+    reference: Callable | None  # (params, batch) -> log-likelihoods by row and segment; of DPO alone
     create: Callable[[Params | None, int], TrainState]  # (host parameters or None: random ones, seed) -> step 0's state
     shapes: TrainState
     shardings: TrainState
@@ -124,6 +135,7 @@ def make_steps(
     n_tasks: int = 1,
     accumulation: int = 1,
     ema_decay: int | float = 0.0,
+    objective: Objective = SFT,
 ) -> Steps:
     """Jits the steps for an abstract GPT (`nnx.eval_shape`); see `make_train_step`. Nothing is compiled yet."""
 
@@ -146,16 +158,20 @@ def make_steps(
     shardings = state_sharding(mesh, shapes, model.config.n_kv_heads)
     # Shardings are pinned, or the second call, whose state comes from the first, would compile again.
     train_step = jax.jit(
-        make_train_step(graph, optimizer, schedule, accumulation, ema_decay),
+        make_train_step(graph, optimizer, schedule, accumulation, ema_decay, objective),
         in_shardings=(shardings, rows),
         out_shardings=(shardings, whole),
         donate_argnums=0,
     )
-    eval_step = jax.jit(make_eval_step(graph, n_tasks), in_shardings=(shardings["params"], rows), out_shardings=whole)
-    return Steps(train_step, eval_step, create, shapes, shardings)
+    over_rows = functools.partial(jax.jit, in_shardings=(shardings["params"], rows), out_shardings=whole)
+    eval_step = over_rows(make_eval_step(graph, n_tasks, objective))
+    reference_step = over_rows(make_reference_step(graph, objective)) if isinstance(objective, DPO) else None
+    return Steps(train_step, eval_step, reference_step, create, shapes, shardings)
 
 
-def steps_of(config: ConfigDict, shape: GPTConfig, total_steps: int, n_tasks: int, mesh: Mesh) -> Steps:
+def steps_of(
+    config: ConfigDict, shape: GPTConfig, total_steps: int, n_tasks: int, mesh: Mesh, objective: Objective = SFT
+) -> Steps:
     """The steps of a configuration. Raises: UserError, if the model does not fit it, or attention can't run here."""
     check_model(config.data.seq_len, shape.max_seq_len, shape.n_heads, mesh.shape["tensor"])
     dtype = default_dtype() if config.train.dtype == "auto" else jnp.dtype(config.train.dtype)
@@ -167,4 +183,5 @@ def steps_of(config: ConfigDict, shape: GPTConfig, total_steps: int, n_tasks: in
     ema_decay = settings.pop("ema_decay")
     schedule = warmup_cosine(settings.pop("learning_rate"), settings.pop("warmup_steps"), total_steps)
     optimizer = make_optimizer(schedule, **settings)
-    return make_steps(mesh, model, optimizer, schedule, n_tasks, config.train.grad_accumulation_steps, ema_decay)
+    accumulation = config.train.grad_accumulation_steps
+    return make_steps(mesh, model, optimizer, schedule, n_tasks, accumulation, ema_decay, objective)

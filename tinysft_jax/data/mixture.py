@@ -1,0 +1,101 @@
+"""Several data sets at once, `PATH=WEIGHT,PATH=WEIGHT`: the sets, and which of them each row of a run comes from."""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tinysft_jax.console import UserError
+from tinysft_jax.data.store import PreparedData
+
+LEAST_SHARE = Fraction(1, 100)
+
+
+class Part(NamedTuple):
+    """A data set of a mixture, or the only one."""
+
+    name: str  # the last part of its path; empty for the only one
+    share: Fraction  # of the rows
+    data: PreparedData
+
+
+def open_parts(path: str) -> list[Part]:
+    """Opens a data set, or several.
+
+    Raises: UserError, if one can't be read, a weight is no positive number or makes less than 1 % of the rows, two sets
+    have one name, or they differ in tokenizer, chat template or kind (conversations or pairs).
+    """
+    if "=" not in path or Path(path).expanduser().exists():
+        return [Part("", Fraction(1), PreparedData(path))]
+    entries = [entry.rpartition("=") for entry in path.split(",")]
+    weights = [_parse_weight(weight, where, path) for where, _, weight in entries]
+    names = [Path(where).expanduser().resolve().name for where, *_ in entries]
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"data.path has two data sets called {repeated[0]}; metrics name them so: rename one directory")
+    parts = []
+    for (where, *_), name, weight in zip(entries, names, weights, strict=True):
+        share = weight / sum(weights)
+        if share < LEAST_SHARE:
+            raise UserError(f"data.path: {where} has {float(share):.2%} of the weights; give each data set 1 % or more")
+        parts.append(Part(name, share, PreparedData(where)))
+        _check_alike(parts[0].data, parts[-1].data)
+    return parts
+
+
+def _parse_weight(weight: str, where: str, path: str) -> Fraction:
+    try:
+        value = Fraction(weight)
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(0)
+    if not where or value <= 0:
+        raise UserError(
+            f"data.path is {path!r}; several data sets are PATH=WEIGHT,PATH=WEIGHT with weights above 0, such as "
+            "a=0.8,b=0.2"
+        )
+    return value
+
+
+def _check_alike(first: PreparedData, other: PreparedData) -> None:
+    for key in ("tokenizer", "chat_template"):
+        if first.description[key] != other.description[key]:
+            raise UserError(
+                f"{first.directory} and {other.directory} differ in their {key.replace('_', ' ')}; prepare both for "
+                "one model, with the same --tokenizer, or --template and --bpe_ranks"
+            )
+    if first.per_item != other.per_item:
+        raise UserError(f"{first.directory} and {other.directory} can't be mixed: one holds pairs, one conversations")
+
+
+class Schedule:
+    """Which part of a mixture each row of a run comes from: exact over windows of rows, and evenly spread in each."""
+
+    def __init__(self, shares: Sequence[Fraction], window: int):
+        self._bounds, self._window = list(itertools.accumulate(shares)), window
+        self._kept: tuple[int, np.ndarray, np.ndarray] = -1, np.zeros(0, int), np.zeros(0, int)
+
+    def rows_before(self, row: int) -> list[int]:
+        """How many rows of each part should come before this one: their shares, rounded."""
+        ends = [row * bound.numerator // bound.denominator for bound in self._bounds]
+        return [end - start for start, end in itertools.pairwise((0, *ends))]
+
+    def place(self, row: int) -> tuple[int, int]:
+        """A row's part, and its number among the rows of that part."""
+        window, index = divmod(row, self._window)
+        kept = self._kept  # another thread may replace it
+        if kept[0] != window:
+            kept = self._kept = (window, *self._lay_out(window))
+        return int(kept[1][index]), int(kept[2][index])
+
+    def _lay_out(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """The parts of a window's rows, and the rows' numbers."""
+        first, last = (self.rows_before(row * self._window) for row in (window, window + 1))
+        counts = [after - before for before, after in zip(first, last, strict=True)]
+        parts = np.repeat(np.arange(len(counts)), counts)
+        within = np.concatenate([np.arange(count) for count in counts])
+        # The j-th of n rows belongs where (j + 1/2) / n of the window is.
+        order = np.argsort((within + 0.5) / np.repeat(counts, counts), kind="stable")
+        return parts[order], (within + np.repeat(first, counts))[order]

@@ -1,0 +1,163 @@
+"""What a run minimises: objectives, pure functions of a model and a batch to sums.
+
+A loss is a sum over the global batch divided by a normalizer, which is a sum of its own: so devices and micro-batches
+add up.
+"""
+
+import abc
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+from ml_collections import ConfigDict
+
+from tinysft_jax.linear import product
+from tinysft_jax.model import GPT
+from tinysft_jax.training.loss import supervised_nll, supervised_sums, token_nll
+
+Batch = dict[str, jax.Array]
+# "loss", what is minimised, and further figures, each a sum that the sum "normalizer" divides; scalars, or by task.
+Sums = dict[str, jax.Array]
+
+
+class Objective(abc.ABC):
+    """What `make_train_step` and `make_eval_step` need."""
+
+    @abc.abstractmethod
+    def sums(self, model: GPT, batch: Batch) -> Sums:
+        """Scalars, over the global batch; differentiable."""
+
+    @abc.abstractmethod
+    def sums_by_task(self, model: GPT, batch: Batch, n_tasks: int) -> Sums:
+        """`[n_tasks]`, over the positions or pairs whose task it is in `batch["tasks"]`, int32[B, T]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedTokens(Objective):
+    """Negative log-likelihood of the supervised tokens: Σ weight · −log p / Σ weight."""
+
+    def sums(self, model: GPT, batch: Batch) -> Sums:
+        nll = supervised_nll(*_head_inputs(model, batch), model.config.vocab_size)
+        return {"loss": nll, "normalizer": jnp.sum(batch["weights"])}
+
+    def sums_by_task(self, model: GPT, batch: Batch, n_tasks: int) -> Sums:
+        inputs = _head_inputs(model, batch)
+        nll, weight = supervised_sums(*inputs, batch["tasks"], n_tasks, model.config.vocab_size)
+        return {"loss": nll, "normalizer": weight}
+
+
+SFT = SupervisedTokens()
+
+
+@dataclasses.dataclass(frozen=True)
+class PairObjective(Objective):
+    """The part that objectives of pairs share. In a row, segments 2i + 1 and 2i + 2 are a pair: chosen and rejected.
+
+    Sums are over pairs, and the normalizer is their number.
+    """
+
+    n_segments: int  # of a row, at most; even
+
+    @abc.abstractmethod
+    def values(self, model: GPT, batch: Batch) -> Sums:
+        """Each pair's "loss" and further figures, `[B, n_segments / 2]`; anything where there is no pair."""
+
+    def sums(self, model: GPT, batch: Batch) -> Sums:
+        is_pair = self._is_pair(batch)
+        sums = {name: jnp.sum(jnp.where(is_pair, of, 0)) for name, of in self.values(model, batch).items()}
+        return sums | {"normalizer": jnp.sum(is_pair, dtype=jnp.float32)}
+
+    def sums_by_task(self, model: GPT, batch: Batch, n_tasks: int) -> Sums:
+        tasks = segment_sums(batch["tasks"] * is_last(batch), batch, self.n_segments)[:, ::2]
+        is_member = self._is_pair(batch)[..., None] & (tasks[..., None] == jnp.arange(n_tasks)[None, None])
+        values = self.values(model, batch) | {"normalizer": jnp.ones_like(tasks)}
+        return {name: jnp.sum(jnp.where(is_member, of[..., None], 0), axis=(0, 1)) for name, of in values.items()}
+
+    def _is_pair(self, batch: Batch) -> Bool[Array, "B pairs"]:
+        return segment_sums(is_last(batch), batch, self.n_segments)[:, 1::2] > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DPO(PairObjective):
+    """Direct preference optimization (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, eq. 7).
+
+    Let r be the log of an answer's likelihood over that under the reference, the model at the start of the run. A
+    pair's loss is −log σ(β (r_chosen − r_rejected)), plus `sft_weight` times the chosen answer's mean negative
+    log-likelihood of a token (Pang et al. 2024, https://arxiv.org/abs/2404.19733). With `length_normalized`, r is the
+    mean over the answer's tokens, not the sum (https://arxiv.org/abs/2405.14734 does so without a reference).
+
+    `batch["reference"]`, float32[B, n_segments]: the reference's log-likelihood of each segment's answer.
+
+    Figures: margin, β (r_chosen − r_rejected); accuracy, the share of pairs with a positive one; chosen and rejected:
+    r, in nats an answer (with `length_normalized`, a token).
+    """
+
+    beta: int | float = 0.1
+    length_normalized: bool = False
+    sft_weight: int | float = 0.0
+
+    def values(self, model: GPT, batch: Batch) -> Sums:
+        log_p = answer_log_likelihoods(model, batch, self.n_segments)
+        lengths = jnp.maximum(segment_sums(batch["weights"], batch, self.n_segments), 1)
+        ratio = (log_p - batch["reference"]) / (lengths if self.length_normalized else 1)
+        chosen, rejected = ratio[:, ::2], ratio[:, 1::2]
+        margin = self.beta * (chosen - rejected)
+        sft = -(log_p / lengths)[:, ::2]
+        values = {"loss": jax.nn.softplus(-margin) + self.sft_weight * sft, "margin": margin, "accuracy": margin > 0}
+        return values | {"chosen": chosen, "rejected": rejected}
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModel(PairObjective):
+    """Bradley and Terry's model of preferences: −log σ(score of the chosen one − score of the rejected one).
+
+    As in Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 1. The score is a scalar head's, at the last token.
+
+    Figures: margin, the difference of the scores; accuracy, the share of pairs with a positive one; chosen and
+    rejected: the scores.
+    """
+
+    def values(self, model: GPT, batch: Batch) -> Sums:
+        scores = conversation_scores(model, batch, self.n_segments)
+        chosen, rejected = scores[:, ::2], scores[:, 1::2]
+        margin = chosen - rejected
+        values = {"loss": jax.nn.softplus(-margin), "margin": margin, "accuracy": margin > 0}
+        return values | {"chosen": chosen, "rejected": rejected}
+
+
+def answer_log_likelihoods(model: GPT, batch: Batch, n_segments: int) -> Float[Array, "B segments"]:
+    """Σ weight · log p of each segment's supervised tokens, in nats."""
+    nll = token_nll(*_head_inputs(model, batch), model.config.vocab_size)
+    return -segment_sums(nll, batch, n_segments)
+
+
+def conversation_scores(model: GPT, batch: Batch, n_segments: int) -> Float[Array, "B segments"]:
+    """A reward model's score of each segment, read at its last token; 0 where there is none."""
+    scores = model.scores(batch["tokens"], batch["segment_ids"], batch["positions"])
+    return segment_sums(jnp.where(is_last(batch), scores, 0), batch, n_segments)
+
+
+def segment_sums(values: jax.Array, batch: Batch, n_segments: int) -> Float[Array, "B segments"]:
+    """The sums of `[B, T]` values over each segment's positions."""
+    # Not a scatter: on a GPU it would add in an order that varies between runs.
+    is_member = batch["segment_ids"][..., None] == jnp.arange(1, n_segments + 1, dtype=jnp.int32)[None, None]
+    return product("bt,bts->bs", values.astype(jnp.float32), is_member.astype(jnp.float32), jnp.float32)
+
+
+def is_last(batch: Batch) -> Bool[Array, "B T"]:
+    """Whether a position is its segment's last."""
+    segments: Int32[Array, "B T"] = batch["segment_ids"]
+    return (segments > 0) & (segments != jnp.pad(segments[:, 1:], ((0, 0), (0, 1))))
+
+
+def _head_inputs(model: GPT, batch: Batch) -> tuple[jax.Array, ...]:
+    hidden = model.hidden(batch["tokens"], batch["segment_ids"], batch["positions"])
+    return hidden, model.head_table(), batch["targets"], batch["weights"]
+
+
+def objective_of(config: ConfigDict, n_segments: int) -> Objective:
+    """The objective of a configuration, for rows of at most `n_segments` conversations."""
+    if config.objective == "dpo":
+        return DPO(n_segments, **config.dpo)
+    return RewardModel(n_segments) if config.objective == "reward" else SFT

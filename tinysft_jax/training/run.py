@@ -1,0 +1,148 @@
+"""What a run needs before its first step: its data, whether it resumes, its state and jitted steps."""
+
+import dataclasses
+from pathlib import Path
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from tinysft_jax import distributed
+from tinysft_jax.console import RunError
+from tinysft_jax.data.mixture import Part, open_parts
+from tinysft_jax.export import check_exports
+from tinysft_jax.parameters import Params
+from tinysft_jax.sharding import process_part
+from tinysft_jax.training.checkpoints import Checkpoints, RunStatus, run_identity
+from tinysft_jax.training.config import check_run
+from tinysft_jax.training.evaluate import Evaluator, evaluation_rows, n_evaluations
+from tinysft_jax.training.log import RunLog
+from tinysft_jax.training.objectives import objective_of
+from tinysft_jax.training.reference import Reference, fingerprint
+from tinysft_jax.training.source import TrainingBatches
+from tinysft_jax.training.state import Steps, check_tokenizer, starting_model, steps_of
+from tinysft_jax.training.step import TrainState
+from tinysft_jax.training.stop import StopRequest
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is ready to begin."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    stop: StopRequest
+    parts: list[Part]
+    batches: TrainingBatches
+    evaluator: Evaluator
+    final_rows: int  # of the final evaluation, that of the kept model
+    checkpoints: Checkpoints
+    status: RunStatus
+    steps: Steps
+    log: RunLog
+    changes: list[str]  # in the settings of a run that resumes
+    notes: list[str]  # for the user
+
+
+def open_run(
+    config: ConfigDict, workdir: Path, mesh: Mesh, stop: StopRequest, accept_changes: bool, verify: bool
+) -> tuple[Run, TrainState]:
+    """Opens the data, decides whether the run resumes, and builds its state and jitted steps.
+
+    Writes nothing, but for the log-likelihoods of DPO's reference.
+    """
+    parts = open_parts(config.data.path)
+    data = [part.data for part in parts]
+    for each in data if verify else ():
+        each.verify()
+    batches = TrainingBatches(config, parts, process_part(mesh))
+    total_steps = batches.total_steps
+    check_run(config, total_steps, max(each.description["max_tokens"] for each in data), data[0].per_item)
+    identity = run_identity(config, parts, batches.packings, total_steps)
+    distributed.check_same(
+        {"the configuration": config.to_json(), "the data": identity["data"], "its packing": identity["packing"]}
+    )
+    distributed.check_shared(workdir)
+    evaluator, checkpoints = Evaluator(parts, config, mesh), Checkpoints(workdir, config.train.keep_checkpoints)
+    status, params, changes, notes = _start_or_resume(config, workdir, parts, checkpoints, identity, accept_changes)
+    final_rows = _settle_evaluation(config, total_steps, evaluator, status, notes)
+    check_exports(config.export, status.model)
+    most_items = max(packing.most_items for packing in (*batches.packings, *evaluator.packings))
+    objective = objective_of(config, data[0].per_item * most_items)
+    steps = steps_of(config, status.model.config, total_steps, evaluator.n_tasks, mesh, objective)
+    log = RunLog(config, workdir, status.model.config, total_steps)
+    run = Run(
+        *(config, workdir, mesh, stop, parts, batches, evaluator, final_rows, checkpoints, status, steps, log),
+        *(changes, notes),
+    )
+    is_new = checkpoints.newest < 0
+    state = steps.create(params, config.seed) if is_new else None
+    if config.objective == "dpo":
+        status.reference = status.reference or fingerprint(params, config.seed)
+        _use_reference(run, state, 2 * most_items)
+    return run, state if is_new else checkpoints.restore(steps.shapes, steps.shardings)
+
+
+def _start_or_resume(
+    config: ConfigDict,
+    workdir: Path,
+    parts: list[Part],
+    checkpoints: Checkpoints,
+    identity: dict,
+    accept_changes: bool,
+) -> tuple[RunStatus, Params | None, list[str], list[str]]:
+    """The run's status, the parameters of a new one (None: random ones), changes, and notes for the user."""
+    damage = checkpoints.find_newest()
+    if checkpoints.newest < 0:
+        return *_start(config, parts, identity), [], []
+    status, changes = checkpoints.resume(config, identity, accept_changes)
+    where = f"resuming at step {status.step:,} of {identity['steps']:,} in {workdir}"
+    tokenizer = parts[0].data.tokenizer
+    check_tokenizer(status.model, tokenizer, str(workdir))
+    status.model = dataclasses.replace(status.model, tokenizer_files=tokenizer.files)
+    return status, None, changes, [*changes, f"{damage}; {where}" if damage else where]
+
+
+def _start(config: ConfigDict, parts: list[Part], identity: dict) -> tuple[RunStatus, Params | None]:
+    shape, data = config.model.to_dict(), [part.data for part in parts]
+    model, params = starting_model(config.init_from, shape, *data, reward=config.objective == "reward")
+    return RunStatus(identity, model), params
+
+
+def _settle_evaluation(
+    config: ConfigDict, total_steps: int, evaluator: Evaluator, status: RunStatus, notes: list[str]
+) -> int:
+    """Sets the rows of the periodic evaluations; returns those of the final one."""
+    eval_rows, final_rows = evaluation_rows(config, total_steps, evaluator.n_rows, status.eval_rows)
+    if status.step and eval_rows != status.eval_rows:
+        status.best_loss = None
+        notes.append("the validation sample is not what it was: the search for the best model starts over")
+    status.eval_rows = eval_rows
+    if n_rows := evaluator.n_rows:
+        sample = f"{eval_rows:,} of {n_rows:,} rows, {n_evaluations(total_steps, config.train.eval_interval):,} times"
+        notes.append(f"validation: {sample}; the kept model: {final_rows:,} rows")
+    else:
+        notes.append("there is no validation data: the last model is kept")
+    return final_rows
+
+
+def _use_reference(run: Run, state: TrainState | None, n_segments: int) -> None:
+    """Gives batches and evaluator the log-likelihoods under the model at the start; `state` is that of a new run."""
+    config, status, steps = run.config, run.status, run.steps
+
+    def start() -> Params:
+        if state is not None:
+            return state["params"]
+        params = _start(config, run.parts, status.run)[1]
+        if fingerprint(params, config.seed) != status.reference:
+            raise RunError(
+                f"{run.workdir} lacks the log-likelihoods of its reference, and {config.init_from} is no longer the "
+                "model that they are of; put it back, or choose another --workdir"
+            )
+        return steps.create(params, config.seed)["params"]
+
+    packings = {"train": run.batches.packings, "valid": run.evaluator.packings}
+    reference = Reference(run.workdir, config.data.seq_len, run.parts, packings, run.stop)
+    found = reference.log_likelihoods(status.reference, run.evaluator.batch_size, steps.reference, start)
+    for source, split in ((run.batches.source, "train"), (run.evaluator, "valid")):
+        source.reference, source.n_segments = [of[split] for of in found], n_segments

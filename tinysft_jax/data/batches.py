@@ -11,10 +11,10 @@ from pathlib import Path
 
 import grain
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int, Int32
 
 from tinysft_jax.console import RunError, reason
-from tinysft_jax.data.packing import PackingPlan, plan_epoch
+from tinysft_jax.data.packing import Packing, PackingPlan
 from tinysft_jax.data.store import PreparedData, Split
 from tinysft_jax.data.workers import STOP_SIGNALS, stop_signals_blocked
 
@@ -61,10 +61,14 @@ class BatchSource:
         """The plan's rows in this part of batch `index`; those beyond the plan's end are empty."""
         return range(self.batch_size * int(index), self.batch_size * (int(index) + 1))[self.part]
 
+    def segments_of(self, row: int) -> Int[np.ndarray, " segments"]:
+        """The conversations of a row of the plan, in the order of its segments; those of an item are side by side."""
+        return self.split.conversations_of(self.plan.row(row))
+
     def _fill(self, arrays: dict[str, np.ndarray], row: int) -> None:
         """Fills a row with its conversations; the target of token i is token i + 1 of the same conversation."""
         start = 0
-        for segment, conversation in enumerate(self.plan.row(row).tolist(), 1):
+        for segment, conversation in enumerate(self.segments_of(row).tolist(), 1):
             ids, supervised = self.split.conversation(conversation)
             end = start + len(ids)
             arrays["tokens"][start:end] = ids
@@ -122,7 +126,8 @@ def batches(
 ) -> Iterator[Batch]:
     """The batches of one epoch of a prepared data set: dicts of `[batch_size, seq_len]` arrays; see `Batch`.
 
-    Raises: UserError, if the data can't be read, or a conversation is longer than `seq_len`.
+    Raises: UserError, if the data can't be read, or a conversation (of pairs, both together) is longer than `seq_len`.
     """
     data = PreparedData(data_dir).split(split)
-    return epoch_batches(BatchSource(data, plan_epoch(data.lengths, seq_len, seed, epoch), batch_size, seq_len))
+    plan = Packing(data.item_lengths, seq_len, data.item_noun).epoch(seed, epoch)
+    return epoch_batches(BatchSource(data, plan, batch_size, seq_len))

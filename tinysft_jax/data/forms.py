@@ -9,8 +9,10 @@ from tinysft_jax.console import UserError, shown
 Line = dict[str, Any]
 Messages = list[dict[str, Any]]
 
-# The format of a file whose lines may have any form.
+# The format of a file whose lines may have any form but that of pairs.
 CONVERSATIONS = "conversations"
+# That of pairs: a chosen and a rejected answer to one prompt.
+PREFERENCE = "preference-jsonl"
 
 _ROLES = {"system": "system", "human": "user", "user": "user"}
 _ROLES |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "claude", "model"), "assistant")

@@ -154,6 +154,7 @@ def test_pairs_meet_a_models_own_template(tmp_path: Path, kind):
 
 
 ONLY = 'a line must be an object with "chosen" and "rejected"'
+OWN_FILE = 'a pair of answers needs both "chosen" and "rejected", and a file without other conversations'
 DIFFERS = "a prompt that differs: "
 BAD = [
     ({"prompt": "Q", "chosen": "A"}, rf"{ONLY} \("),
@@ -231,11 +232,7 @@ def test_the_first_line_with_the_keys_of_a_form_tells_what_a_file_holds(tmp_path
     for lines, format, complaint in (
         ([*unknown, PAIR, CHAT], PREFERENCE, f"pairs.txt:1: {ONLY}"),
         ([PAIR, CHAT], PREFERENCE, f"pairs.txt:2: {ONLY}"),
-        (
-            [CHAT, PAIR],
-            "conversations",
-            "pairs.txt:2: a pair of answers among conversations; put the pairs into a file",
-        ),
+        ([CHAT, PAIR], "conversations", f"pairs.txt:2: {OWN_FILE}"),
     ):
         path = write(tmp_path / "pairs.txt", *lines)
         path.write_bytes(path.read_bytes() + b"{\n")
@@ -247,6 +244,8 @@ def test_the_first_line_with_the_keys_of_a_form_tells_what_a_file_holds(tmp_path
         assert ledger["forms"] == ({PREFERENCE: 1} if format == PREFERENCE else {"chat-jsonl": 1})
         kind = "not a pair" if format == PREFERENCE else "not a conversation"
         assert ledger["skipped"] == {kind: len(lines) - 1, "not valid JSON": 1}
+    with pytest.raises(UserError, match=OWN_FILE):
+        run(write(path, {"prompt": "Who?", "chosen": "Ann"}))
     # A conversation with other fields is one.
     path = write(tmp_path / "pairs.txt", CHAT | PAIR)
     data, ledger = run(path)

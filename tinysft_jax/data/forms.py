@@ -52,8 +52,8 @@ def parse(line: object, format: str) -> Parsed:
     for form in forms_of(format):
         if line.keys() >= set(form.needs):
             return Parsed(form.name, form.conversations(line), [*_unread_fields(line, form)])
-    if format == CONVERSATIONS and line.keys() >= set(_ANSWERS):
-        raise UserError("a pair of answers among conversations; put the pairs into a file of their own")
+    if format == CONVERSATIONS and line.keys() & _ANSWERS:
+        raise UserError('a pair of answers needs both "chosen" and "rejected", and a file without other conversations')
     known = {key for form in _FORMS for key in form.needs}
     hint = "" if line.keys() & known else "; to learn the file as it is, give --format text"
     raise UserError(f"a line must be an object with {needed_keys(format)}{hint}")

@@ -10,7 +10,7 @@ from tiny_model import make_tokenizer
 
 from tinysft_jax.console import UserError
 from tinysft_jax.data.encode import Encoder
-from tinysft_jax.data.forms import CONVERSATIONS
+from tinysft_jax.data.forms import CONVERSATIONS, PREFERENCE
 from tinysft_jax.data.sources import open_input
 
 LINES: dict[str, dict[str, Any]] = {
@@ -27,6 +27,17 @@ LINES: dict[str, dict[str, Any]] = {
         ],
     },
     "alpaca": {"instruction": "Add", "input": "1, 2", "output": "3", "system": ""},
+    "preference-jsonl": {
+        "prompt": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+        "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "Ho"}], "weight": 1}],
+        "rejected": [{"role": "assistant", "content": [{"type": "text", "text": "No"}], "weight": None}],
+    },
+    "preference-jsonl without a prompt": {
+        key: [
+            {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(("Hi", "Ho", "Q", answer))
+        ]
+        for key, answer in (("chosen", "A"), ("rejected", "B"))
+    },
 }
 KINDS = [*LINES, *(f"{form}.parquet" for form in LINES)]
 VALUES = [
@@ -36,7 +47,7 @@ VALUES = [
     *({"a": {"a": {"a": 1}}}, [{"type": "text", "text": None}], [{"role": "user", "content": "a"}], "[]", "{}"),
 ]
 KEYS = ["messages", "prompt", "completion", "conversations", "instruction", "output", "role", "value", "tool_calls"]
-KEYS += ["images", "weight", "type", "text", "", "x" * 3000, "\x1b[2J"]
+KEYS += ["chosen", "rejected", "images", "weight", "type", "text", "", "x" * 3000, "\x1b[2J"]
 
 
 def hostile(draw: Random, form: str) -> Any:
@@ -91,9 +102,11 @@ def outcome(path: Path) -> str:
         return "refused"
     tokenizer = make_tokenizer(None if source.format == "text" else "control")
     stop, skip = (Encoder(source.format, tokenizer, 128, 0, bad_items=bad) for bad in ("stop", "skip"))
-    _, ledger = skip.encode(items)
+    encoded, ledger = skip.encode(items)
     made = ledger.kept + ledger.left_out.total()
-    if source.format == CONVERSATIONS:
+    if source.format in (CONVERSATIONS, PREFERENCE):
+        per_item = 2 if source.format == PREFERENCE else 1
+        assert sum(part.lengths.size for part in encoded.values()) == per_item * ledger.kept
         assert ledger.read.total() == len(items) == ledger.skipped.total() + made
         assert ledger.forms.total() == made
     try:

@@ -209,7 +209,7 @@ def test_a_tokenizer_is_loaded_from_its_description(tmp_path: Path, template):
     [
         ({"format_version": 1, "chat_template": None, "tokenizer": None}, "tokenizer is unknown"),
         ({"format_version": 1}, "tokenizer is unknown"),
-        ({"format_version": 4, "tokenizer": None}, "upgrade"),
+        ({"format_version": 5, "tokenizer": None}, "upgrade"),
         ({"format_version": 1, "tokenizer": {"kind": "llama"}}, "no tokenizer"),
         ({"format_version": 1, "tokenizer": {"kind": "gpt2"}}, "lacks 'tokenizer.bpe_ranks'"),
         (

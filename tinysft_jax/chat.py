@@ -150,14 +150,14 @@ def parse_chat(line: object, needs_answer: bool = True) -> list[dict[str, Any]]:
 def read_messages(messages: object, needs_answer: bool = False) -> list[dict[str, Any]]:
     """Checks messages from a file; returns their known fields that aren't null, and parts of text as one text."""
     if isinstance(messages, list):
-        messages = [_join_parts(message, f"messages[{index}].content") for index, message in enumerate(messages)]
+        messages = [join_parts(message, f"messages[{index}].content") for index, message in enumerate(messages)]
     check_messages(messages, needs_answer)
     return [
         {field: message[field] for field in MESSAGE_FIELDS if message.get(field) is not None} for message in messages
     ]
 
 
-def _join_parts(message: object, where: str) -> object:
+def join_parts(message: object, where: str) -> object:
     """The message, with a content that is a list of parts as one text: nothing comes between them."""
     if not isinstance(message, Mapping) or not isinstance(parts := message.get("content"), list):
         return message

@@ -76,7 +76,7 @@ def load_tokenizer(path: str | Path) -> ChatTokenizer:
     readers = {"huggingface": lambda path: read_folder_tokenizer(path)[0], "gguf": read_gguf_tokenizer}
     kind = "data" if (path / "data.json").exists() else model_kind(path)
     if kind == "data":
-        content = files.read_json(path / "data.json", "a prepared data set", format_version=3)
+        content = files.read_json(path / "data.json", "a prepared data set", format_version=4)
         kept = read_files(path / FILES_DIRECTORY)
     elif kind not in readers:
         place = path / "model" if kind == "work" else path

@@ -107,7 +107,7 @@ def test_chats_of_both_forms(tmp_path: Path):
     path = write_chats(tmp_path / "chats.jsonl", {"messages": turns}, {"prompt": "Hi", "completion": '"Hi"'})
     description = run(path, tmp_path / "data", "--valid_fraction", "0")
     assert (description["format"], description["tasks"]) == ("chat-jsonl", ["chat"])
-    assert (description["format_version"], description["dtype"]) == (3, "uint16")
+    assert (description["format_version"], description["dtype"]) == (4, "uint16")
     default = "You are a helpful assistant that answers questions about stories."
     assert conversations(tmp_path / "data") == [
         ("chat", "<|system|>SYSTEM<|user|>USER<|assistant|>ASSISTANT<|endoftext|>", "ASSISTANT<|endoftext|>"),

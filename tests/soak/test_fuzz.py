@@ -481,12 +481,15 @@ def altered_data(draw: st.DrawFn, originals: dict[str, bytes]) -> dict[str, byte
     return changes
 
 
-def test_prepared_data(fuzz, tmp_path):
+@pytest.mark.parametrize("kind", ["stories", "pairs"])
+def test_prepared_data(fuzz, tmp_path, kind):
     """Whoever alters a file can write a manifest that fits."""
     small = tmp_path / "small"
-    stories = tmp_path / "stories.txt"
-    stories.write_text("<|endoftext|>".join(f"Words: cat\nStory: Tom saw {i} boys." for i in range(5)))
-    prepare.main([f"--input={stories}", f"--output={small}", "--bpe_ranks=256", "--valid_fraction=0.4", "--workers=1"])
+    texts = tmp_path / "texts"
+    texts.write_text("<|endoftext|>".join(f"Words: cat\nStory: Tom saw {i} boys." for i in range(5)))
+    if kind == "pairs":
+        texts.write_text("\n".join(json.dumps({"prompt": f"{i}?", "chosen": "Hi", "rejected": "Ho"}) for i in range(5)))
+    prepare.main([f"--input={texts}", f"--output={small}", "--bpe_ranks=256", "--valid_fraction=0.4", "--workers=1"])
     names = [path.relative_to(small).as_posix() for path in small.rglob("*") if path.is_file()]
     originals = {name: (small / name).read_bytes() for name in names}
 
@@ -505,7 +508,7 @@ def test_prepared_data(fuzz, tmp_path):
                 assert data.tasks[split.tasks[index]] and load_tokenizer(small).decode(ids)
                 assert (split.request(index) or {"task": "none"})["task"] is not None
             if len(split):
-                source = BatchSource(split, plan_epoch(split.lengths, 1024), 2, 1024)
+                source = BatchSource(split, plan_epoch(split.item_lengths, 1024), 2, 1024)
                 tokens = sum(int((source[i]["segment_ids"] > 0).sum()) for i in range(len(source)))
                 assert tokens == data.description["splits"][name]["tokens"]
 

@@ -43,7 +43,7 @@ def read_run(workdir: Path) -> RunRecord:
         raise UserError(f"{workdir / 'config.json'}: 'config' is not what a run writes; copy it again")
     try:
         description = Path(settings["data"]["path"]) / "data.json"
-        content = files.read_json(description, "a prepared data set", format_version=3)
+        content = files.read_json(description, "a prepared data set", format_version=4)
         data = {key: content[key] for key in _DATA_KEYS}
     except (UserError, KeyError, TypeError):
         data = None

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import grain
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Int, Int32
 
 from tinysft_jax.console import RunError, reason
-from tinysft_jax.data.packing import PackingPlan, plan_epoch
+from tinysft_jax.data.packing import Packing, PackingPlan
 from tinysft_jax.data.store import PreparedData, Split
 from tinysft_jax.data.workers import STOP_SIGNALS, stop_signals_blocked
 
@@ -47,7 +47,7 @@ class BatchSource:
     def __getitem__(self, index) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
-        rows = [map(self.split.conversation, self.conversations(row).tolist()) for row in self.rows(index)]
+        rows = [map(self.split.conversation, self.segments_of(row).tolist()) for row in self.rows(index)]
         batch = make_batch(rows, self.seq_len)
         self.split.check_ids(batch["tokens"])
         return batch
@@ -56,8 +56,8 @@ class BatchSource:
         """The plan's rows in this part of batch `index`; those beyond the plan's end are empty."""
         return range(self.batch_size * int(index), self.batch_size * (int(index) + 1))[self.part]
 
-    def conversations(self, row: int) -> Int64[np.ndarray, " segments"]:
-        """The conversations of a row, in the order of their segments."""
+    def segments_of(self, row: int) -> Int[np.ndarray, " segments"]:
+        """The conversations of a row, in the order of its segments; those of an item are side by side."""
         return self.split.conversations_of(self.plan.row(row) if row < len(self.plan) else self.plan.order[:0])
 
 
@@ -139,7 +139,8 @@ def batches(
 ) -> Iterator[Batch]:
     """The batches of one epoch of a prepared data set: dicts of `[batch_size, seq_len]` arrays; see `Batch`.
 
-    Raises: UserError, if the data can't be read, or a conversation is longer than `seq_len`.
+    Raises: UserError, if the data can't be read, or a conversation (of pairs, both together) is longer than `seq_len`.
     """
     data = PreparedData(data_dir).split(split)
-    return epoch_batches(BatchSource(data, plan_epoch(data.lengths, seq_len, seed, epoch), batch_size, seq_len))
+    plan = Packing(data.item_lengths, seq_len, data.item_noun).epoch(seed, epoch)
+    return epoch_batches(BatchSource(data, plan, batch_size, seq_len))

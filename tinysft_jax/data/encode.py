@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int32
 from tinysft_jax import chat
 from tinysft_jax.bpe import TooBlank
 from tinysft_jax.console import UserError, reason
-from tinysft_jax.data.forms import CONVERSATIONS, FORMS, parse
+from tinysft_jax.data.forms import CONVERSATIONS, FORMS, PREFERENCE, parse
 from tinysft_jax.data.ledger import Ledger
 from tinysft_jax.data.sources import Item
 from tinysft_jax.data.store import SPLITS, Encoded, token_dtype
@@ -25,7 +25,7 @@ from tinysft_jax.tokenizer import ChatTokenizer
 TOO_LONG = "longer than max_tokens"
 BAD_ITEMS = ("stop", "skip")
 TASKS_OF_FORMAT = {"tinystories-instruct": TASK_NAMES, "text": ("text",)}
-TASKS_OF_FORMAT |= dict.fromkeys((CONVERSATIONS, *FORMS), ("chat",))
+TASKS_OF_FORMAT |= dict.fromkeys((CONVERSATIONS, *FORMS), ("chat",)) | {PREFERENCE: ("preference",)}
 
 
 class BadItem(UserError):
@@ -41,11 +41,11 @@ class _Unused(BadItem):
 
 
 class _Example(NamedTuple):
-    """A conversation or a piece of text. Without ids it is too long."""
+    """A conversation, a pair of them or a piece of text. Without ids it is too long."""
 
     task: str
-    ids: Int32[np.ndarray, " n"] | None = None
-    supervised: Bool[np.ndarray, " n"] | None = None
+    ids: Sequence[Int32[np.ndarray, " n"]] = ()  # of each conversation
+    supervised: Sequence[Bool[np.ndarray, " n"]] = ()
     trimmed: bool = False
     request: dict[str, Any] | None = None  # as `Split.request` reads it
     unread: Iterable[str] = ()  # fields of the line that are not read
@@ -92,11 +92,11 @@ class Encoder:
                     ledger.forms[item.split, example.form] += 1
                 for name in example.unread:
                     ledger.pass_over(item.split, name)
-                if example.ids is None:
+                if not example.ids:
                     ledger.left_out[item.split, example.task, TOO_LONG] += 1
                     continue
-                supervised = int(np.count_nonzero(example.supervised))
-                ledger.keep(item.split, example.task, example.ids.size, supervised, example.trimmed)
+                tokens, supervised = sum(map(len, example.ids)), sum(map(np.count_nonzero, example.supervised))
+                ledger.keep(item.split, example.task, tokens, int(supervised), example.trimmed)
                 kept[item.split].append(example)
         return {split: self._join(kept[split]) for split in SPLITS}, ledger
 
@@ -115,7 +115,8 @@ class Encoder:
             raise _Unused("a story too long for any task")
         follow_ups = item.split == "train"  # validation losses are of one task each
         for conversation in make_tasks(record, self.seed, self.rates, follow_ups, item.brief):
-            example = self._first_that_fits(conversation.task, conversation.versions())
+            versions = ([messages] for messages in conversation.versions())
+            example = self._first_that_fits(conversation.task, versions)
             yield example._replace(request=conversation.to_json())
 
     def _chat_examples(self, item: Item) -> Iterator[_Example]:
@@ -124,10 +125,10 @@ class Encoder:
         except (ValueError, RecursionError) as error:
             raise BadItem("not valid JSON", f"not valid JSON: {error}") from None
         try:
-            form, messages, unread = parse(line, self.format)
+            form, conversations, unread = parse(line, self.format)
         except UserError as error:
-            raise BadItem("not a conversation", str(error)) from None
-        yield self._first_that_fits("chat", [messages])._replace(unread=unread, form=form)
+            raise BadItem("not a pair" if self.format == PREFERENCE else "not a conversation", str(error)) from None
+        yield self._first_that_fits(self.task_names[0], [conversations])._replace(unread=unread, form=form)
 
     def _text_examples(self, item: Item) -> Iterator[_Example]:
         """A document, in pieces of at most max_tokens.
@@ -137,26 +138,29 @@ class Encoder:
         ids = self.tokenizer.encode_document(item.text)
         for start in range(0, max(ids.size - 1, 1), self.max_tokens - 1):
             piece = ids[start : start + self.max_tokens]
-            yield _Example("text", piece, np.arange(piece.size) > 0)
+            yield _Example("text", [piece], [np.arange(piece.size) > 0])
 
-    def _first_that_fits(self, task: str, versions: Iterable[chat.Messages]) -> _Example:
-        """Encodes the first version of a conversation that max_tokens allows."""
-        for n_trims, messages in enumerate(versions):
-            if sum(len(message["content"]) for message in messages) > self._most_characters:
+    def _first_that_fits(self, task: str, versions: Iterable[Sequence[chat.Messages]]) -> _Example:
+        """Encodes the first version, of one conversation or a pair, of which max_tokens allows each."""
+        for n_trims, conversations in enumerate(versions):
+            sizes = [sum(len(message["content"]) for message in messages) for messages in conversations]
+            if max(sizes) > self._most_characters:
                 continue
-            ids, supervised = self.tokenizer.encode_chat(messages)
-            if ids.size <= self.max_tokens:
+            ids, supervised = zip(*map(self.tokenizer.encode_chat, conversations), strict=True)
+            if max(map(len, ids)) <= self.max_tokens:
                 return _Example(task, ids, supervised, n_trims > 0)
         return _Example(task)
 
     def _join(self, examples: list[_Example]) -> Encoded:
-        ids = [example.ids for example in examples]
+        ids = [each for example in examples for each in example.ids]
+        supervised = [each for example in examples for each in example.supervised]
+        tasks = [self.task_names.index(example.task) for example in examples for _ in example.ids]
         dtype = token_dtype(self.tokenizer.vocab_size)
         return Encoded(
             tokens=np.concatenate([np.zeros(0, dtype), *ids], dtype=dtype, casting="unsafe"),
-            supervised=np.concatenate([np.zeros(0, bool), *(example.supervised for example in examples)]),
-            lengths=np.array([example.ids.size for example in examples], np.int32),
-            tasks=np.array([self.task_names.index(example.task) for example in examples], np.uint8),
+            supervised=np.concatenate([np.zeros(0, bool), *supervised]),
+            lengths=np.array([each.size for each in ids], np.int32),
+            tasks=np.array(tasks, np.uint8),
             requests=[example.request for example in examples if example.request is not None],
         )
 

@@ -1,6 +1,8 @@
 """The forms in which people keep conversations: each is told by its keys, and turned into messages."""
 
-from collections.abc import Callable, Iterator
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from tinysft_jax import chat
@@ -9,8 +11,10 @@ from tinysft_jax.console import UserError, shown
 Line = dict[str, Any]
 Messages = list[dict[str, Any]]
 
-# The format of a file whose lines may have any form.
+# The format of a file whose lines may have any form but that of pairs.
 CONVERSATIONS = "conversations"
+# That of pairs: a chosen and a rejected answer to one prompt.
+PREFERENCE = "preference-jsonl"
 
 _ROLES = {"system": "system", "human": "user", "user": "user"}
 _ROLES |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "claude", "model"), "assistant")
@@ -22,16 +26,21 @@ class Form(NamedTuple):
     name: str  # as --format has it
     needs: tuple[str, ...]  # keys that a line must have
     also: tuple[str, ...]  # keys that it may have
-    fields: tuple[str, ...]  # of a turn, where the first key has a list of turns
-    messages: Callable[[Line], Messages]  # of a line with the needed keys
+    fields: tuple[str, ...]  # of a turn, where a key has a list of turns
+    conversations: Callable[[Line], list[Messages]]  # of a line with the needed keys
 
 
 class Parsed(NamedTuple):
-    """A conversation that was read."""
+    """A line that was read."""
 
     form: str
-    messages: Messages
+    conversations: list[Messages]  # one; of a pair the chosen one, then the rejected one
     unread: list[str]  # fields, not null, that were ignored
+
+    @property
+    def messages(self) -> Messages:
+        """The first conversation."""
+        return self.conversations[0]
 
 
 def parse(line: object, format: str) -> Parsed:
@@ -39,10 +48,12 @@ def parse(line: object, format: str) -> Parsed:
 
     Raises: UserError, saying what is wrong with it.
     """
-    line = {key: value for key, value in line.items() if value is not None} if isinstance(line, dict) else {}
+    line = _without_null(line)
     for form in forms_of(format):
         if line.keys() >= set(form.needs):
-            return Parsed(form.name, form.messages(line), [*_unread_fields(line, form)])
+            return Parsed(form.name, form.conversations(line), [*_unread_fields(line, form)])
+    if format == CONVERSATIONS and line.keys() & _ANSWERS:
+        raise UserError('a pair of answers needs both "chosen" and "rejected", and a file without other conversations')
     known = {key for form in _FORMS for key in form.needs}
     hint = "" if line.keys() & known else "; to learn the file as it is, give --format text"
     raise UserError(f"a line must be an object with {needed_keys(format)}{hint}")
@@ -50,7 +61,24 @@ def parse(line: object, format: str) -> Parsed:
 
 def forms_of(format: str) -> list[Form]:
     """The forms that a format allows, in the order in which they are tried; none for text."""
-    return [form for form in _FORMS if format in (CONVERSATIONS, form.name)]
+    if format == CONVERSATIONS:
+        return [form for form in _FORMS if form.name != PREFERENCE]
+    return [form for form in _FORMS if form.name == format]
+
+
+def format_of(lines: Iterable[object]) -> str:
+    """CONVERSATIONS or PREFERENCE: by the first line that has the keys of a form."""
+    forms = (form for line in lines for form in _FORMS if _without_null(line).keys() >= set(form.needs))
+    return PREFERENCE if (first := next(forms, None)) and first.name == PREFERENCE else CONVERSATIONS
+
+
+def prompt_of(text: str) -> str:
+    """The prompt of a pair in JSON, the same for each way to write it; of a line that is no pair, the line."""
+    try:
+        prompt, *_ = _read_pair(_without_null(json.loads(text)))
+    except (ValueError, RecursionError, KeyError, UserError):
+        return text
+    return json.dumps(_said(prompt))
 
 
 def needed_keys(format: str) -> str:
@@ -58,16 +86,25 @@ def needed_keys(format: str) -> str:
     return ", or ".join(" and ".join(f'"{key}"' for key in form.needs) for form in forms_of(format))
 
 
+def _without_null(line: object) -> Line:
+    return {key: value for key, value in line.items() if value is not None} if isinstance(line, dict) else {}
+
+
 def _unread_fields(line: Line, form: Form) -> Iterator[str]:
-    read, turns = (*form.needs, *form.also), line[form.needs[0]]
+    read = (*form.needs, *form.also)
     yield from (field for field in line if field not in read)
-    for turn in turns if isinstance(turns, list) else ():
-        for field, value in turn.items():
-            if field not in form.fields and value is not None:
-                yield f"{form.needs[0]}[].{field}"
+    for key in read:
+        for turn in turns if isinstance(turns := line.get(key), list) else ():
+            for field, value in turn.items():
+                if field not in form.fields and value is not None:
+                    yield f"{key}[].{field}"
 
 
-def _from_sharegpt(line: Line) -> Messages:
+def _from_chat(line: Line) -> list[Messages]:
+    return [chat.parse_chat(line)]
+
+
+def _from_sharegpt(line: Line) -> list[Messages]:
     turns, messages = line["conversations"], _system(line)
     places = ["system"] * len(messages)
     if not isinstance(turns, list) or not turns:
@@ -83,14 +120,14 @@ def _from_sharegpt(line: Line) -> Messages:
         messages.append({"role": role, "content": turn["value"], "weight": turn.get("weight")})
         places.append(where)
     chat.check_messages(messages, needs_answer=True, places=places)
-    return messages
+    return [messages]
 
 
-def _from_alpaca(line: Line) -> Messages:
+def _from_alpaca(line: Line) -> list[Messages]:
     for key in ("instruction", "output"):
         chat.check_content(line[key], key)
     question = "\n\n".join([line["instruction"], *_optional(line, "input")])
-    return [*_system(line), {"role": "user", "content": question}, {"role": "assistant", "content": line["output"]}]
+    return [[*_system(line), {"role": "user", "content": question}, {"role": "assistant", "content": line["output"]}]]
 
 
 def _system(line: Line) -> Messages:
@@ -106,10 +143,76 @@ def _optional(line: Line, key: str) -> list[str]:
     return [text]
 
 
+def _from_preference(line: Line) -> list[Messages]:
+    """The chosen and the rejected conversation. Of the prompt, with which both begin, nothing is learned."""
+    prompt, *answers = _read_pair(line)
+    pair = [[*({**message, "weight": 0} for message in prompt), *answer] for answer in answers]
+    for conversation in pair:
+        chat.check_messages(conversation, needs_answer=True)
+    return pair
+
+
+def _read_pair(line: Line) -> tuple[Messages, ...]:
+    """The prompt, and what the chosen and the rejected conversation add to it. Raises: UserError."""
+    given = _turns(line, "prompt", "user") if "prompt" in line else {}
+    prompt = [*given.values()]
+    if prompt:
+        chat.check_messages(prompt, places=[*given])
+        if prompt[-1]["role"] != "user":
+            raise UserError("the prompt ends with an answer; its last message must be the user's")
+    elif not all(isinstance(line[key], list) for key in _ANSWERS):
+        raise UserError('a pair needs a "prompt", or in "chosen" and "rejected" lists of messages that begin with it')
+    pair = [_whole(line, key, given) for key in _ANSWERS]
+    prompt = prompt or _shared_prompt(*pair)
+    if not prompt:
+        raise UserError("a prompt that differs: chosen and rejected share no beginning that ends with a user message")
+    for key, conversation in zip(_ANSWERS, pair, strict=True):
+        if _said(conversation[: len(prompt)]) != _said(prompt):
+            raise UserError(f'a prompt that differs: {key} does not begin with the messages of "prompt"')
+        if len(conversation) == len(prompt) or conversation[-1]["role"] != "assistant":
+            raise UserError(f"{key} must end with an answer of the assistant")
+    chosen, rejected = (conversation[len(prompt) :] for conversation in pair)
+    if _said(chosen) == _said(rejected):
+        raise UserError("a pair without a difference: chosen and rejected have the same answer")
+    return prompt, chosen, rejected
+
+
+def _turns(line: Line, key: str, role: str) -> dict[str, Any]:
+    """Place -> message: those of a list, or a text as the one message of a role."""
+    if not isinstance(line[key], list):
+        chat.check_content(line[key], key)
+        return {key: {"role": role, "content": line[key]}}
+    if not line[key]:
+        raise UserError(f"{key} is empty: it has no message")
+    return {f"{key}[{i}]": chat.join_parts(turn, f"{key}[{i}].content") for i, turn in enumerate(line[key])}
+
+
+def _whole(line: Line, key: str, prompt: dict[str, Any]) -> Messages:
+    """A conversation of a pair, with the prompt if that is not in it."""
+    turns = _turns(line, key, "assistant")
+    first = next(iter(turns.values()))
+    if not (isinstance(first, dict) and first.get("role") in ("system", "user")):
+        turns = prompt | turns
+    chat.check_messages([*turns.values()], places=[*turns])
+    return [*turns.values()]
+
+
+def _shared_prompt(chosen: Messages, rejected: Messages) -> Messages:
+    """The longest beginning of both that ends with a user message."""
+    alike = itertools.takewhile(lambda two: two[0] == two[1], zip(_said(chosen), _said(rejected), strict=False))
+    return chosen[: max((end for end, ((role, _), _) in enumerate(alike, 1) if role == "user"), default=0)]
+
+
+def _said(messages: Messages) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in messages]
+
+
+_ANSWERS = ("chosen", "rejected")
 _FORMS = (
-    Form("chat-jsonl", ("messages",), (), chat.MESSAGE_FIELDS, chat.parse_chat),
-    Form("chat-jsonl", ("prompt", "completion"), (), (), chat.parse_chat),
+    Form("chat-jsonl", ("messages",), (), chat.MESSAGE_FIELDS, _from_chat),
+    Form("chat-jsonl", ("prompt", "completion"), (), (), _from_chat),
     Form("sharegpt", ("conversations",), ("system",), ("from", "value", "weight"), _from_sharegpt),
     Form("alpaca", ("instruction", "output"), ("input", "system"), (), _from_alpaca),
+    Form(PREFERENCE, _ANSWERS, ("prompt",), chat.MESSAGE_FIELDS, _from_preference),
 )
 FORMS = tuple(dict.fromkeys(form.name for form in _FORMS))

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         segment = Segment(flags.conversation, *map(np.asarray, split.conversation(flags.conversation)))
         _show(screen, [segment], data, split)
         return
-    packing = Packing(split.lengths, flags.seq_len)
+    packing = Packing(split.item_lengths, flags.seq_len, split.item_noun)
     row = flags.row or 0
     segments = read_row(split, packing, row, flags.seed, flags.epoch)
     _show(screen, segments, data, split)
@@ -92,9 +92,10 @@ def read_row(split: Split, packing: Packing, row: int, seed: int = 0, epoch: int
     """The segments of a row, from the batch that training reads. Raises: UserError, if the epoch has no such row."""
     _check_index("row", row, packing.n_rows)
     plan = packing.epoch(seed, epoch)
-    batch = {key: array[0] for key, array in BatchSource(split, plan, 1, packing.seq_len)[row].items()}
+    source = BatchSource(split, plan, 1, packing.seq_len)
+    batch = {key: array[0] for key, array in source[row].items()}
     segments = []
-    for number, conversation in enumerate(plan.row(row).tolist(), 1):
+    for number, conversation in enumerate(source.segments_of(row).tolist(), 1):
         here = np.flatnonzero(batch["segment_ids"] == number)
         # A token's weight is at the token before, which predicts it.
         supervised = np.concatenate([[False], batch["weights"][here][:-1] > 0])
@@ -124,13 +125,18 @@ def _show(screen: Console, segments: list[Segment], data: PreparedData, split: S
     for number, segment in enumerate(segments, 1):
         end = start + segment.tokens.size
         title = (
-            f"── {number} · conversation {segment.conversation:,} · {data.tasks[split.tasks[segment.conversation]]} · "
+            f"── {number} · {_name(segment, split)} · {data.tasks[split.tasks[segment.conversation]]} · "
             f"tokens {start:,} to {end - 1:,} · {_share(int(segment.supervised.sum()), end - start)} supervised"
         )
         screen.print(Text(title, TITLE), soft_wrap=True)
         screen.print(render(segment, tokenizer, marks), soft_wrap=True)  # lines break where the data's do
         start = end
     screen.print(Text("── end", TITLE))
+
+
+def _name(segment: Segment, split: Split) -> str:
+    item, place = divmod(segment.conversation, split.per_item)
+    return f"{split.item_noun} {item:,}" + ("" if split.per_item == 1 else f" · {('chosen', 'rejected')[place]}")
 
 
 def _share(part: int, whole: int) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Column, Table
 
 from tinysft_jax.console import shown
+from tinysft_jax.data.forms import PREFERENCE
 
 # How many bad lines, and how many unread fields of a split, are named.
 NAMED_BAD_LINES, NAMED_FIELDS = 5, 20
@@ -31,8 +32,13 @@ class Ledger:
 
     @property
     def kept(self) -> int:
-        """Conversations in the data set."""
+        """Conversations, or pairs, in the data set."""
         return self.lengths.total()
+
+    @property
+    def noun(self) -> str:
+        """What is counted."""
+        return "pairs" if any(form == PREFERENCE for _, form in self.forms) else "conversations"
 
     def keep(self, split: str, task: str, tokens: int, supervised: int, trimmed: bool) -> None:
         """Counts a conversation that is in the data set."""
@@ -117,7 +123,7 @@ class Ledger:
         """Why records and conversations are not in the data set, one phrase a reason with the number of them."""
         return [
             *(f"skipped {n:,} records: {reason}" for reason, n in _totals(self.skipped)),
-            *(f"left out {n:,} conversations: {reason}" for reason, n in _totals(self.left_out)),
+            *(f"left out {n:,} {self.noun}: {reason}" for reason, n in _totals(self.left_out)),
         ]
 
     def form_counts(self) -> list[str]:

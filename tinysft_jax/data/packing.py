@@ -1,7 +1,7 @@
-"""Packing as a plan: which conversations share a row is known before the first row of an epoch is read.
+"""Packing as a plan: which items share a row is known before the first row of an epoch is read.
 
-A conversation is never cut. A row is a pure function of lengths, row length, seed, epoch and index, so the position of
-a run in its data is one number: the rows consumed.
+An item, a conversation or a pair of them, is never cut. A row is a pure function of lengths, row length, seed, epoch
+and index, so the position of a run in its data is one number: the rows consumed.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ Pattern = tuple[int, ...]
 class PackingPlan:
     """The rows of one epoch."""
 
-    order: UInt32[np.ndarray, " conversations"]  # conversation indices, row after row
+    order: UInt32[np.ndarray, " items"]  # item indices, row after row
     row_starts: Int[np.ndarray, " rows_and_1"]  # where each row begins in `order`, then where the last one ends
 
     def __len__(self) -> int:
         return len(self.row_starts) - 1
 
     def row(self, index: int) -> UInt32[np.ndarray, " k"]:
-        """The conversations of row `index`."""
+        """The items of row `index`."""
         return self.order[self.row_starts[index] : self.row_starts[index + 1]]
 
     def first(self, n_rows: int) -> "PackingPlan":
@@ -37,17 +37,17 @@ class PackingPlan:
 
 
 class Packing:
-    """Which lengths share a row of `seq_len` tokens, the same in all epochs; an epoch draws the conversations.
+    """Which lengths share a row of `seq_len` tokens, the same in all epochs; an epoch draws the items.
 
-    Raises: UserError, if a conversation is longer than a row.
+    `lengths` are those of the items, `noun` is what one is called. Raises: UserError, if one is longer than a row.
     """
 
-    def __init__(self, lengths: Int[np.ndarray, " n"], seq_len: int):
+    def __init__(self, lengths: Int[np.ndarray, " n"], seq_len: int, noun: str = "conversation"):
         self.seq_len, self._lengths = seq_len, lengths
         counts = np.bincount(lengths)
         if len(counts) > seq_len + 1:
             raise UserError(
-                f"seq_len is {seq_len}, but the longest conversation has {len(counts) - 1:,} tokens; "
+                f"seq_len is {seq_len}, but the longest {noun} has {len(counts) - 1:,} tokens; "
                 "raise it, or prepare with a smaller --max_tokens"
             )
         demand = {length: count for length, count in enumerate(counts.tolist()) if count}
@@ -66,10 +66,9 @@ class Packing:
         self.fill = float(counts @ np.arange(len(counts))) / max(1, self.n_rows * seq_len)
 
     def epoch(self, seed: int = 0, epoch: int = 0) -> PackingPlan:
-        """Assigns every conversation to exactly one row.
+        """Assigns every item to exactly one row.
 
-        The patterns come in random order. Each place in a pattern gets the next of the shuffled conversations of its
-        length.
+        The patterns come in random order. Each place in a pattern gets the next of the shuffled items of its length.
         """
         random = np.random.default_rng([seed, epoch])
         patterns = random.permutation(np.repeat(np.arange(len(self._row_counts), dtype=np.uint32), self._row_counts))
@@ -78,7 +77,7 @@ class Packing:
         within_patterns = np.repeat(self._pattern_starts[patterns] - row_starts[:-1], sizes)
         within_patterns += np.arange(row_starts[-1])
         places = self._pattern_lengths[within_patterns]
-        del within_patterns  # with millions of conversations, memory counts
+        del within_patterns  # with millions of items, memory counts
         chosen = random.permutation(np.arange(len(self._lengths), dtype=np.uint32))
         chosen = chosen[np.argsort(self._lengths[chosen].astype(self._dtype), kind="stable")]
         order = np.empty_like(chosen)
@@ -99,10 +98,10 @@ def fill_rows(demand: dict[int, int], capacity: int) -> Counter[Pattern]:
     """Chooses which lengths share a row: best fit with a look-ahead over the whole row, in up to three orders.
 
     A row begins with one length and is filled as well as possible, with the earlier lengths of an order where there is
-    a choice. The longest first is best if rows hold many conversations. If they hold two to four, often the most common
+    a choice. The longest first is best if rows hold many items. If they hold two to four, often the most common
     lengths or the shortest must come first, or nothing is left that fits them.
 
-    `demand`: the number of conversations of each length, from 1 to `capacity`, the tokens of a row. Returns the number
+    `demand`: the number of items of each length, from 1 to `capacity`, the tokens of a row. Returns the number
     of rows of each pattern, for the order that needs the fewest.
     """
     lower_bound = -(-sum(length * count for length, count in demand.items()) // capacity)

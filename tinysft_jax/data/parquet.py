@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tinysft_jax.console import UserError, import_extra, reason, shown
-from tinysft_jax.data.forms import forms_of, needed_keys
+from tinysft_jax.data.forms import format_of, forms_of, needed_keys
 from tinysft_jax.data.reading import MAX_BYTES, TOO_LONG
 
 # What is in memory at once: few rows, as one may have megabytes, and of a column a page or so.
@@ -22,12 +22,12 @@ def is_parquet(path: Path) -> bool:
 class Rows:
     """The rows of a file, each with its place, its text and its flaw. Only the columns that the forms know are read.
 
-    Raises: UserError, if the file is damaged, or no form of the format has all its columns.
+    `format` is the one that was given or, of "auto", that of the columns. Raises: UserError, if the file is damaged, or
+    no form of the format has all its columns.
     """
 
     def __init__(self, file: BufferedIOBase, path: Path, format: str):
-        forms = forms_of(format)
-        if not forms:
+        if format != "auto" and not forms_of(format):
             raise UserError(f"{path}: a parquet file is read as conversations, not as {format}")
         arrow = import_extra("pyarrow.parquet", "parquet", str(path))
         self._path, self._size, self._n_read = path, path.stat().st_size, 0
@@ -39,8 +39,10 @@ class Rows:
             self._n_rows, names = self._file.metadata.num_rows, self._file.schema_arrow.names
         except self._errors as error:
             raise self._damaged(error) from None
+        self.format = format_of([dict.fromkeys(names, "")]) if format == "auto" else format
+        forms = forms_of(self.format)
         if not any(set(names).issuperset(form.needs) for form in forms):
-            raise UserError(f"{path} has no columns {needed_keys(format)}, but {shown(names)}")
+            raise UserError(f"{path} has no columns {needed_keys(self.format)}, but {shown(names)}")
         known = {key for form in forms for key in (*form.needs, *form.also)}
         self._columns = [name for name in names if name in known]
         self._others = {name: 0 for name in names if name not in known}  # unread fields, which the ledger counts

@@ -172,7 +172,7 @@ def _print_summary(output: Path, encoder: Encoder, ledger: Ledger, totals: dict,
         Console().print(table)
     print("read", " and ".join(f"{ledger.read[split]:,} {split}" for split in SPLITS), "records")
     if ledger.forms:
-        print("conversations by form:", ", ".join(ledger.form_counts()))
+        print(f"{ledger.noun} by form:", ", ".join(ledger.form_counts()))
     for line in (*ledger.reasons(), *ledger.unread_fields()):
         print(line)
     for bad in ledger.bad:

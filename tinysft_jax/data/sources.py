@@ -1,7 +1,9 @@
 """What `prepare` reads, as a stream of items: files, a data set on the Hub, or the embedded stories."""
 
+import contextlib
 import hashlib
 import itertools
+import json
 import operator
 import re
 from collections.abc import Iterable, Iterator
@@ -12,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tinysft_jax.console import UserError, reason
 from tinysft_jax.corpus.stories import embedded_stories, record_text
-from tinysft_jax.data.forms import CONVERSATIONS, FORMS, forms_of
+from tinysft_jax.data.forms import FORMS, PREFERENCE, format_of, forms_of, prompt_of
 from tinysft_jax.data.parquet import Rows, is_parquet
 from tinysft_jax.data.reading import TOO_LONG, is_json, read_json, read_records
 from tinysft_jax.data.store import SPLITS
@@ -32,7 +34,7 @@ RECORDS_TO_COUNT = 4096
 
 _TRAIN_NAME = re.compile(r"(|.*[-_.])train(\.\w+)")
 _STORY_HEADER = re.compile("^Story:", re.MULTILINE)
-_BYTES_TO_GUESS_FROM = 1 << 16
+_BYTES_TO_GUESS_FROM, _LINES_TO_GUESS_FROM = 1 << 16, 100
 _LINES_OF_JSON = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 
 
@@ -85,7 +87,7 @@ class EmbeddedSource(Source):
 
 @dataclass
 class FileSource(Source):
-    """Files. One without a split of its own is divided by a hash of each item's text; see `split_of`."""
+    """Files. One without a split of its own is divided by a hash of each item's text, or prompt; see `split_of`."""
 
     files: list[tuple[Path, str | None]]
     valid_fraction: float
@@ -100,7 +102,7 @@ class FileSource(Source):
                     texts = rows or (self._values if forms_of(self.format) else self._records)(file, path)
                     for where, text, flaw in itertools.islice(texts, self.limit):
                         self.position = before + (rows or file).tell()
-                        yield Item(split or split_of(text, self.valid_fraction), where, text, flaw)
+                        yield Item(split or self._split_of(text), where, text, flaw)
             except OSError as error:
                 raise UserError(f"can't read {path}: {error.strerror}") from None
             self.position = before = before + path.stat().st_size
@@ -111,6 +113,10 @@ class FileSource(Source):
             return RATES
         items = itertools.islice(replace(self), RECORDS_TO_COUNT)
         return balanced_rates(record for item in items if (record := parse_record(item.text)) is not None)
+
+    def _split_of(self, text: str) -> str:
+        """Pairs of one prompt are never in different splits."""
+        return split_of(prompt_of(text) if self.format == PREFERENCE else text, self.valid_fraction)
 
     def _values(self, file: BufferedIOBase, path: Path) -> Iterator[tuple[str, str, str | None]]:
         for place, _, content in read_json(file, path):
@@ -207,16 +213,23 @@ def _find_format(path: Path, format: str) -> str:
     try:
         with path.open("rb") as file:
             if is_parquet(path):
-                format = CONVERSATIONS if format == "auto" else format
-                Rows(file, path, format)
+                return Rows(file, path, format).format
             if format != "auto":
                 return format
             if ending in _LINES_OF_JSON or is_json(file, named_so=ending == ".json"):
-                return CONVERSATIONS
+                return format_of(_first_lines(file, path))
             start = clean_record(file.read(_BYTES_TO_GUESS_FROM).decode("utf-8", "ignore"))
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     return "tinystories-instruct" if _STORY_HEADER.search(start) else "text"
+
+
+def _first_lines(file: BufferedIOBase, path: Path) -> Iterator[Any]:
+    """The first lines or elements that are JSON, up to what can't be read: that is named later, with its place."""
+    with contextlib.suppress(UserError):
+        for _, _, content in itertools.islice(read_json(file, path), _LINES_TO_GUESS_FROM):
+            with contextlib.suppress(ValueError, RecursionError):
+                yield json.loads(content or b"")
 
 
 def open_hub(

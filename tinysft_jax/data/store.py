@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Bool, Int32, Integer, UInt8
+from jaxtyping import Bool, Int, Int32, Integer, UInt8
 
 from tinysft_jax import files
 from tinysft_jax.console import UserError, reason, shown
+from tinysft_jax.data.forms import PREFERENCE
 from tinysft_jax.files import COUNT, NUMBER, SIZE, TEXT, TEXT_OR_NULL, Schema, check
 from tinysft_jax.tokenizer import FILES_DIRECTORY, ChatTokenizer, read_files
 
-# Version 1 had no requests, dtype and tokenizer_hash; versions 1 and 2 only GPT-2's tokenizer.
-FORMAT_VERSION = 3
+# Version 1 had no requests, dtype and tokenizer_hash; versions 1 and 2 only GPT-2's tokenizer; up to 3 no pairs.
+FORMAT_VERSION = 4
 SPLITS = ("train", "valid")
 TOKENS_PER_SHARD = 50_000_000
 MOST_TASKS = 256  # a task's id is a byte
@@ -93,6 +94,10 @@ def file_name(content: str, number: int) -> str:
     return f"{content}-{number:05d}.{'npy' if content in ARRAYS else 'jsonl'}"
 
 
+def _per_item(description: dict[str, Any]) -> int:
+    return 2 if description["format"] == PREFERENCE else 1
+
+
 def _has_requests(description: dict[str, Any]) -> bool:
     return description["format_version"] > 1 and description["format"] == "tinystories-instruct"
 
@@ -108,12 +113,15 @@ class PreparedData:
         self.description, self.tokenizer = open_description(self.directory)
         self.verify(hashes=False)
 
-    per_item = 1
-
     @property
     def tasks(self) -> list[str]:
         """Task names; a task's id is its index."""
         return self.description["tasks"]
+
+    @property
+    def per_item(self) -> int:
+        """The conversations of an item: 2 where items are pairs, else 1; see `Split`."""
+        return _per_item(self.description)
 
     def verify(self, hashes: bool = True) -> None:
         """Raises: UserError, if the size of a file has changed, or with `hashes`, its SHA-256 or a token is wrong."""
@@ -142,12 +150,17 @@ class PreparedData:
 class Split:
     """The conversations of one split, addressed by index; `totals` is the split's entry in `data.json`.
 
+    An item is what a row holds whole: `per_item` conversations that follow each other. Pair i is the conversations 2i,
+    with the chosen answer, and 2i + 1, with the rejected one; else an item is a conversation.
+
     Raises: UserError, if a shard is missing, or its size is not as `data.json` (the description) says.
     """
 
     def __init__(self, directory: Path, description: dict[str, Any], vocab_size: int):
         self.directory, self.totals = directory, description["splits"][directory.name]
         self._description, self._vocab_size = description, vocab_size
+        self.per_item = _per_item(description)
+        self.item_noun = "conversation" if self.per_item == 1 else "pair"
         kinds = dtypes(description)
         self._shards = [_map_shard(directory, number, kinds) for number in range(self.totals["shards"])]
         # The index of each shard's first conversation, then the number of conversations.
@@ -155,6 +168,8 @@ class Split:
         self._line_starts: dict[int, np.ndarray] = {}  # of the requests of a shard, when the first has been read
         self._check_total("conversations", len(self))
         self._check_total("tokens", sum(len(shard["tokens"]) for shard in self._shards))
+        if len(self) % self.per_item:
+            raise _unusable(f"{directory} holds {len(self)} conversations, which make no whole pairs")
 
     def __reduce__(self):
         # Another process maps the files itself.
@@ -178,14 +193,10 @@ class Split:
             parts.append(lengths.astype(np.int32))
         return np.concatenate(parts)
 
-    per_item = 1
-
-    @property
-    def item_lengths(self):
+    @functools.cached_property
+    def item_lengths(self) -> Int32[np.ndarray, " items"]:
+        """The number of tokens of each item. Raises: UserError, as `lengths`."""
         return self.lengths.reshape(-1, self.per_item).sum(axis=1, dtype=np.int32)
-
-    def conversations_of(self, items):
-        return (items[:, None].astype(np.int64) * self.per_item + np.arange(self.per_item)[None]).reshape(-1)
 
     @functools.cached_property
     def tasks(self) -> UInt8[np.ndarray, " n"]:
@@ -194,6 +205,11 @@ class Split:
         if (highest := tasks.max(initial=0)) >= (n_tasks := len(self._description["tasks"])):
             raise _unusable(f"{self.directory} holds the task id {highest}, data.json names {n_tasks} tasks")
         return tasks
+
+    def conversations_of(self, items: Integer[np.ndarray, " items"]) -> Int[np.ndarray, " conversations"]:
+        """The conversations of items, those of an item side by side."""
+        first = self.per_item * items.astype(np.int64)
+        return (first[:, None] + np.arange(self.per_item)).reshape(-1)
 
     def conversation(self, index: int) -> tuple[Integer[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
         """A conversation's token ids, and which of them are supervised."""

@@ -45,7 +45,7 @@ class Evaluator:
         self._mesh, self._seq_len, self._samples, self.packings = mesh, config.data.seq_len, [], []
         for part in parts:
             split = part.data.split("valid")
-            self.packings.append(packing := Packing(split.item_lengths, self._seq_len))
+            self.packings.append(packing := Packing(split.item_lengths, self._seq_len, split.item_noun))
             plan = packing.epoch(config.seed)
             self._samples.append(_Sample(part.name, part.share, part.data.tasks, split, plan))
         self.n_rows, shards = sum(packing.n_rows for packing in self.packings), batch_shards(mesh)
@@ -115,7 +115,7 @@ def packed_batches(
     """This process's part of a plan's batches, each with its rows' conversations; rows beyond the plan are empty."""
     source = BatchSource(split, plan, batch_size, seq_len, process_part(mesh))
     for index, batch in enumerate(epoch_batches(source)):
-        yield [source.conversations(row) for row in source.rows(index)], batch
+        yield [source.segments_of(row) for row in source.rows(index)], batch
 
 
 def evaluation_rows(config: ConfigDict, total_steps: int, split_rows: int, rows_before: int = 0) -> tuple[int, int]:

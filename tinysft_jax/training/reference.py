@@ -87,7 +87,7 @@ class Reference:
                 raise Interrupted("stopped before the first step; run the same command to begin", self._stop.exit_code)
             of_rows = np.asarray(step(params, global_batch(mesh, batch)))
             for row, of_segments in zip(rows.rows(index), of_rows, strict=True):
-                members = rows.conversations(row)
+                members = rows.segments_of(row)
                 values[members] = of_segments[: len(members)]
             self._done += min(batch_size, len(plan) - index * batch_size)
             progress.update(self._done)

@@ -86,7 +86,7 @@ class TrainingBatches(contextlib.AbstractContextManager):
             split = part.data.split("train")
             if not len(split):
                 raise UserError(f"{part.data.directory} has no training conversation")
-            packing = Packing(split.item_lengths, seq_len)
+            packing = Packing(split.item_lengths, seq_len, split.item_noun)
             # Alone, each epoch of a data set begins with a batch.
             per_epoch = packing.n_rows if part.name else -(-packing.n_rows // batch_size) * batch_size
             rows.append(PartRows(split, packing, config.seed, per_epoch))

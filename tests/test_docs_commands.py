@@ -120,7 +120,11 @@ def test_a_scripts_command_is_understood(command, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", of_kind("tinysft_jax.data.prepare", "tinysft_jax.data.inspect", "tinysft_jax.evaluation.run")
+    "command",
+    of_kind(
+        *("tinysft_jax.data.prepare", "tinysft_jax.data.inspect", "tinysft_jax.evaluation.run"),
+        *("tinysft_jax.preferences",),
+    ),
 )
 def test_a_modules_command_is_understood(command):
     module = importlib.import_module(kind(command))

@@ -15,6 +15,7 @@ STORY = Case(
     "",
     {"words": ["jump", "cat"], "features": ["Dialogue", "MoralValue"], "random_sentence": "The cat, Tom, ran!"},
 )
+HONOURS_ALL = 'The cat Tom ran, jumping. "Come here," said Mia. Tom learned that it is good to share.'
 NOTHING_ASKED = {"words": [], "features": [], "summary": "A cat runs.", "random_sentence": None}
 
 
@@ -51,12 +52,32 @@ def test_irregular_forms_count_both_ways():
         (metrics.moral_honoured, "Tom learned to swim.", False),
         (metrics.sentence_included, "Once the cat Tom ran. The end.", True),
         (metrics.sentence_included, "The cat Tom then ran.", False),
+        (metrics.all_conditions, HONOURS_ALL, True),
+        (metrics.all_conditions, HONOURS_ALL.replace("jumping", "up"), False),
+        (metrics.all_conditions, HONOURS_ALL.replace("said", "sat by"), False),
+        (metrics.all_conditions, HONOURS_ALL.replace("learned", "knew"), False),
+        (metrics.all_conditions, HONOURS_ALL.replace("ran", "sat"), False),
+        (metrics.all_but_sentence, HONOURS_ALL.replace("ran", "sat"), True),
+        (metrics.all_but_sentence, HONOURS_ALL.replace("jumping", "up"), False),
+        (metrics.all_but_sentence, HONOURS_ALL.replace("said", "sat by"), False),
+        (metrics.all_but_sentence, HONOURS_ALL.replace("learned", "knew"), False),
     ],
 )
 def test_conditions_of_a_story(metric, answer, score):
     assert metric(STORY, answer) is score or metric(STORY, answer) == score == 0.5
     for conditions in (NOTHING_ASKED, {}):
         assert metric(Case("story", "?", "", conditions), answer) is None
+
+
+def test_all_conditions_are_those_that_were_asked():
+    """Of a story: a list of words alone has a metric of its own."""
+    sentence = Case("story", "?", "", {"random_sentence": "The cat ran!", "summary": "A cat.", "features": ["Twist"]})
+    assert metrics.all_conditions(sentence, "The cat ran.") is True
+    assert metrics.all_conditions(sentence, "The cat sat.") is False
+    assert metrics.all_but_sentence(sentence, "The cat ran.") is None
+    words = Case("story", "?", "", {"words": ["jump", "cat"]})
+    assert metrics.all_conditions(words, "Cats jump.") is metrics.all_but_sentence(words, "Cats jump.") is True
+    assert metrics.all_conditions(WORDS, "Jumping for ice cream, happy.") is None
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_model import make_model_directory, save_model
@@ -15,7 +16,7 @@ from tinysft_jax.checkpoints import load_model
 from tinysft_jax.console import RunError, UserError
 from tinysft_jax.data import prepare
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.evaluation import metrics, run
+from tinysft_jax.evaluation import likelihood, metrics, run
 from tinysft_jax.evaluation.cases import Answer, Case, draw_cases, write_answers
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.state import starting_model
@@ -118,6 +119,25 @@ def test_a_model_without_a_template_is_asked_as_fine_tuning_starts_from_it(chat_
     assert asked == started and len({answer["nll"] for answer in asked}) > 1
 
 
+def test_a_judge_reads_the_answers_and_the_ground_truth(evaluated, chat_data, models, tmp_path):
+    """With the same tokenizer, in the order of the columns; a blank answer is left out of its column alone."""
+    _, flags = evaluated
+    run.main([*flags, f"--output={tmp_path / 'out'}", "--batch_size=4", f"--judge={models / 'talks'}"])
+    lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    figures, judge = report["tasks"]["chat"]["fluency"], likelihood.Judge(str(models / "talks"))
+    assert report["settings"]["judge"] == str(models / "talks")
+    assert figures.keys() == {"model", "baseline", "difference", "ground_truth"}
+    for column in ("model", "baseline", "ground_truth"):
+        texts = [line[column] if column == "ground_truth" else line[column]["text"] for line in lines]
+        scores = [pair for pair in judge.fluency(texts, 4) if pair[0] is not None]
+        mean = sum(value * n for value, n in scores) / sum(n for _, n in scores)
+        assert figures[column]["value"] == pytest.approx(mean) and figures[column]["cases"] == len(scores)
+    others = {name: columns for name, columns in report["tasks"]["chat"].items() if name != "fluency"}
+    assert others == json.loads((evaluated[0] / "report.json").read_text())["tasks"]["chat"]
+    assert "- **fluency**: " in (tmp_path / "out" / "report.md").read_text()
+
+
 @pytest.mark.parametrize("template", ["control", "text"])
 def test_questions_are_those_of_the_data(story_data, template):
     """Task by task, with the prompt's ids and what the data answers."""
@@ -138,6 +158,20 @@ def test_questions_are_those_of_the_data(story_data, template):
     ]
 
 
+def test_questions_of_the_training_split(story_data):
+    """Where conversations have follow-ups, whose answers are supervised, too: the first counts."""
+    data = PreparedData(story_data / "control")
+    cases = draw_cases(data, data.tokenizer, 2, split="train")
+    assert len(cases) == 2 * len(data.tasks) and not {case.question for case in cases} & {
+        case.question for case in draw_cases(data, data.tokenizer, 100)
+    }
+    starts = {tuple(case.prompt + case.target) for case in cases}
+    split = data.split("train")
+    whole = [split.conversation(i)[0].tolist() for i in range(len(split))]
+    assert starts <= {tuple(ids[: len(start)]) for ids in whole for start in starts}
+    assert starts - set(map(tuple, whole))
+
+
 def test_of_a_longer_chat_the_first_answer_counts(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     chat = [{"role": "system", "content": "s"}, *turns, {"role": "user", "content": "c"}, turns[1]]
@@ -148,6 +182,8 @@ def test_of_a_longer_chat_the_first_answer_counts(tmp_path):
     tokenizer = ChatTokenizer.from_description(data.description)
     (case,) = draw_cases(data, tokenizer, 1)
     assert (case.question, case.ground_truth, case.conditions) == ("a", "b", {})
+    with pytest.raises(UserError, match=r"data has no training data; prepare it with a smaller --valid_fraction"):
+        draw_cases(data, tokenizer, 1, split="train")
     assert tokenizer.decode([*case.prompt, *case.target]) == "<|system|>s<|user|>a<|assistant|>b<|endoftext|>"
 
 
@@ -174,6 +210,8 @@ def test_what_does_not_fit_together_is_refused(models, chat_data, story_data, ev
         run.main([f"--checkpoint={models / 'ends'}", f"--data={chat_data}", f"--output={evaluated[0]}"])
     with pytest.raises(UserError, match="has the chat template 'control'"):
         run.main([f"--checkpoint={models / 'ends'}", f"--data={story_data / 'text'}", output])
+    with pytest.raises(UserError, match="nowhere does not exist; give a work directory"):
+        run.main([f"--checkpoint={models / 'ends'}", f"--data={chat_data}", "--judge=nowhere", output])
     with pytest.raises(UserError, match="has a context of 128 tokens, and the data a conversation of"):
         run.main([f"--checkpoint={models / 'ends'}", f"--data={story_data / 'control'}", output])
     assert not list(tmp_path.iterdir())
@@ -191,7 +229,7 @@ def test_plain_text_has_no_questions(tmp_path):
 
 
 def test_a_diverged_model_ends_the_run(models, chat_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "_make_losses", lambda *_: lambda cases: np.full(len(cases), np.nan))
+    monkeypatch.setattr(likelihood, "make_eval_step", lambda _, n: lambda *_: jnp.full((2, n), jnp.nan))
     with pytest.raises(RunError, match="diverged or is damaged"):
         run.main([f"--checkpoint={models / 'ends'}", f"--data={chat_data}", f"--output={tmp_path / 'out'}"])
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ import pytest
 from tiny_model import make_config, make_decoder, make_tokenizer
 
 from tinysft_jax.console import Interrupted, RunError, UserError
-from tinysft_jax.sampling import batch
+from tinysft_jax.sampling import resumable
 from tinysft_jax.sampling.batch import Request, answer_file, read_requests
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
@@ -189,7 +189,7 @@ def test_a_run_left_before_its_last_step(decoder, requests, tmp_path, monkeypatc
     whole, output = tmp_path / "whole", tmp_path / "out"
     answer(decoder, requests, whole)
     with monkeypatch.context() as patch:
-        patch.setattr(batch, "_finish", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(resumable, "_finish", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(Interrupted):
             answer(decoder, requests, output)
     answer(decoder, requests, output)

@@ -1,4 +1,4 @@
-"""Held-out questions with their ground truth, and the file of models' answers."""
+"""Questions of a data set with their ground truth, and the file of models' answers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from tinysft_jax.console import UserError
-from tinysft_jax.data.store import PreparedData
+from tinysft_jax.data.store import PreparedData, Split
 from tinysft_jax.tokenizer import ChatTokenizer
 
 
 @dataclass(frozen=True)
 class Case:
-    """A held-out question.
+    """A question of a data set.
 
     Attributes:
       task: of the conversation.
@@ -52,30 +52,47 @@ class Answer:
 Answers = Mapping[str, Sequence[Answer]]  # by speaker ("model", "baseline"), in the order of the cases
 
 
-def draw_cases(data: PreparedData, tokenizer: ChatTokenizer, per_task: int, seed: int = 0) -> list[Case]:
-    """Draws up to `per_task` conversations of each task from the validation split.
+def draw_cases(
+    data: PreparedData, tokenizer: ChatTokenizer, per_task: int, seed: int = 0, split: str = "valid"
+) -> list[Case]:
+    """Draws up to `per_task` conversations of each task from a split.
 
     A larger `per_task` adds to the cases of a smaller one. A conversation's first supervised answer counts.
+
+    Raises:
+      UserError: as `open_questions`.
+    """
+    questions, cases = open_questions(data, tokenizer, split), []
+    for task_id in range(len(data.tasks)):
+        members = np.flatnonzero(questions.tasks == task_id)
+        for index in np.random.default_rng((seed, task_id)).permutation(members)[:per_task]:
+            cases.append(read_case(data, tokenizer, questions, int(index)))
+    return cases
+
+
+def open_questions(data: PreparedData, tokenizer: ChatTokenizer, name: str) -> Split:
+    """Opens a split to ask its questions.
 
     Raises:
       UserError: if the split is empty, holds plain text, or was prepared without requests.
     """
     if tokenizer.template is None:
         raise UserError(f"{data.directory} holds plain text, no conversations; there is nothing to ask")
-    split = data.split("valid")
+    split = data.split(name)
     if not len(split):
-        raise UserError(f"{data.directory} has no validation data; prepare it with a --valid_fraction")
+        noun, change = ("validation", "a") if name == "valid" else ("training", "a smaller")
+        raise UserError(f"{data.directory} has no {noun} data; prepare it with {change} --valid_fraction")
     if data.description["format"] == "tinystories-instruct" and split.request(0) is None:
         raise UserError(f"{data.directory} is of an older version, without requests; prepare it again")
-    cases = []
-    for task_id, task in enumerate(data.tasks):
-        members = np.flatnonzero(split.tasks == task_id)
-        for index in np.random.default_rng((seed, task_id)).permutation(members)[:per_task]:
-            prompt, target = _first_turn(*split.conversation(int(index)))
-            question, ground_truth = tokenizer.question(prompt), tokenizer.decode(target[:-1])
-            conditions = (split.request(int(index)) or {}).get("conditions", {})
-            cases.append(Case(task, question, ground_truth, conditions, prompt.tolist(), target.tolist()))
-    return cases
+    return split
+
+
+def read_case(data: PreparedData, tokenizer: ChatTokenizer, split: Split, index: int) -> Case:
+    """A conversation of a split as a case."""
+    prompt, target = _first_turn(*split.conversation(index))
+    conditions = (split.request(index) or {}).get("conditions", {})
+    texts = tokenizer.question(prompt), tokenizer.decode(target[:-1])
+    return Case(data.tasks[split.tasks[index]], *texts, conditions, prompt.tolist(), target.tolist())
 
 
 def _first_turn(ids: np.ndarray, supervised: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -55,6 +55,16 @@ def sentence_included(case: Case, answer: str) -> bool | None:
     return None if sentence is None else _contains(words_of(answer), words_of(sentence))
 
 
+def all_conditions(case: Case, answer: str) -> bool | None:
+    """Whether the story honours all that it was asked for and rules can check: words, dialogue, moral, sentence."""
+    return _all_honoured(case, answer, (all_words_used, dialogue_honoured, moral_honoured, sentence_included))
+
+
+def all_but_sentence(case: Case, answer: str) -> bool | None:
+    """Whether the story honours the words, the dialogue and the moral it was asked for; a sentence doesn't count."""
+    return _all_honoured(case, answer, (all_words_used, dialogue_honoured, moral_honoured))
+
+
 def character_correct(case: Case, answer: str) -> bool | None:
     """Whether the answer names the ground truth's main character and nobody else."""
     return _name(answer) == _name(case.ground_truth) if case.task == "main_character" else None
@@ -98,6 +108,8 @@ CORRECTNESS: dict[str, Metric] = {
         dialogue_honoured,
         moral_honoured,
         sentence_included,
+        all_conditions,
+        all_but_sentence,
         character_correct,
         yes_no_correct,
         moral_correct,
@@ -158,6 +170,12 @@ def _rouge() -> Any:
 def _fraction_used(case: Case, answer: str, split: Callable[[str], list[str]]) -> float | None:
     used = [_contains(split(answer), split(word)) for word in case.conditions.get("words", ())]
     return sum(used) / len(used) if used else None
+
+
+def _all_honoured(case: Case, answer: str, conditions: Sequence[Metric]) -> bool | None:
+    """Whether a story honours all of these conditions that were asked for; None where none was."""
+    honoured = [value for metric in conditions if (value := metric(case, answer)) is not None]
+    return all(honoured) if honoured and case.task == "story" else None
 
 
 def _contains(words: list[str], sequence: list[str]) -> bool:

@@ -1,7 +1,7 @@
 """The report of an evaluation: figures with their 95 % intervals, as JSON, Markdown and a plot."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -22,6 +22,8 @@ Values = Sequence[float | bool | None]  # by case; None where a metric doesn't a
 Figure = dict[str, Any]
 Figures = dict[str, Figure]  # by column
 Report = dict[str, Any]
+# By column and case: the mean log-likelihood of a token of the text, None if it is blank, and the number of tokens.
+Fluency = Mapping[str, Sequence[tuple[float | None, int]]]
 
 COLUMNS = {
     "model": "the model's answers",
@@ -34,6 +36,7 @@ COLUMNS = {
 MEANINGS = {
     "loss": "Negative log-likelihood of a token of the ground truth, in nats",
     "stopped": "Whether the answer ended with end-of-text, not for lack of room",
+    "fluency": "Log-likelihood of a token of the answer under the judge, as a document of its own, in nats",
     **{
         metric.__name__: metric.__doc__.splitlines()[0].rstrip(".")
         for metric in (*CORRECTNESS.values(), distinct_2, repetition)
@@ -53,26 +56,33 @@ def mean(values: Values, weights: Sequence[float] | None = None) -> Figure | Non
     inference, 1927: it has a width even where all cases agree.
     """
     values = np.array(values, float)  # None becomes nan
-    known = values[~np.isnan(values)]
-    if weights is not None or not _is_binary(known):
-        return _mean_with_error(values, weights)
-    n, p = len(known), known.mean()
+    known = ~np.isnan(values)
+    n, values = int(known.sum()), values[known]
+    if weights is not None or not _is_binary(values):
+        return _with_error(n, *_weighted(values, known, weights))
+    p = values.mean()
     centre, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     scale = 1 + Z**2 / n
     return _figure(p, n, max((centre - half) / scale, 0), min((centre + half) / scale, 1))
 
 
-def difference(values: Values, others: Values, weights: Sequence[float] | None = None) -> Figure | None:
-    """The mean of value minus other over the cases that have both; None if there are none.
+def difference(
+    values: Values,
+    others: Values,
+    weights: Sequence[float] | None = None,
+    other_weights: Sequence[float] | None = None,
+) -> Figure | None:
+    """The mean of the values minus that of the others, over the cases that have both; None if there are none.
 
     Values that are all 0 or 1 have the interval of Bonett & Price, Adjusted Wald confidence interval for a difference
     of binomial proportions based on paired data, 2012, https://doi.org/10.3102/1076998611411915.
     """
     pairs = np.array([values, others], float)
-    known = pairs[:, ~np.isnan(pairs).any(axis=0)]
-    if weights is not None or not _is_binary(known):
-        return _mean_with_error(pairs[0] - pairs[1], weights)
-    n, first, second = known.shape[1], *known
+    known = ~np.isnan(pairs).any(axis=0)
+    n, (first, second) = int(known.sum()), pairs[:, known]
+    if weights is not None or not _is_binary(pairs[:, known]):
+        (value, pulls), (other, other_pulls) = _weighted(first, known, weights), _weighted(second, known, other_weights)
+        return _with_error(n, value - other, pulls - other_pulls)
     p, q = (np.sum(first > second) + 1) / (n + 2), (np.sum(first < second) + 1) / (n + 2)
     half = Z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
     return _figure(np.mean(first - second), n, max(p - q - half, -1), min(p - q + half, 1))
@@ -82,21 +92,25 @@ def _is_binary(values: np.ndarray) -> bool:
     return values.size > 0 and bool(np.isin(values, (0, 1)).all())
 
 
-def _mean_with_error(values: np.ndarray, weights: Sequence[float] | None) -> Figure | None:
-    """The mean ± 1.96 standard errors.
-
-    The weights (a case's tokens) are drawn with the cases, so the error is that of a ratio estimator: Cochran, Sampling
-    Techniques, 1977, section 6.4. With equal weights it is the standard error of the mean.
-    """
-    known = ~np.isnan(values)
-    weights = (np.ones(len(values)) if weights is None else np.array(weights))[known]
-    values, n = values[known], int(known.sum())
-    if not n:
-        return None
+def _weighted(values: np.ndarray, known: np.ndarray, weights: Sequence[float] | None) -> tuple[float, np.ndarray]:
+    """The weighted mean of the known cases' values, and how far each case pulls it."""
+    weights = np.ones(len(values)) if weights is None else np.array(weights, float)[known]
+    if not len(values):
+        return math.nan, values
     value = float(np.average(values, weights=weights))
-    if n == 1:
-        return {"value": value, "cases": 1, "standard_error": None, "low": None, "high": None}
-    error = math.sqrt(n / (n - 1)) * np.linalg.norm(weights * (values - value)) / weights.sum()
+    return value, weights * (values - value) / weights.sum()
+
+
+def _with_error(n: int, value: float, pulls: np.ndarray) -> Figure | None:
+    """A mean, or a difference of means, of `n` cases ± 1.96 standard errors.
+
+    The weights (a case's tokens) are drawn with the cases, so the error is that of a ratio estimator, or of two:
+    Cochran, Sampling Techniques, 1977, chapter 6. With equal weights it is the standard error of the mean.
+    """
+    if n < 2:
+        single = {"value": value, "cases": 1, "standard_error": None, "low": None, "high": None}
+        return single if n else None
+    error = math.sqrt(n / (n - 1)) * np.linalg.norm(pulls)
     return _figure(value, n, value - Z * error, value + Z * error)
 
 
@@ -105,26 +119,30 @@ def _figure(value: float, cases: int, low: float, high: float) -> Figure:
     return {"value": value, "cases": cases, "standard_error": (high - low) / (2 * Z), "low": low, "high": high}
 
 
-def build_report(settings: dict[str, Any], cases: Sequence[Case], answers: Answers) -> Report:
+def build_report(
+    settings: dict[str, Any], cases: Sequence[Case], answers: Answers, fluency: Fluency | None = None
+) -> Report:
     """The content of `report.json`. A task's cases must be in the order in which they were drawn."""
     tasks = {}
     for task in dict.fromkeys(case.task for case in cases):
         members = [i for i, case in enumerate(cases) if case.task == task]
         of_task = {speaker: [each[i] for i in members] for speaker, each in answers.items()}
-        tasks[task] = task_figures([cases[i] for i in members], of_task)
+        fluency_of_task = {column: [each[i] for i in members] for column, each in (fluency or {}).items()}
+        tasks[task] = task_figures([cases[i] for i in members], of_task, fluency_of_task)
     return {"format_version": FORMAT_VERSION, "settings": settings, "tasks": tasks}
 
 
-def task_figures(cases: Sequence[Case], answers: Answers) -> dict[str, Figures]:
+def task_figures(cases: Sequence[Case], answers: Answers, fluency: Fluency) -> dict[str, Figures]:
     """One task's figures by metric and column; metrics that don't apply to the task are left out."""
     tokens = [float(len(case.target)) for case in cases]
     texts = {speaker: [answer.text for answer in each] for speaker, each in answers.items()}
     texts["ground_truth"] = [case.ground_truth for case in cases]
     # Cases were drawn in random order, so the next one is a random other one.
     shuffled = {"shuffled": texts["model"][-1:] + texts["model"][:-1]} if len(cases) > 1 else {}
+    likelihoods, lengths = ({column: [of[i] for of in each] for column, each in fluency.items()} for i in (0, 1))
     losses = {speaker: np.divide([answer.nll for answer in each], tokens) for speaker, each in answers.items()}
     figures = {
-        "loss": _columns(losses, tokens),
+        "loss": _columns(losses, dict.fromkeys(losses, tokens)),
         "stopped": _columns({speaker: [answer.stopped for answer in each] for speaker, each in answers.items()}),
         **{
             name: _columns({column: list(map(metric, cases, each)) for column, each in (texts | shuffled).items()})
@@ -132,15 +150,17 @@ def task_figures(cases: Sequence[Case], answers: Answers) -> dict[str, Figures]:
         },
         "distinct_2": _columns({column: distinct_2(each) for column, each in texts.items()}),
         "repetition": _columns({column: list(map(repetition, each)) for column, each in texts.items()}),
+        "fluency": _columns(likelihoods, lengths),
     }
     return {name: columns for name, columns in figures.items() if columns}
 
 
-def _columns(scores: dict[str, Values], weights: list[float] | None = None) -> Figures:
-    """The means, with the paired difference where there is a baseline."""
-    figures = {column: mean(values, weights) for column, values in scores.items()}
+def _columns(scores: dict[str, Values], weights: Mapping[str, Sequence[float]] | None = None) -> Figures:
+    """The means, weighted if there are weights, with the paired difference where there is a baseline."""
+    weights = weights or dict.fromkeys(scores)
+    figures = {column: mean(values, weights[column]) for column, values in scores.items()}
     if "baseline" in scores:
-        figures["difference"] = difference(scores["model"], scores["baseline"], weights)
+        figures["difference"] = difference(*(each[of] for each in (scores, weights) for of in ("model", "baseline")))
     share = all(isinstance(value, bool) for values in scores.values() for value in values if value is not None)
     return {column: figure | {"share": share} for column in COLUMNS if (figure := figures.get(column))}
 

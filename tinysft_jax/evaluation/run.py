@@ -2,13 +2,10 @@
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
-from flax import nnx
 
 from tinysft_jax import accelerator, console, distributed, files
 from tinysft_jax.console import RunError, UserError, reason
@@ -16,23 +13,19 @@ from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation import metrics
 from tinysft_jax.evaluation import report as reports
 from tinysft_jax.evaluation.cases import Answer, Answers, Case, draw_cases, write_answers
-from tinysft_jax.model import GPT
-from tinysft_jax.parameters import ModelDescription, Params, make_model
+from tinysft_jax.evaluation.likelihood import Judge, Model, make_losses
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.text import text_options
 from tinysft_jax.sharding import make_mesh
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.state import starting_model
-from tinysft_jax.training.step import make_eval_step
-
-Model = tuple[ModelDescription, Params]
 
 CONTENT = ("report.json", "report.md", "report.png", "answers.jsonl")
 
 
-def evaluate(flags: Namespace) -> tuple[dict[str, Any], list[Case], Answers]:
-    """Lets the model, and the baseline, answer: the report's settings, the cases and the answers."""
+def evaluate(flags: Namespace) -> tuple[reports.Report, list[Case], Answers]:
+    """Lets the model, and the baseline, answer: the report, the cases and the answers."""
     data = PreparedData(flags.data)
     tokenizer = data.tokenizer
     cases = draw_cases(data, tokenizer, flags.cases, flags.seed)
@@ -40,13 +33,16 @@ def evaluate(flags: Namespace) -> tuple[dict[str, Any], list[Case], Answers]:
     distributed.check_devices()
     accelerator.keep_compiled()
     checkpoints = {"model": flags.checkpoint} | ({"baseline": flags.baseline} if flags.baseline else {})
+    judge = Judge(flags.judge) if flags.judge else None
     models = {speaker: load(path, data, cases) for speaker, path in checkpoints.items()}
     answers = {
         speaker: answer(model, checkpoints[speaker], tokenizer, cases, options, flags.batch_size)
         for speaker, model in models.items()
     }
     settings = {"data": str(flags.data), "cases": flags.cases, "seed": flags.seed, "temperature": flags.temperature}
-    return checkpoints | settings, cases, answers
+    settings = checkpoints | settings | ({"judge": flags.judge} if judge else {})
+    fluency = judge_answers(judge, cases, answers, flags.batch_size) if judge else None
+    return reports.build_report(settings, cases, answers, fluency), cases, answers
 
 
 def load(checkpoint: str, data: PreparedData, cases: Sequence[Case]) -> Model:
@@ -80,21 +76,18 @@ def answer(
     decoder = Decoder(config, params, accelerator.default_dtype(), description.trained_length, mesh)
     options = text_options(options, tokenizer, config)
     batch_size = min(batch_size, len(cases))
-    length = min(-(-_longest(cases) // 64) * 64, config.max_seq_len)
-    losses = _make_losses(make_model(config, params, dtype=accelerator.default_dtype()), batch_size, length)
+    losses = make_losses(model, name, batch_size, _longest(cases))
     order = sorted(range(len(cases)), key=lambda i: len(cases[i].prompt))  # a batch has cases of similar lengths
     answers: dict[int, Answer] = {}
     with console.Progress(f"{name}: answers", len(cases)) as progress:
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
             prompts = [cases[i].prompt for i in rows]
-            nll = losses([cases[i] for i in rows])
-            if not np.isfinite(nll).all():
-                raise RunError(f"{name} gives a loss that is not finite; it has diverged or is damaged")
+            nll = losses([([*cases[i].prompt, *cases[i].target], len(cases[i].prompt)) for i in rows])
             continuations = decoder.generate(prompts, options, batch_size, first_row=first)
             for i, prompt, ids, loss in zip(rows, prompts, continuations, nll, strict=True):
                 stopped = not decoder.is_full(prompt, ids, options)
-                answers[i] = Answer(tokenizer.decode(ids), stopped, float(loss))
+                answers[i] = Answer(tokenizer.decode(ids), stopped, loss)
             progress.update(len(answers))
     return [answers[i] for i in range(len(cases))]
 
@@ -103,24 +96,12 @@ def _longest(cases: Sequence[Case]) -> int:
     return max(len(case.prompt) + len(case.target) for case in cases)
 
 
-def _make_losses(model: GPT, n_rows: int, length: int) -> Callable[[Sequence[Case]], np.ndarray]:
-    """A function of up to `n_rows` cases: each ground truth's negative log-likelihood. A row holds one case."""
-    graph, params = nnx.split(model)
-    eval_step = jax.jit(make_eval_step(graph, n_rows))
-
-    def losses(cases: Sequence[Case]) -> np.ndarray:
-        shape = (n_rows, length)
-        tokens, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        for row, case in enumerate(cases):
-            ids = [*case.prompt, *case.target]
-            tokens[row, : len(ids)] = ids
-            weights[row, len(case.prompt) - 1 : len(ids) - 1] = 1
-        rows, positions = np.indices(shape, np.int32)
-        batch = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "weights": weights}
-        batch |= {"segment_ids": np.ones(shape, np.int32), "positions": positions, "tasks": rows}
-        return np.asarray(eval_step(params, batch)["loss"])[: len(cases)]
-
-    return losses
+def judge_answers(judge: Judge, cases: Sequence[Case], answers: Answers, batch_size: int) -> reports.Fluency:
+    """The fluency of each speaker's answers, and of the ground truth."""
+    texts = {speaker: [answer.text for answer in each] for speaker, each in answers.items()}
+    texts["ground_truth"] = [case.ground_truth for case in cases]
+    scores = iter(judge.fluency([text for each in texts.values() for text in each], batch_size))
+    return {column: [next(scores) for _ in each] for column, each in texts.items()}
 
 
 def write(output: Path, report: reports.Report, cases: Sequence[Case], answers: Answers, overwrite: bool) -> None:
@@ -151,6 +132,7 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
     parser = console.Parser(prog="python -m tinysft_jax.evaluation.run", description="Measures what a model can do.")
     parser.add_argument("--checkpoint", metavar="PATH", required=True, help="a model, in any form")
     parser.add_argument("--baseline", metavar="PATH", help="another one, to compare with")
+    parser.add_argument("--judge", metavar="PATH", help="a model that says how fluent the answers are")
     parser.add_argument("--data", type=console.path, metavar="DIR", required=True, help="a prepared data set")
     parser.add_argument("--output", type=console.path, metavar="DIR", required=True, help="the report's directory")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -171,8 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags = _parse(arguments)
     files.check_output(flags.output, flags.overwrite, CONTENT)
     metrics.require_libraries()
-    settings, cases, answers = evaluate(flags)
-    report = reports.build_report(settings, cases, answers)
+    report, cases, answers = evaluate(flags)
     write(flags.output, report, cases, answers, flags.overwrite)
     for i in examples(cases, flags.show):
         print(transcript(cases[i], {speaker: each[i] for speaker, each in answers.items()}), end="\n\n")

@@ -1,0 +1,80 @@
+"""How likely texts are under a model: ground truths as answers to questions, and any texts as documents, by a judge."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from tinysft_jax import accelerator
+from tinysft_jax.chat import is_blank
+from tinysft_jax.checkpoints import open_model
+from tinysft_jax.console import Progress, RunError, UserError
+from tinysft_jax.parameters import ModelDescription, Params, make_model
+from tinysft_jax.training.step import make_eval_step
+
+Model = tuple[ModelDescription, Params]
+Given = tuple[Sequence[int], int]  # token ids, and how many of them are given, at least 1; the others are predicted
+
+
+def make_losses(model: Model, name: str, n_rows: int, longest: int) -> Callable[[Sequence[Given]], list[float]]:
+    """A function of up to `n_rows` sequences of at most `longest` ids; `name`, the model's, is for messages.
+
+    It gives each sequence's negative log-likelihood in nats, and raises a RunError if one is not finite. A row holds
+    one sequence.
+    """
+    description, params = model
+    config = description.config
+    graph, params = nnx.split(make_model(config, params, dtype=accelerator.default_dtype()))
+    eval_step = jax.jit(make_eval_step(graph, n_rows))
+    shape = (n_rows, min(-(-longest // 64) * 64, config.max_seq_len))
+
+    def losses(sequences: Sequence[Given]) -> list[float]:
+        tokens, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        for row, (ids, given) in enumerate(sequences):
+            tokens[row, : len(ids)] = ids
+            weights[row, given - 1 : len(ids) - 1] = 1
+        rows, positions = np.indices(shape, np.int32)
+        batch = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "weights": weights}
+        batch |= {"segment_ids": np.ones(shape, np.int32), "positions": positions, "tasks": rows}
+        nll = np.asarray(eval_step(params, batch)["loss"])[: len(sequences)]
+        if not np.isfinite(nll).all():
+            raise RunError(f"{name} gives a loss that is not finite; it has diverged or is damaged")
+        return nll.tolist()
+
+    return losses
+
+
+class Judge:
+    """A model that says how likely texts are. Raises: UserError, if it can't be read or has no tokenizer."""
+
+    def __init__(self, path: str):
+        self._name, self._model = path, open_model(path)
+        try:
+            self._tokenizer = self._model[0].make_tokenizer()
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def fluency(self, texts: Sequence[str], batch_size: int) -> list[tuple[float | None, int]]:
+        """The mean log-likelihood of a token of each text, in nats, and how many tokens that is over.
+
+        A text is a document of its own: its tokens in the judge's vocabulary, then end-of-text. All of them are
+        predicted but the first, as in pretraining: nothing is before it. Beyond the length that the judge was trained
+        to, a document is cut, so that neither the rest nor end-of-text counts. A blank text has None.
+        """
+        length = self._model[0].trained_length
+        whole = {i: self._tokenizer.encode_document(text) for i, text in enumerate(texts) if not is_blank(text)}
+        documents = {i: ids[:length].tolist() for i, ids in sorted(whole.items(), key=lambda item: len(item[1]))}
+        scores: list[tuple[float | None, int]] = [(None, 0)] * len(texts)
+        order, n_rows = list(documents), min(batch_size, len(documents))
+        with Progress("judge: texts", len(order)) as progress:
+            if n_cut := sum(len(ids) > length for ids in whole.values()):
+                progress.say(f"the judge reads {length:,} tokens, and {n_cut:,} of {len(order):,} texts have more")
+            losses = make_losses(self._model, self._name, n_rows, max(map(len, documents.values()), default=1))
+            for first in range(0, len(order), n_rows or 1):
+                batch = order[first : first + n_rows]
+                for i, nll in zip(batch, losses([(documents[i], 1) for i in batch]), strict=True):
+                    n_predicted = len(documents[i]) - 1
+                    scores[i] = (-nll / n_predicted, n_predicted)
+                progress.update(first + len(batch))
+        return scores

@@ -244,6 +244,9 @@ def test_the_first_line_with_the_keys_of_a_form_tells_what_a_file_holds(tmp_path
         assert ledger["forms"] == ({PREFERENCE: 1} if format == PREFERENCE else {"chat-jsonl": 1})
         kind = "not a pair" if format == PREFERENCE else "not a conversation"
         assert ledger["skipped"] == {kind: len(lines) - 1, "not valid JSON": 1}
+    damaged = tmp_path / "pairs.jsonl"
+    damaged.write_bytes(b"{\n\xff\n" + json.dumps(PAIR).encode())
+    assert open_input(damaged, "auto", 0.0, None).format == PREFERENCE
     with pytest.raises(UserError, match=OWN_FILE):
         run(write(path, {"prompt": "Who?", "chosen": "Ann"}))
     # A conversation with other fields is one.

@@ -169,7 +169,7 @@ def _read_pair(line: Line) -> tuple[Messages, ...]:
     for key, conversation in zip(_ANSWERS, pair, strict=True):
         if _said(conversation[: len(prompt)]) != _said(prompt):
             raise UserError(f'a prompt that differs: {key} does not begin with the messages of "prompt"')
-        if len(conversation) == len(prompt) or conversation[-1]["role"] != "assistant":
+        if conversation[-1]["role"] != "assistant":
             raise UserError(f"{key} must end with an answer of the assistant")
     chosen, rejected = (conversation[len(prompt) :] for conversation in pair)
     if _said(chosen) == _said(rejected):

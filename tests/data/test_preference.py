@@ -177,7 +177,8 @@ BAD = [
     (PAIR | {"chosen": ["A"]}, r'chosen\[0\] must be an object with "role" and "content"'),
     (PAIR | {"prompt": [{"role": "user"}]}, r'prompt\[0\] must be an object with "role" and "content"'),
     (PAIR | {"prompt": answer("Q")}, r"prompt\[0\] has the role 'assistant' where 'system' or 'user' is due"),
-    (PAIR | {"prompt": turns("Q", "A")}, "the prompt ends with an answer; its last message must be the user's"),
+    (PAIR | {"prompt": turns("Q", "A")}, "prompt must end with a user message, not with the role 'assistant'"),
+    (PAIR | {"prompt": LONGER[:1]}, "prompt must end with a user message, not with the role 'system'"),
     (PAIR | {"prompt": [{"role": "tool", "content": "4"}]}, r"prompt\[0\] has the role 'tool'"),
     (
         PAIR | {"chosen": [{"role": "tool", "content": "4"}]},

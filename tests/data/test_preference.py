@@ -177,7 +177,8 @@ BAD = [
     (PAIR | {"chosen": ["A"]}, r'chosen\[0\] must be an object with "role" and "content"'),
     (PAIR | {"prompt": [{"role": "user"}]}, r'prompt\[0\] must be an object with "role" and "content"'),
     (PAIR | {"prompt": answer("Q")}, r"prompt\[0\] has the role 'assistant' where 'system' or 'user' is due"),
-    (PAIR | {"prompt": turns("Q", "A")}, "the prompt ends with an answer; its last message must be the user's"),
+    (PAIR | {"prompt": turns("Q", "A")}, "prompt must end with a user message, not with the role 'assistant'"),
+    (PAIR | {"prompt": LONGER[:1]}, "prompt must end with a user message, not with the role 'system'"),
     (PAIR | {"prompt": [{"role": "tool", "content": "4"}]}, r"prompt\[0\] has the role 'tool'"),
     (
         PAIR | {"chosen": [{"role": "tool", "content": "4"}]},
@@ -244,6 +245,9 @@ def test_the_first_line_with_the_keys_of_a_form_tells_what_a_file_holds(tmp_path
         assert ledger["forms"] == ({PREFERENCE: 1} if format == PREFERENCE else {"chat-jsonl": 1})
         kind = "not a pair" if format == PREFERENCE else "not a conversation"
         assert ledger["skipped"] == {kind: len(lines) - 1, "not valid JSON": 1}
+    damaged = tmp_path / "pairs.jsonl"
+    damaged.write_bytes(b"{\n\xff\n" + json.dumps(PAIR).encode())
+    assert open_input(damaged, "auto", 0.0, None).format == PREFERENCE
     with pytest.raises(UserError, match=OWN_FILE):
         run(write(path, {"prompt": "Who?", "chosen": "Ann"}))
     # A conversation with other fields is one.

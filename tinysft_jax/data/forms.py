@@ -159,7 +159,7 @@ def _read_pair(line: Line) -> tuple[Messages, ...]:
     if prompt:
         chat.check_messages(prompt, places=[*given])
         if prompt[-1]["role"] != "user":
-            raise UserError("the prompt ends with an answer; its last message must be the user's")
+            raise UserError(f"prompt must end with a user message, not with the role '{prompt[-1]['role']}'")
     elif not all(isinstance(line[key], list) for key in _ANSWERS):
         raise UserError('a pair needs a "prompt", or in "chosen" and "rejected" lists of messages that begin with it')
     pair = [_whole(line, key, given) for key in _ANSWERS]
@@ -169,7 +169,7 @@ def _read_pair(line: Line) -> tuple[Messages, ...]:
     for key, conversation in zip(_ANSWERS, pair, strict=True):
         if _said(conversation[: len(prompt)]) != _said(prompt):
             raise UserError(f'a prompt that differs: {key} does not begin with the messages of "prompt"')
-        if len(conversation) == len(prompt) or conversation[-1]["role"] != "assistant":
+        if conversation[-1]["role"] != "assistant":
             raise UserError(f"{key} must end with an answer of the assistant")
     chosen, rejected = (conversation[len(prompt) :] for conversation in pair)
     if _said(chosen) == _said(rejected):

@@ -7,6 +7,12 @@ from tinysft_jax.gpt_config import GPTConfig
 
 def logits(config: GPTConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
     """`[T, vocab]` of one row `[T]`."""
+    table = _float64(params["tok_emb" if config.tied_head else "head"]["embedding"])[: config.vocab_size]
+    return hidden(config, params, tokens) @ table.T
+
+
+def hidden(config: GPTConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
+    """The head's input, `[T, dim]`."""
     x = _float64(params["tok_emb"]["embedding"])[tokens]
     for index in range(config.n_layers):
         block = _layer(params["blocks"], index)
@@ -14,8 +20,7 @@ def logits(config: GPTConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
         h, mlp = _norm(config, block["ln_2"], x), block["mlp"]
         gate = h @ mlp["w1"]["kernel"]
         x = x + (gate / (1 + np.exp(-gate)) * (h @ mlp["w3"]["kernel"])) @ mlp["w2"]["kernel"]
-    table = _float64(params["tok_emb" if config.tied_head else "head"]["embedding"])[: config.vocab_size]
-    return _norm(config, params["ln_f"], x) @ table.T
+    return _norm(config, params["ln_f"], x)
 
 
 def frequencies(config: GPTConfig) -> np.ndarray:

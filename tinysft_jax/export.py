@@ -97,6 +97,8 @@ def check_exports(names: str, description: ModelDescription) -> None:
     """Raises: UserError, if one of the kinds that the setting `export` lists can't hold this model."""
     for kind in parse_export(names):
         try:
+            if description.config.scalar_head:
+                raise UserError("a reward model is no language model")
             if kind == "torch":
                 check_architecture(description.config)
             elif kind == "gguf":

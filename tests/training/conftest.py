@@ -1,11 +1,57 @@
 """A finished run that tests share: they copy it, or leave it as it is."""
 
+import json
+import random
 from pathlib import Path
 
+import jax
 import pytest
 from runs import tiny_config
 
+from tinysft_jax.data import prepare
 from tinysft_jax.training import loop
+
+
+@pytest.fixture
+def not_from_disk():
+    """What is compiled here is not stored, and so never loaded.
+
+    A program for CPU with collectives over different groups of devices can hang once it comes from the cache: its
+    devices then run them in different orders.
+    """
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+@pytest.fixture(scope="session")
+def pair_data(tmp_path_factory) -> Path:
+    """A small prepared data set of random pairs: 256 + 4 ids, at most 32 tokens a conversation."""
+    directory, draw = tmp_path_factory.mktemp("pairs"), random.Random(0)
+
+    def text(shortest: int, longest: int) -> str:
+        return "".join(draw.choice("abcdefgh ") for _ in range(draw.randint(shortest, longest))) + draw.choice("xyz")
+
+    # The chosen ones say "good", so that there is something to learn.
+    pairs = [
+        {
+            "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": f"{i}"}],
+            "chosen": f"good {text(0, 8)}",
+            "rejected": text(1, 12),
+        }
+        for i in range(300)
+    ]
+    lines, output = directory / "pairs.jsonl", directory / "prepared"
+    lines.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    prepare.main(
+        [
+            f"--input={lines}",
+            f"--output={output}",
+            *("--bpe_ranks=256", "--max_tokens=32", "--valid_fraction=0.1", "--workers=1"),
+        ]
+    )
+    return output
 
 
 @pytest.fixture(scope="session")

@@ -159,19 +159,6 @@ def single_losses(split):
     return losses_on((1, 1, 1), split, 50)[0]
 
 
-@pytest.fixture
-def not_from_disk():
-    """What is compiled here is not stored, and so never loaded.
-
-    A program for CPU with collectives over different groups of devices can hang once it comes from the cache: its
-    devices then run them in different orders.
-    """
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
-    yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-
-
 MESHES = [
     *[(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)],
     *slow((4, 1, 1), (1, 4, 1), (1, 1, 4), (1, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 1, 2)),

@@ -1,6 +1,7 @@
 """Several data sets at once, `PATH=WEIGHT,PATH=WEIGHT`: the sets, and which of them each row of a run comes from."""
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
@@ -33,7 +34,7 @@ def open_parts(path: str) -> list[Part]:
         return [Part("", Fraction(1), PreparedData(path))]
     entries = [entry.rpartition("=") for entry in path.split(",")]
     weights = [_parse_weight(weight, where, path) for where, _, weight in entries]
-    names = [Path(where).expanduser().resolve().name for where, *_ in entries]
+    names = [os.path.basename(os.path.abspath(where)) for where, *_ in entries]
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"data.path has two data sets called {repeated[0]}; metrics name them so: rename one directory")
     parts = []

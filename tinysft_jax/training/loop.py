@@ -1,6 +1,7 @@
 """A training run, from its configuration to its best model."""
 
 import contextlib
+import itertools
 import math
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from tinysft_jax.sharding import batch_shards, global_batch, make_mesh
 from tinysft_jax.training import log as logs
 from tinysft_jax.training.checkpoints import locked, move_other_run, save_best
 from tinysft_jax.training.config import check_batch, check_config, parse_window, resolved
-from tinysft_jax.training.log import FINAL, FINAL_ROWS, VAL_LOSS, loss_unit
+from tinysft_jax.training.log import FINAL, FINAL_ROWS, VAL, VAL_LOSS, loss_unit
 from tinysft_jax.training.run import Run, open_run
 from tinysft_jax.training.step import Metrics, TrainState
 from tinysft_jax.training.stop import StopRequest
+
+CHOSEN = f"{VAL}chosen"  # DPO's log-likelihood of chosen answers, against the start
+LONG_FALL = 3  # evaluations
 
 
 def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verify: bool = False) -> None:
@@ -171,9 +175,20 @@ def evaluate(run: Run, state: TrainState) -> None:
         status.best_loss, status.best_step = loss, status.step
         save_best(run.workdir, status.step, params, status.model)
     run.log.write(status.step, losses)
-    lines, unit = run.log.lines(), loss_unit(run.config.objective)
     if distributed.is_first():
-        logs.plot_loss(run.workdir, lines, unit)
+        lines = run.log.lines()
+        logs.plot_loss(run.workdir, lines, loss_unit(run.config.objective))
+        if run.config.objective == "dpo" and is_falling([line[CHOSEN] for line in lines if CHOSEN in line]):
+            run.log.say(
+                f"the chosen answers are less likely at each evaluation, now by {-losses[CHOSEN]:.1f} nats: DPO asks "
+                "for their lead alone; raise dpo.sft_weight or dpo.beta, or lower optimizer.learning_rate"
+            )
+
+
+def is_falling(values: list[float]) -> bool:
+    """Whether the last values fell `LONG_FALL` times in a row, to below 0, that of the start."""
+    last = values[-LONG_FALL - 1 :]
+    return len(last) > LONG_FALL and last[-1] < 0 and all(a > b for a, b in itertools.pairwise(last))
 
 
 def finish(run: Run, state: TrainState) -> None:

@@ -1,0 +1,180 @@
+"""Runs of DPO and of a reward model."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from runs import assert_same_bits, losses, stop_at, tiny_config
+
+from tinysft_jax import export
+from tinysft_jax.checkpoints import is_reward_model, load_model, open_model
+from tinysft_jax.console import Interrupted, RunError, UserError
+from tinysft_jax.training import loop, reference, state
+from tinysft_jax.training.evaluate import Evaluator
+from tinysft_jax.training.log import read_metrics
+
+
+def pair_config(data, objective: str, **changes):
+    return tiny_config(data, objective=objective, **{"dpo__beta": 0.5, "train__batch_size": 8, **changes})
+
+
+@pytest.fixture(scope="module")
+def start(chat_data, tmp_path_factory):
+    """A model to start from."""
+    workdir = tmp_path_factory.mktemp("start") / "sft"
+    loop.train(tiny_config(chat_data, train__max_steps=2), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module", params=["dpo", "reward"])
+def finished(request, start, pair_data, tmp_path_factory):
+    """A run's objective, configuration and work directory."""
+    config = pair_config(pair_data, request.param, init_from=str(start))
+    workdir = tmp_path_factory.mktemp(request.param) / "work"
+    loop.train(config, workdir)
+    return request.param, config, workdir
+
+
+def test_a_run_learns_which_answers_are_preferred(finished):
+    objective, _, workdir = finished
+    train, valid = losses(workdir, f"{objective}/train_loss"), losses(workdir, f"{objective}/val_loss")
+    # A model that is where it started, or whose head is 0, has no preference.
+    assert train[1] == pytest.approx(math.log(2), rel=1e-5) and valid[0] == pytest.approx(math.log(2), rel=1e-5)
+    assert list(train) == list(range(1, 13)) and list(valid) == [0, 5, 10, 12]
+    assert train[12] < 0.5 and valid[12] < 0.5
+    assert (
+        losses(workdir, f"{objective}/val_accuracy")[0] < 0.2 and losses(workdir, f"{objective}/val_accuracy")[12] > 0.9
+    )
+    last = next(line for line in read_metrics(workdir) if line["step"] == 12)
+    figures = {f"{objective}/train_{name}" for name in ("loss", "margin", "accuracy", "chosen", "rejected")}
+    assert figures < last.keys() and not [key for key in last if key.startswith("sft/")]
+    chosen, rejected = (last[f"{objective}/train_{name}"] for name in ("chosen", "rejected"))
+    scale = 0.5 if objective == "dpo" else 1
+    assert last[f"{objective}/train_margin"] == pytest.approx(scale * (chosen - rejected), abs=1e-4)
+    assert f"{objective}/final_val_loss" in read_metrics(workdir)[-1]
+    assert (workdir / "loss.png").exists()
+
+
+def test_a_stopped_run_resumes_with_the_same_bits(finished, tmp_path, monkeypatch):
+    objective, config, workdir = finished
+    with monkeypatch.context() as patch:
+        stop_at(6, patch)
+        with pytest.raises(Interrupted, match="run the same command"):
+            loop.train(config, tmp_path)
+    if objective == "dpo":
+        monkeypatch.setattr(reference.Reference, "_compute", lambda *_: pytest.fail("was computed once"))
+    loop.train(config, tmp_path)
+    assert_same_bits(tmp_path, workdir)
+
+
+def test_a_lost_reference_is_computed_again_from_the_same_model_only(start, pair_data, tmp_path, monkeypatch):
+    model, config = tmp_path / "start", pair_config(pair_data, "dpo", init_from=str(tmp_path / "start"))
+    shutil.copytree((start / "model").resolve(), model)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(6, patch)
+        loop.train(config, tmp_path / "work")
+    (file,) = (tmp_path / "work" / "reference").iterdir()
+    whole = dict(np.load(file))
+    for content in (b"", file.read_bytes()[:-100]):
+        file.write_bytes(content)
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            stop_at(max(losses(tmp_path / "work", "dpo/train_loss")) + 1, patch)
+            loop.train(config, tmp_path / "work")
+        assert all((dict(np.load(file))[name] == values).all() for name, values in whole.items())
+    file.unlink()
+    shutil.rmtree(model)
+    shutil.copytree((start.parent / "sft" / "model").resolve(), model)
+    params = open_model(model)[1]
+    params["ln_f"]["bias"] = params["ln_f"]["bias"] + 1
+    monkeypatch.setattr(state, "open_model", lambda path: (open_model(path)[0], params))
+    with pytest.raises(RunError, match=r"lacks the log-likelihoods of its reference, and .*start is no longer the"):
+        loop.train(config, tmp_path / "work")
+
+
+def test_nothing_is_left_of_a_reference_that_was_interrupted(start, pair_data, tmp_path, monkeypatch):
+    compute = reference.Reference._compute
+
+    def interrupted(self, *arguments):
+        self._stop._noted = 130
+        return compute(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference.Reference, "_compute", interrupted)
+        with pytest.raises(Interrupted, match="before the first step; run the same command") as stop:
+            loop.train(pair_config(pair_data, "dpo", init_from=str(start)), tmp_path / "work")
+    assert stop.value.exit_code == 130 and not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("objective", "complaint"),
+    [
+        ("sft", r"data.path holds pairs, and objective sft .*configs/dpo.py or configs/reward.py$"),
+        ("dpo", r"objective dpo learns from pairs, .*--format preference-jsonl$"),
+        ("reward", r"objective reward learns from pairs, .*--format preference-jsonl$"),
+    ],
+)
+def test_an_objective_needs_its_kind_of_data(chat_data, pair_data, tmp_path, objective, complaint):
+    data = pair_data if objective == "sft" else chat_data
+    with pytest.raises(UserError, match=complaint) as refusal:
+        loop.train(pair_config(data, objective), tmp_path / "work")
+    assert "\n" not in str(refusal.value) and not (tmp_path / "work").exists()
+
+
+def test_a_row_holds_two_of_the_longest_conversations(pair_data, tmp_path):
+    with pytest.raises(UserError, match=r"data.seq_len 63 is below the 2 × 32 tokens .* --max_tokens 31$"):
+        loop.train(pair_config(pair_data, "dpo", data__seq_len=63), tmp_path / "work")
+
+
+def test_settings_of_dpo_belong_to_a_run(finished, pair_data):
+    objective, config, workdir = finished
+    if objective == "dpo":
+        changed = pair_config(pair_data, "dpo", init_from=config.init_from, dpo__sft_weight=0.1)
+        with pytest.raises(UserError, match=r"another run: dpo.sft_weight was 0.0, now 0.1"):
+            loop.train(changed, workdir)
+    other = pair_config(pair_data, "reward" if objective == "dpo" else "dpo", init_from=config.init_from)
+    with pytest.raises(UserError, match=rf"another run: objective was {objective}, now"):
+        loop.train(other, workdir)
+
+
+def test_a_reward_model_is_no_language_model(finished, chat_data, pair_data, tmp_path):
+    objective, _, workdir = finished
+    assert is_reward_model(workdir) == is_reward_model(workdir / "model") == (objective == "reward")
+    if objective == "dpo":
+        with pytest.raises(UserError, match=r"is a language model; give a reward model$"):
+            load_model(workdir, reward=True)
+        assert load_model(workdir).config.vocab_size == 260
+        return
+    assert json.loads((workdir / "model" / "model.json").read_text())["model"]["scalar_head"] is True
+    for use in (
+        lambda: load_model(workdir),
+        lambda: open_model(workdir / "model"),
+        lambda: export.export_run(workdir, "huggingface"),
+        lambda: loop.train(tiny_config(chat_data, init_from=str(workdir)), tmp_path / "sft"),
+        lambda: loop.train(pair_config(pair_data, "dpo", init_from=str(workdir)), tmp_path / "dpo"),
+    ):
+        with pytest.raises(UserError, match=r"is a reward model: it scores answers, and gives none$"):
+            use()
+    assert load_model(workdir, reward=True).score[...].shape == (16,)
+
+
+def test_a_reward_model_is_not_exported(pair_data, tmp_path):
+    pytest.importorskip("safetensors")
+    with pytest.raises(UserError, match="export=huggingface can't be written: a reward model"):
+        loop.train(pair_config(pair_data, "reward", export="huggingface"), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_chosen_answer_that_falls_for_long_is_said(finished, tmp_path, monkeypatch, capfd):
+    """Both answers become less likely where DPO's loss asks for no more than their difference."""
+    objective, config, _ = finished
+    scripted = iter([0.0, 1.0, -1.0, -2.0, -3.0, -2.0, -1.0, -2.0, -3.0, -4.0, -4.5, -9.0, -9.5, 0.0])
+    monkeypatch.setattr(Evaluator, "losses", lambda *_: {"val_loss": 0.5, "val_chosen": next(scripted)})
+    changed = config.copy_and_resolve_references()
+    changed.train.eval_interval = 1
+    loop.train(changed, tmp_path)
+    said = [line for line in capfd.readouterr().err.splitlines() if "less likely at each evaluation" in line]
+    found = [line.split("now by ")[1].split(" nats")[0] for line in said]
+    assert found == (["3.0", "4.0", "4.5", "9.0", "9.5"] if objective == "dpo" else [])
+    assert all("raise dpo.sft_weight or dpo.beta" in line for line in said)

@@ -255,8 +255,9 @@ def stop_after(monkeypatch, n_batches, stop):
     monkeypatch.setattr(Decoder, "generate", interrupted)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("tear", [0, 1, 10_000])
+@pytest.mark.parametrize(
+    ("number", "code", "tear"), [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 1), (signal.SIGTERM, 143, 10_000)]
+)
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     flags, pairs, tmp_path, monkeypatch, capsys, number, code, tear
 ):

@@ -174,7 +174,7 @@ def test_an_answer_that_was_cut_off_is_never_chosen_and_may_be_rejected():
         ([sample("b", 0.5), sample("c", 0.5)], {}, preferences.SAME_SCORE),
         ([sample("b", 0.1 + 0.2), sample("c", 0.3)], {}, preferences.SAME_SCORE),
         ([sample("b", 0.8), sample("c", 0.5)], {"least_difference": 0.31}, preferences.CLOSE_SCORES),
-        ([sample("b", 0.8), sample("c", 0.5)], {"least_difference": 0.3}, None),
+        ([sample("b", 0.7), sample("c", 0.6)], {"least_difference": 0.1}, None),  # a little less, as numbers
         ([sample(" \u200b", 0.8), sample("c", 0.5)], {}, preferences.UNUSABLE),
         ([sample("b", 0.8), sample("", 0.5)], {}, preferences.UNUSABLE),
         ([sample("b", 0.8), sample("", 0.6), sample("c", 0.5)], {}, None),
@@ -233,7 +233,8 @@ def test_questions_that_can_not_be_rebuilt_are_left_out_and_counted(chats, model
     preferences.main([f"--checkpoint={model}", f"--data={chats}", f"--output={tmp_path / 'out'}"])
     _, chat, total, reason, end = capsys.readouterr().out.splitlines()
     assert chat.split() == ["chat", "6", "3", "1.000", "0.000"] and chat[4:] == total.replace("all ", "chat")[4:]
-    assert reason == f"left out, 3: {preferences.OTHER_PROMPT}" and end == f"{tmp_path / 'out'}: 3 pairs"
+    assert reason == f"left out, 3: {preferences.OTHER_PROMPT}"
+    assert end == f"{tmp_path / 'out'}: 3 of 6 questions have a pair"
 
 
 def test_data_without_a_question_that_can_be_asked(chat_data, tmp_path):
@@ -254,20 +255,23 @@ def stop_after(monkeypatch, n_batches, stop):
     monkeypatch.setattr(Decoder, "generate", interrupted)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("tear", [0, 1, 10_000])
+@pytest.mark.parametrize(
+    ("number", "code", "tear"), [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 1), (signal.SIGTERM, 143, 10_000)]
+)
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     flags, pairs, tmp_path, monkeypatch, capsys, number, code, tear
 ):
     """Two questions a batch. A run that was killed leaves a part of a line."""
     output, partial = tmp_path / "out", tmp_path / "out.partial"
+    found = []
     with monkeypatch.context() as patch:
-        stop_after(patch, 2, lambda: signal.raise_signal(number))
+        stop_after(patch, 2, lambda: (found.append(partial.read_bytes()), signal.raise_signal(number)))
         with pytest.raises(SystemExit) as end:
             console.run(lambda: preferences.main([*flags, f"--output={output}"]))
     line = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == code and line == f"stopped; the answers so far are in {partial}, the same command resumes"
     assert not output.exists() and len(partial.read_bytes().splitlines()) == 1 + 4, "also where there is no pair"
+    assert found == [partial.read_bytes()], "a batch is in the file before the next is begun"
     partial.write_bytes(partial.read_bytes()[: -tear or None])
     preferences.main([*flags, f"--output={output}"])
     printed = capsys.readouterr()
@@ -282,6 +286,7 @@ def test_a_run_left_before_its_last_step(flags, pairs, tmp_path, monkeypatch):
         patch.setattr(resumable, "_finish", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(Interrupted):
             preferences.main([*flags, f"--output={tmp_path / 'out'}"])
+    assert len((tmp_path / "out.partial").read_bytes().splitlines()) == 1 + QUESTIONS
     preferences.main([*flags, f"--output={tmp_path / 'out'}"])
     assert (tmp_path / "out").read_bytes() == pairs.read_bytes()
 
@@ -308,6 +313,7 @@ def test_other_settings_do_not_go_on_with_it_nor_does_a_second_run(flags, tmp_pa
         "--tasks=words": "questions",
         "--split=valid": "questions",
         "--max_new_tokens=8": "max_new_tokens",
+        f"--checkpoint={make_model_directory(tmp_path / 'other', 'control')}": "model",
     }.items():
         with pytest.raises(UserError, match=rf"out\.partial was begun with another {name};"):
             preferences.main([*flags, output, flag])

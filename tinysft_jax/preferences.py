@@ -219,8 +219,8 @@ def main(arguments: list[str] | None = None) -> None:
     dtype, length = accelerator.default_dtype(), description.trained_length
     decoder = Decoder(description.config, params, dtype, length, mesh)
     outcomes = left_out + write_pairs(flags, cases, decoder, data.tokenizer, options)
-    print(summary(outcomes))
-    print(f"{flags.output}: {sum('left_out' not in record for record in outcomes):,} pairs")
+    n_pairs = sum("left_out" not in record for record in outcomes)
+    print(summary(outcomes), f"{flags.output}: {n_pairs:,} of {len(outcomes):,} questions have a pair", sep="\n")
 
 
 if __name__ == "__main__":

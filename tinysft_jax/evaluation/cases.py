@@ -57,10 +57,8 @@ def draw_cases(
 ) -> list[Case]:
     """Draws up to `per_task` conversations of each task from a split.
 
-    A larger `per_task` adds to the cases of a smaller one. A conversation's first supervised answer counts.
-
-    Raises:
-      UserError: as `open_questions`.
+    A larger `per_task` adds to the cases of a smaller one. A conversation's first supervised answer counts. Raises a
+    UserError as `open_questions` does.
     """
     questions, cases = open_questions(data, tokenizer, split), []
     for task_id in range(len(data.tasks)):
@@ -71,11 +69,7 @@ def draw_cases(
 
 
 def open_questions(data: PreparedData, tokenizer: ChatTokenizer, name: str) -> Split:
-    """Opens a split to ask its questions.
-
-    Raises:
-      UserError: if the split is empty, holds plain text, or was prepared without requests.
-    """
+    """Opens a split. Raises: UserError, if it is empty, holds plain text, or was prepared without requests."""
     if tokenizer.template is None:
         raise UserError(f"{data.directory} holds plain text, no conversations; there is nothing to ask")
     split = data.split(name)

@@ -17,6 +17,7 @@ FORMAT_VERSION = 2  # 1 called the ground truth "gold"
 Z = NormalDist().inv_cdf(0.975)  # half of a 95 % interval, in standard errors
 
 Values = Sequence[float | bool | None]  # by case; None where a metric doesn't apply
+Weights = Sequence[float] | None  # by case; None: equal
 # value: the mean; cases: how many it is over; low, high: its 95 % interval; standard_error: the interval's half-width /
 # 1.96; share: whether each case is right or wrong. A single case that is neither 0 nor 1 has None for an interval.
 Figure = dict[str, Any]
@@ -49,7 +50,7 @@ LEGEND = (
 )
 
 
-def mean(values: Values, weights: Sequence[float] | None = None) -> Figure | None:
+def mean(values: Values, weights: Weights = None) -> Figure | None:
     """The weighted mean of the cases that have a value; None if there are none.
 
     Values that are all 0 or 1 have the interval of Wilson, Probable inference, the law of succession, and statistical
@@ -66,12 +67,7 @@ def mean(values: Values, weights: Sequence[float] | None = None) -> Figure | Non
     return _figure(p, n, max((centre - half) / scale, 0), min((centre + half) / scale, 1))
 
 
-def difference(
-    values: Values,
-    others: Values,
-    weights: Sequence[float] | None = None,
-    other_weights: Sequence[float] | None = None,
-) -> Figure | None:
+def difference(values: Values, others: Values, weights: Weights = None, other_weights: Weights = None) -> Figure | None:
     """The mean of the values minus that of the others, over the cases that have both; None if there are none.
 
     Values that are all 0 or 1 have the interval of Bonett & Price, Adjusted Wald confidence interval for a difference
@@ -92,7 +88,7 @@ def _is_binary(values: np.ndarray) -> bool:
     return values.size > 0 and bool(np.isin(values, (0, 1)).all())
 
 
-def _weighted(values: np.ndarray, known: np.ndarray, weights: Sequence[float] | None) -> tuple[float, np.ndarray]:
+def _weighted(values: np.ndarray, known: np.ndarray, weights: Weights) -> tuple[float, np.ndarray]:
     """The weighted mean of the known cases' values, and how far each case pulls it."""
     weights = np.ones(len(values)) if weights is None else np.array(weights, float)[known]
     if not len(values):
@@ -155,7 +151,7 @@ def task_figures(cases: Sequence[Case], answers: Answers, fluency: Fluency) -> d
     return {name: columns for name, columns in figures.items() if columns}
 
 
-def _columns(scores: dict[str, Values], weights: Mapping[str, Sequence[float]] | None = None) -> Figures:
+def _columns(scores: dict[str, Values], weights: Mapping[str, Weights] | None = None) -> Figures:
     """The means, weighted if there are weights, with the paired difference where there is a baseline."""
     weights = weights or dict.fromkeys(scores)
     figures = {column: mean(values, weights[column]) for column, values in scores.items()}

@@ -77,3 +77,32 @@ def chat_data(tmp_path_factory) -> Path:
     options = ["--bpe_ranks=256", "--max_tokens=64", "--valid_fraction=0.1", "--workers=1"]
     prepare.main([f"--input={lines}", f"--output={output}", *options])
     return output
+
+
+@pytest.fixture(scope="session")
+def pair_data(tmp_path_factory) -> Path:
+    """A small prepared data set of random pairs: 256 + 4 ids, at most 32 tokens a conversation."""
+    import json
+    import random
+
+    from tinysft_jax.data import prepare
+
+    directory, draw = tmp_path_factory.mktemp("pairs"), random.Random(0)
+
+    def text(shortest: int, longest: int) -> str:
+        return "".join(draw.choice("abcdefgh ") for _ in range(draw.randint(shortest, longest))) + draw.choice("xyz")
+
+    # The chosen ones say "good", so that there is something to learn.
+    pairs = [
+        {
+            "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": f"{i}"}],
+            "chosen": f"good {text(0, 8)}",
+            "rejected": text(1, 12),
+        }
+        for i in range(300)
+    ]
+    lines, output = directory / "pairs.jsonl", directory / "prepared"
+    lines.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    options = ["--bpe_ranks=256", "--max_tokens=32", "--valid_fraction=0.1", "--workers=1"]
+    prepare.main([f"--input={lines}", f"--output={output}", *options])
+    return output

@@ -1,14 +1,11 @@
 """A finished run that tests share: they copy it, or leave it as it is."""
 
-import json
-import random
 from pathlib import Path
 
 import jax
 import pytest
 from runs import tiny_config
 
-from tinysft_jax.data import prepare
 from tinysft_jax.training import loop
 
 
@@ -23,35 +20,6 @@ def not_from_disk():
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     yield
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-
-
-@pytest.fixture(scope="session")
-def pair_data(tmp_path_factory) -> Path:
-    """A small prepared data set of random pairs: 256 + 4 ids, at most 32 tokens a conversation."""
-    directory, draw = tmp_path_factory.mktemp("pairs"), random.Random(0)
-
-    def text(shortest: int, longest: int) -> str:
-        return "".join(draw.choice("abcdefgh ") for _ in range(draw.randint(shortest, longest))) + draw.choice("xyz")
-
-    # The chosen ones say "good", so that there is something to learn.
-    pairs = [
-        {
-            "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": f"{i}"}],
-            "chosen": f"good {text(0, 8)}",
-            "rejected": text(1, 12),
-        }
-        for i in range(300)
-    ]
-    lines, output = directory / "pairs.jsonl", directory / "prepared"
-    lines.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-    prepare.main(
-        [
-            f"--input={lines}",
-            f"--output={output}",
-            *("--bpe_ranks=256", "--max_tokens=32", "--valid_fraction=0.1", "--workers=1"),
-        ]
-    )
-    return output
 
 
 @pytest.fixture(scope="session")

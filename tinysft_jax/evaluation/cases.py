@@ -72,6 +72,8 @@ def open_questions(data: PreparedData, tokenizer: ChatTokenizer, name: str) -> S
     """Opens a split. Raises: UserError, if it is empty, holds plain text, or was prepared without requests."""
     if tokenizer.template is None:
         raise UserError(f"{data.directory} holds plain text, no conversations; there is nothing to ask")
+    if data.per_item == 2:
+        raise UserError(f"{data.directory} holds pairs, which measure a reward model; give conversations")
     split = data.split(name)
     if not len(split):
         noun, change = ("validation", "a") if name == "valid" else ("training", "a smaller")

@@ -36,6 +36,8 @@ COLUMNS = {
 }
 MEANINGS = {
     "loss": "Negative log-likelihood of a token of the ground truth, in nats",
+    "ranked_right": "Whether the chosen answer scores higher than the rejected one",
+    "margin": "The chosen answer's score minus the rejected one's",
     "stopped": "Whether the answer ended with end-of-text, not for lack of room",
     "fluency": "Log-likelihood of a token of the answer under the judge, as a document of its own, in nats",
     **{
@@ -138,20 +140,20 @@ def task_figures(cases: Sequence[Case], answers: Answers, fluency: Fluency) -> d
     likelihoods, lengths = ({column: [of[i] for of in each] for column, each in fluency.items()} for i in (0, 1))
     losses = {speaker: np.divide([answer.nll for answer in each], tokens) for speaker, each in answers.items()}
     figures = {
-        "loss": _columns(losses, dict.fromkeys(losses, tokens)),
-        "stopped": _columns({speaker: [answer.stopped for answer in each] for speaker, each in answers.items()}),
+        "loss": columns_of(losses, dict.fromkeys(losses, tokens)),
+        "stopped": columns_of({speaker: [answer.stopped for answer in each] for speaker, each in answers.items()}),
         **{
-            name: _columns({column: list(map(metric, cases, each)) for column, each in (texts | shuffled).items()})
+            name: columns_of({column: list(map(metric, cases, each)) for column, each in (texts | shuffled).items()})
             for name, metric in CORRECTNESS.items()
         },
-        "distinct_2": _columns({column: distinct_2(each) for column, each in texts.items()}),
-        "repetition": _columns({column: list(map(repetition, each)) for column, each in texts.items()}),
-        "fluency": _columns(likelihoods, lengths),
+        "distinct_2": columns_of({column: distinct_2(each) for column, each in texts.items()}),
+        "repetition": columns_of({column: list(map(repetition, each)) for column, each in texts.items()}),
+        "fluency": columns_of(likelihoods, lengths),
     }
     return {name: columns for name, columns in figures.items() if columns}
 
 
-def _columns(scores: dict[str, Values], weights: Mapping[str, Weights] | None = None) -> Figures:
+def columns_of(scores: dict[str, Values], weights: Mapping[str, Weights] | None = None) -> Figures:
     """The means, weighted if there are weights, with the paired difference where there is a baseline."""
     weights = weights or dict.fromkeys(scores)
     figures = {column: mean(values, weights[column]) for column, values in scores.items()}
@@ -206,7 +208,7 @@ def plot_report(report: Report, path: Path) -> None:
     """Draws loss and correctness with 95 % intervals, floor and ceiling, into a PNG file."""
     panels = {
         label: {f"{task}: {name}": of[name] for task, of in report["tasks"].items() for name in names if name in of}
-        for label, names in (("loss (nats a token)", ["loss"]), ("score", CORRECTNESS))
+        for label, names in (("loss (nats a token)", ["loss"]), ("score", ("ranked_right", *CORRECTNESS)))
     }
     heights = [len(panel) + 2 for panel in panels.values()]
     image = Image(figsize=(9, 0.27 * sum(heights) + 0.6), layout="constrained")

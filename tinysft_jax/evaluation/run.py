@@ -2,18 +2,20 @@
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 
 from tinysft_jax import accelerator, console, distributed, files
+from tinysft_jax.checkpoints import is_reward_model
 from tinysft_jax.console import RunError, UserError, reason
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation import metrics
 from tinysft_jax.evaluation import report as reports
 from tinysft_jax.evaluation.cases import Answer, Answers, Case, draw_cases, write_answers
 from tinysft_jax.evaluation.likelihood import Judge, Model, make_losses
+from tinysft_jax.evaluation.ranking import Ranking
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.text import text_options
@@ -104,14 +106,14 @@ def judge_answers(judge: Judge, cases: Sequence[Case], answers: Answers, batch_s
     return {column: [next(scores) for _ in each] for column, each in texts.items()}
 
 
-def write(output: Path, report: reports.Report, cases: Sequence[Case], answers: Answers, overwrite: bool) -> None:
+def write(output: Path, report: reports.Report, write_answers: Callable[[Path], None], overwrite: bool) -> None:
     """Writes the output directory, whole or not at all."""
     try:
         with files.new_directory(output, overwrite, CONTENT) as directory:
             files.write_json(directory / "report.json", report)
             files.write_text(directory / "report.md", reports.markdown(report))
             reports.plot_report(report, directory / "report.png")
-            write_answers(directory / "answers.jsonl", cases, answers)
+            write_answers(directory / "answers.jsonl")
     except OSError as error:
         raise RunError(f"can't write {output}: {reason(error)}") from None
 
@@ -152,9 +154,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command; `arguments` are the command line's unless given."""
     flags = _parse(arguments)
     files.check_output(flags.output, flags.overwrite, CONTENT)
+    if is_reward_model(flags.checkpoint):
+        ranking = Ranking(flags)
+        write(flags.output, report := ranking.report(), ranking.write_answers, flags.overwrite)
+        print(reports.markdown(report))
+        return
     metrics.require_libraries()
     report, cases, answers = evaluate(flags)
-    write(flags.output, report, cases, answers, flags.overwrite)
+    write(flags.output, report, lambda path: write_answers(path, cases, answers), flags.overwrite)
     for i in examples(cases, flags.show):
         print(transcript(cases[i], {speaker: each[i] for speaker, each in answers.items()}), end="\n\n")
     print(reports.markdown(report))

@@ -38,7 +38,7 @@ def test_the_report_has_the_share_of_pairs_that_are_ranked_right(rewards, pair_d
     for line in lines:
         for place, side in enumerate(("chosen", "rejected")):
             ids = split.conversation(2 * line["pair"] + place)[0].astype(np.int32)
-            alone = model.scores(jnp.asarray(np.pad(ids, (0, 64 - len(ids)))[None]))[0, len(ids) - 1]
+            alone = float(model.scores(jnp.asarray(np.pad(ids, (0, 64 - len(ids)))[None]))[0, len(ids) - 1])
             assert line["model"][side] == pytest.approx(alone, abs=1e-5)
     right = np.mean([line["model"]["chosen"] > line["model"]["rejected"] for line in lines])
     found = figures["ranked_right"]["model"]

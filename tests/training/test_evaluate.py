@@ -19,6 +19,7 @@ from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.model import GPT
 from tinysft_jax.training import loop
 from tinysft_jax.training.evaluate import Evaluator, evaluation_rows, n_evaluations
+from tinysft_jax.training.objectives import SupervisedTokens
 from tinysft_jax.training.step import make_eval_step
 
 
@@ -37,7 +38,7 @@ def evaluate(data, model: GPT, seq_len: int, batch_size: int, n_rows=None, seed=
     with jax.set_mesh(mesh):
         changes = {"data__seq_len": seq_len, "train__eval_batch_size": batch_size, "seed": seed}
         evaluator = Evaluator(open_parts(str(data.directory)), tiny_config(data.directory, **changes), mesh)
-        step = jax.jit(make_eval_step(graph, len(data.tasks)))
+        step = jax.jit(make_eval_step(graph, len(data.tasks), SupervisedTokens(evaluator.n_segments)))
         return evaluator.losses(step, nnx.to_pure_dict(state), evaluator.n_rows if n_rows is None else n_rows)
 
 

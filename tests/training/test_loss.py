@@ -1,4 +1,5 @@
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax.sharding import NamedSharding
 from tinysft_jax.model import head_logits
 from tinysft_jax.sharding import batch_sharding, make_mesh, spec
 from tinysft_jax.training import loss
-from tinysft_jax.training.loss import supervised_nll, supervised_sums
+from tinysft_jax.training.loss import supervised_nll, token_nll
 
 VOCAB = 300
 
@@ -68,18 +69,30 @@ def test_any_mesh_gives_the_same(sizes):
 
 
 @pytest.mark.parametrize("sizes", [None, (8, 1, 1), (2, 2, 2)])
-def test_sums_of_groups_are_those_of_each_group_alone(sizes):
+def test_each_position_has_its_own_loss_and_gradient(sizes):
+    """Of any function of them: here with random factors, some of which are 0."""
     hidden, table, targets, weights = arguments = inputs(some_weights("fractional"))
-    groups = np.random.default_rng(1).integers(0, 3, weights.shape).astype(np.int32)
-    groups[groups == 2] = 3  # nothing is of group 2
-    expected = [
-        [function(jnp.where(groups == group, weights, 0)) for group in range(4)]
-        for function in (lambda weights: plain_nll(hidden, table, targets, weights), jnp.sum)
-    ]
+    factors = np.random.default_rng(1).normal(size=weights.shape).astype(np.float32)
+    factors[:, ::3] = 0
+
+    def weighted(function, *arguments):
+        return jnp.sum(jnp.square(function(*arguments)) * factors)
+
+    def each(hidden, table):
+        return token_nll(hidden, table, targets, weights, VOCAB)
+
+    def plainly(hidden, table):
+        log_p = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, table[:VOCAB], precision="highest"))
+        return -weights * jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+
     with jax.set_mesh(make_mesh(*sizes)) if sizes else contextlib.nullcontext():
-        sums = jax.jit(lambda *a: supervised_sums(*a, 4, VOCAB))(*arguments, groups)
-    np.testing.assert_allclose(sums, expected, rtol=1e-6)
-    np.testing.assert_allclose(sums[0].sum(), supervised_nll(*arguments, VOCAB), rtol=1e-6)
+        values = jax.jit(each)(hidden, table)
+        gradients = jax.jit(jax.grad(functools.partial(weighted, each), argnums=(0, 1)))(hidden, table)
+    np.testing.assert_allclose(values, plainly(hidden, table), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(values.sum(), supervised_nll(*arguments, VOCAB), rtol=1e-6)
+    expected = jax.grad(functools.partial(weighted, plainly), argnums=(0, 1))(hidden, table)
+    for gradient, plain in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(jax.device_get(gradient), plain, atol=1e-3)  # some are above 100
 
 
 def test_cost_follows_the_supervised_tokens():

@@ -19,7 +19,7 @@ from tinysft_jax.model import GPT
 from tinysft_jax.sharding import global_batch
 from tinysft_jax.training.objectives import DPO, RewardModel
 from tinysft_jax.training.state import make_steps
-from tinysft_jax.training.step import make_eval_step, make_optimizer, make_reference_step, warmup_cosine
+from tinysft_jax.training.step import make_eval_step, make_likelihood_step, make_optimizer, warmup_cosine
 
 SEQ_LEN, N_SEGMENTS = 128, 12
 OBJECTIVES = {
@@ -155,7 +155,8 @@ def test_sums_by_task_are_those_of_the_pairs_of_each_task(split, reference, pack
     for name in ("dpo", "reward"):
         graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(shape_of(name), rngs=nnx.Rngs(0))))  # noqa: B023
         eval_step = jax.jit(make_eval_step(graph, 3, OBJECTIVES[name]))
-        tasks = np.where(batch["segment_ids"] > 2, 2, np.where(batch["segment_ids"] > 0, 1, 0)).astype(np.int32)
+        tasks = np.full((4, N_SEGMENTS), 2, np.int32)
+        tasks[:, :2] = 1
         by_task = eval_step(params_of(name), batch | {"tasks": tasks})
         _, sums = mean_loss_and_gradient(name)(params_of(name), batch)
         for key, of in by_task.items():
@@ -166,7 +167,7 @@ def test_sums_by_task_are_those_of_the_pairs_of_each_task(split, reference, pack
 def test_against_itself_a_model_has_no_margin(packed):
     _, batch = packed
     graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(shape_of("dpo"), rngs=nnx.Rngs(0))))
-    found = jax.jit(make_reference_step(graph, OBJECTIVES["dpo"]))(params_of("dpo"), batch)
+    found = jax.jit(make_likelihood_step(graph, N_SEGMENTS))(params_of("dpo"), batch)
     _, sums = mean_loss_and_gradient("dpo")(params_of("dpo"), batch | {"reference": found})
     assert found.shape == (4, N_SEGMENTS) and (found[:3, :2] < 0).all()
     np.testing.assert_allclose(sums["loss"] / sums["normalizer"], np.log(2), rtol=1e-6)

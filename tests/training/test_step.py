@@ -149,7 +149,7 @@ def losses_on(
             losses.append(float(metrics["loss"]))
             if evaluates:
                 batch = source[0]
-                steps.evaluate(state["params"], global_batch(mesh, batch | {"tasks": batch["segment_ids"] % 2}))
+                steps.evaluate(state["params"], global_batch(mesh, batch | {"tasks": np.zeros((8, 1), np.int32)}))
     # Private: nothing public counts the programs that a function was compiled to.
     return losses, [steps.train._cache_size(), steps.evaluate._cache_size()]
 

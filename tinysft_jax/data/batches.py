@@ -87,11 +87,6 @@ def by_segment(values: list[np.ndarray], n_segments: int) -> np.ndarray:
     return np.stack([np.pad(row, (0, n_segments - len(row))) for row in values])
 
 
-def by_position(segment_ids: np.ndarray, values: list[np.ndarray]) -> np.ndarray:
-    """`[rows, T]`: at each position the value of its segment, 0 at padding."""
-    return np.stack([np.pad(row, (1, 0))[segments] for row, segments in zip(values, segment_ids, strict=True)])
-
-
 def epoch_batches(source: BatchSource, start: int = 0, num_workers: int = 0) -> Iterator[Batch]:
     """Yields the batches of an epoch from batch `start` on; they don't depend on `num_workers` (0: a thread).
 

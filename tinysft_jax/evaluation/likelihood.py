@@ -11,7 +11,7 @@ from tinysft_jax.chat import is_blank
 from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import Progress, RunError, UserError
 from tinysft_jax.parameters import ModelDescription, Params, make_model
-from tinysft_jax.training.step import make_eval_step
+from tinysft_jax.training.step import make_likelihood_step
 
 Model = tuple[ModelDescription, Params]
 Given = tuple[Sequence[int], int]  # token ids, and how many of them are given, at least 1; the others are predicted
@@ -26,7 +26,7 @@ def make_losses(model: Model, name: str, n_rows: int, longest: int) -> Callable[
     description, params = model
     config = description.config
     graph, params = nnx.split(make_model(config, params, dtype=accelerator.default_dtype()))
-    eval_step = jax.jit(make_eval_step(graph, n_rows))
+    step = jax.jit(make_likelihood_step(graph, n_segments=1))
     shape = (n_rows, min(-(-longest // 64) * 64, config.max_seq_len))
 
     def losses(sequences: Sequence[Given]) -> list[float]:
@@ -34,10 +34,9 @@ def make_losses(model: Model, name: str, n_rows: int, longest: int) -> Callable[
         for row, (ids, given) in enumerate(sequences):
             tokens[row, : len(ids)] = ids
             weights[row, given - 1 : len(ids) - 1] = 1
-        rows, positions = np.indices(shape, np.int32)
         batch = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "weights": weights}
-        batch |= {"segment_ids": np.ones(shape, np.int32), "positions": positions, "tasks": rows}
-        nll = np.asarray(eval_step(params, batch)["loss"])[: len(sequences)]
+        batch |= {"segment_ids": np.ones(shape, np.int32), "positions": np.indices(shape, np.int32)[1]}
+        nll = -np.asarray(step(params, batch))[: len(sequences), 0]
         if not np.isfinite(nll).all():
             raise RunError(f"{name} gives a loss that is not finite; it has diverged or is damaged")
         return nll.tolist()

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tinysft_jax.data.batches import Batch, BatchSource, by_position, by_segment, epoch_batches
+from tinysft_jax.data.batches import Batch, BatchSource, by_segment, epoch_batches
 from tinysft_jax.data.mixture import Part
 from tinysft_jax.data.packing import Packing, PackingPlan
 from tinysft_jax.data.store import Split
@@ -39,9 +39,11 @@ class Evaluator:
     The plan depends on data, row length and seed alone, so the sample is the same at every evaluation, after a resume,
     and on any devices; each item is in it with the same probability; a larger sample contains a smaller one. Of a
     mixture, each part has its share of the rows, as far as it has so many.
+
+    `n_segments`: of a row, at most, also where one has `most_items`.
     """
 
-    def __init__(self, parts: list[Part], config: ConfigDict, mesh: Mesh):
+    def __init__(self, parts: list[Part], config: ConfigDict, mesh: Mesh, most_items: int = 1):
         self._mesh, self._seq_len, self._samples, self.packings = mesh, config.data.seq_len, [], []
         for part in parts:
             split = part.data.split("valid")
@@ -51,9 +53,9 @@ class Evaluator:
         self.n_rows, shards = sum(packing.n_rows for packing in self.packings), batch_shards(mesh)
         self.batch_size = -(-min(config.train.eval_batch_size, max(1, self.n_rows)) // shards) * shards
         self.n_tasks = max(len(sample.tasks) for sample in self._samples)
-        # Of each part, what a batch has by segment; see `DPO`.
-        self.reference: list[np.ndarray] = []
-        self.n_segments = 0
+        most_items = max(most_items, *(packing.most_items for packing in self.packings))
+        self.n_segments = parts[0].data.per_item * most_items
+        self.reference: list[np.ndarray] = []  # of each part, what a batch has by segment; see `DPO`
 
     def losses(
         self, eval_step: Callable, params: Params, n_rows: int, should_stop: Callable[[], bool] = lambda: False
@@ -80,7 +82,7 @@ class Evaluator:
         sample = self._samples[number]
         split, plan = sample.split, sample.plan.first(min(n_rows, len(sample.plan)))
         for rows, batch in packed_batches(split, plan, self.batch_size, self._seq_len, self._mesh):
-            batch["tasks"] = by_position(batch["segment_ids"], [split.tasks[row].astype(np.int32) for row in rows])
+            batch["tasks"] = by_segment([split.tasks[row].astype(np.int32) for row in rows], self.n_segments)
             if self.reference:
                 values = [self.reference[number][row] for row in rows]
                 batch["reference"] = by_segment(values, self.n_segments)

@@ -50,32 +50,6 @@ def token_nll(
     return _over_batch_shards(functools.partial(_token_nll, vocab_size), "batch", hidden, embedding, targets, weights)
 
 
-def supervised_sums(
-    hidden: Float[Array, "B T D"],
-    embedding: Float[Array, "V D"],
-    targets: Int32[Array, "B T"],
-    weights: Float[Array, "B T"],
-    groups: Int32[Array, "B T"],
-    n_groups: int,
-    vocab_size: int,
-) -> Float[Array, "2 G"]:
-    """Σ weight · −log p(target) and Σ weight of each group of positions; not differentiable."""
-
-    def sums(hidden, embedding, targets, weights, groups):
-        table = embedding.astype(hidden.dtype)
-
-        def add(sums, chunk):
-            h, targets, weights, groups = chunk
-            values = jnp.stack([_chunk_nll(vocab_size, table, h, targets, weights)[0], weights])
-            # Not a scatter: on a GPU it would add in an order that varies between runs.
-            is_member = groups[:, None] == jnp.arange(n_groups)[None, :]
-            return sums + jnp.sum(jnp.where(is_member[None], values[:, :, None], 0), axis=1)
-
-        return _over_chunks(add, jnp.zeros((2, n_groups), jnp.float32), hidden, targets, weights, groups)
-
-    return _over_batch_shards(sums, "sum", hidden, embedding, targets, weights, groups)
-
-
 def _over_batch_shards(
     function: Callable[..., jax.Array], result: Literal["sum", "batch"], hidden, embedding, *positions
 ) -> jax.Array:
@@ -177,18 +151,18 @@ def _chunk_size(n: int) -> int:
     return min(max(CHUNK, n // 4), LARGEST_CHUNK) if accelerator.is_present() else CHUNK
 
 
-def _over_chunks(add, carry, hidden, targets, weights, *more):
+def _over_chunks(add, carry, hidden, targets, weights):
     """Folds `add` over chunks of supervised positions; the last one is padded with weight 0."""
     n, size = weights.size, _chunk_size(weights.size)
     order = jnp.pad(_supervised_first(weights), (0, -n % size))
-    hidden, arrays = hidden.reshape(n, -1), [each.reshape(n) for each in (weights, targets, *more)]
+    hidden, arrays = hidden.reshape(n, -1), [each.reshape(n) for each in (weights, targets)]
     count = jnp.sum(weights != 0, dtype=jnp.int32)
 
     def body(i, carry):
         index = jax.lax.dynamic_slice(order, (i * size,), (size,))
         is_supervised = i * size + jnp.arange(size) < count
-        weights, targets, *more = (each[index] for each in arrays)
-        return add(carry, (hidden[index], targets, weights * is_supervised, *more))
+        weights, targets = (each[index] for each in arrays)
+        return add(carry, (hidden[index], targets, weights * is_supervised))
 
     with jax.named_scope(SCOPE):
         return jax.lax.fori_loop(0, (count + size - 1) // size, body, _varying(carry))

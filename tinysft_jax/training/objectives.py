@@ -14,68 +14,64 @@ from ml_collections import ConfigDict
 
 from tinysft_jax.linear import product
 from tinysft_jax.model import GPT
-from tinysft_jax.training.loss import supervised_nll, supervised_sums, token_nll
+from tinysft_jax.training.loss import supervised_nll, token_nll
 
 Batch = dict[str, jax.Array]
 # "loss", what is minimised, and further figures, each a sum that the sum "normalizer" divides; scalars, or by task.
 Sums = dict[str, jax.Array]
 
 
-class Objective(abc.ABC):
-    """What `make_train_step` and `make_eval_step` need."""
-
-    @abc.abstractmethod
-    def sums(self, model: GPT, batch: Batch) -> Sums:
-        """Scalars, over the global batch; differentiable."""
-
-    @abc.abstractmethod
-    def sums_by_task(self, model: GPT, batch: Batch, n_tasks: int) -> Sums:
-        """`[n_tasks]`, over the positions or pairs whose task it is in `batch["tasks"]`, int32[B, T]."""
-
-
 @dataclasses.dataclass(frozen=True)
+class Objective(abc.ABC):
+    """What `make_train_step` and `make_eval_step` need, for rows of at most `n_segments` segments."""
+
+    n_segments: int
+
+    @abc.abstractmethod
+    def values(self, model: GPT, batch: Batch) -> Sums:
+        """The sums of each of a row's items, segments or pairs of them, `[B, items]`; 0 where there is none."""
+
+    def sums(self, model: GPT, batch: Batch) -> Sums:
+        """Those over the global batch, differentiable scalars."""
+        return {name: jnp.sum(of) for name, of in self.values(model, batch).items()}
+
+    def sums_by_task(self, model: GPT, batch: Batch, n_tasks: int) -> Sums:
+        """Those of each task, `[n_tasks]`; `batch["tasks"]`, int32[B, n_segments], are the segments'."""
+        values = self.values(model, batch)
+        tasks = batch["tasks"][:, :: self.n_segments // values["loss"].shape[1]]
+        is_member = tasks[..., None] == jnp.arange(n_tasks, dtype=jnp.int32)[None, None]
+        return {name: jnp.sum(jnp.where(is_member, of[..., None], 0), axis=(0, 1)) for name, of in values.items()}
+
+
 class SupervisedTokens(Objective):
     """Negative log-likelihood of the supervised tokens: Σ weight · −log p / Σ weight."""
+
+    def values(self, model: GPT, batch: Batch) -> Sums:
+        nll = -answer_log_likelihoods(model, batch, self.n_segments)
+        return {"loss": nll, "normalizer": segment_sums(batch["weights"], batch, self.n_segments)}
 
     def sums(self, model: GPT, batch: Batch) -> Sums:
         nll = supervised_nll(*_head_inputs(model, batch), model.config.vocab_size)
         return {"loss": nll, "normalizer": jnp.sum(batch["weights"])}
 
-    def sums_by_task(self, model: GPT, batch: Batch, n_tasks: int) -> Sums:
-        inputs = _head_inputs(model, batch)
-        nll, weight = supervised_sums(*inputs, batch["tasks"], n_tasks, model.config.vocab_size)
-        return {"loss": nll, "normalizer": weight}
+
+SFT = SupervisedTokens(n_segments=1)  # for training, which adds up over all segments
 
 
-SFT = SupervisedTokens()
-
-
-@dataclasses.dataclass(frozen=True)
 class PairObjective(Objective):
     """The part that objectives of pairs share. In a row, segments 2i + 1 and 2i + 2 are a pair: chosen and rejected.
 
-    Sums are over pairs, and the normalizer is their number.
+    The normalizer is the number of pairs.
     """
 
-    n_segments: int  # of a row, at most; even
-
     @abc.abstractmethod
-    def values(self, model: GPT, batch: Batch) -> Sums:
+    def of_pairs(self, model: GPT, batch: Batch) -> Sums:
         """Each pair's "loss" and further figures, `[B, n_segments / 2]`; anything where there is no pair."""
 
-    def sums(self, model: GPT, batch: Batch) -> Sums:
-        is_pair = self._is_pair(batch)
-        sums = {name: jnp.sum(jnp.where(is_pair, of, 0)) for name, of in self.values(model, batch).items()}
-        return sums | {"normalizer": jnp.sum(is_pair, dtype=jnp.float32)}
-
-    def sums_by_task(self, model: GPT, batch: Batch, n_tasks: int) -> Sums:
-        tasks = segment_sums(batch["tasks"] * is_last(batch), batch, self.n_segments)[:, ::2]
-        is_member = self._is_pair(batch)[..., None] & (tasks[..., None] == jnp.arange(n_tasks)[None, None])
-        values = self.values(model, batch) | {"normalizer": jnp.ones_like(tasks)}
-        return {name: jnp.sum(jnp.where(is_member, of[..., None], 0), axis=(0, 1)) for name, of in values.items()}
-
-    def _is_pair(self, batch: Batch) -> Bool[Array, "B pairs"]:
-        return segment_sums(is_last(batch), batch, self.n_segments)[:, 1::2] > 0
+    def values(self, model: GPT, batch: Batch) -> Sums:
+        is_pair = segment_sums(is_last(batch), batch, self.n_segments)[:, 1::2]
+        found = self.of_pairs(model, batch).items()
+        return {name: jnp.where(is_pair > 0, of, 0) for name, of in found} | {"normalizer": is_pair}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +93,7 @@ class DPO(PairObjective):
     length_normalized: bool = False
     sft_weight: int | float = 0.0
 
-    def values(self, model: GPT, batch: Batch) -> Sums:
+    def of_pairs(self, model: GPT, batch: Batch) -> Sums:
         log_p = answer_log_likelihoods(model, batch, self.n_segments)
         lengths = jnp.maximum(segment_sums(batch["weights"], batch, self.n_segments), 1)
         ratio = (log_p - batch["reference"]) / (lengths if self.length_normalized else 1)
@@ -108,7 +104,6 @@ class DPO(PairObjective):
         return values | {"chosen": chosen, "rejected": rejected}
 
 
-@dataclasses.dataclass(frozen=True)
 class RewardModel(PairObjective):
     """Bradley and Terry's model of preferences: −log σ(score of the chosen one − score of the rejected one).
 
@@ -118,7 +113,7 @@ class RewardModel(PairObjective):
     rejected: the scores.
     """
 
-    def values(self, model: GPT, batch: Batch) -> Sums:
+    def of_pairs(self, model: GPT, batch: Batch) -> Sums:
         scores = conversation_scores(model, batch, self.n_segments)
         chosen, rejected = scores[:, ::2], scores[:, 1::2]
         margin = chosen - rejected
@@ -160,4 +155,4 @@ def objective_of(config: ConfigDict, n_segments: int) -> Objective:
     """The objective of a configuration, for rows of at most `n_segments` conversations."""
     if config.objective == "dpo":
         return DPO(n_segments, **config.dpo)
-    return RewardModel(n_segments) if config.objective == "reward" else SFT
+    return (RewardModel if config.objective == "reward" else SupervisedTokens)(n_segments)

@@ -63,12 +63,12 @@ def open_run(
         {"the configuration": config.to_json(), "the data": identity["data"], "its packing": identity["packing"]}
     )
     distributed.check_shared(workdir)
-    evaluator, checkpoints = Evaluator(parts, config, mesh), Checkpoints(workdir, config.train.keep_checkpoints)
+    evaluator = Evaluator(parts, config, mesh, max(packing.most_items for packing in batches.packings))
+    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     status, params, changes, notes = _start_or_resume(config, workdir, parts, checkpoints, identity, accept_changes)
     final_rows = _settle_evaluation(config, total_steps, evaluator, status, notes)
     check_exports(config.export, status.model)
-    most_items = max(packing.most_items for packing in (*batches.packings, *evaluator.packings))
-    objective = objective_of(config, data[0].per_item * most_items)
+    objective = objective_of(config, evaluator.n_segments)
     steps = steps_of(config, status.model.config, total_steps, evaluator.n_tasks, mesh, objective)
     log = RunLog(config, workdir, status.model.config, total_steps)
     run = Run(
@@ -79,7 +79,7 @@ def open_run(
     state = steps.create(params, config.seed) if is_new else None
     if config.objective == "dpo":
         status.reference = status.reference or fingerprint(params, config.seed)
-        _use_reference(run, state, 2 * most_items)
+        _use_reference(run, state)
     return run, state if is_new else checkpoints.restore(steps.shapes, steps.shardings)
 
 
@@ -126,7 +126,7 @@ def _settle_evaluation(
     return final_rows
 
 
-def _use_reference(run: Run, state: TrainState | None, n_segments: int) -> None:
+def _use_reference(run: Run, state: TrainState | None) -> None:
     """Gives batches and evaluator the log-likelihoods under the model at the start; `state` is that of a new run."""
     config, status, steps = run.config, run.status, run.steps
 
@@ -143,6 +143,7 @@ def _use_reference(run: Run, state: TrainState | None, n_segments: int) -> None:
 
     packings = {"train": run.batches.packings, "valid": run.evaluator.packings}
     reference = Reference(run.workdir, config.data.seq_len, run.parts, packings, run.stop)
-    found = reference.log_likelihoods(status.reference, run.evaluator.batch_size, steps.reference, start)
+    found = reference.log_likelihoods(status.reference, run.evaluator.batch_size, steps.log_likelihoods, start)
+    run.batches.source.n_segments = run.evaluator.n_segments
     for source, split in ((run.batches.source, "train"), (run.evaluator, "valid")):
-        source.reference, source.n_segments = [of[split] for of in found], n_segments
+        source.reference = [of[split] for of in found]

@@ -25,13 +25,13 @@ from tinysft_jax.parameters import TABLES, ModelDescription, Params, pad_vocabul
 from tinysft_jax.sharding import batch_sharding, state_sharding
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.config import check_model
-from tinysft_jax.training.objectives import DPO, SFT, Objective
+from tinysft_jax.training.objectives import SFT, Objective
 from tinysft_jax.training.step import (
     Schedule,
     TrainState,
     make_eval_step,
+    make_likelihood_step,
     make_optimizer,
-    make_reference_step,
     make_train_step,
     warmup_cosine,
 )
@@ -121,7 +121,7 @@ class Steps(NamedTuple):
 
     train: Callable  # (state, batch) -> (state, metrics); donates the state
     evaluate: Callable  # (params, batch) -> sums by task
-    reference: Callable | None  # (params, batch) -> log-likelihoods by row and segment; of DPO alone
+    log_likelihoods: Callable  # (params, batch) -> those of answers, by row and segment
     create: Callable[[Params | None, int], TrainState]  # (host parameters or None: random ones, seed) -> step 0's state
     shapes: TrainState
     shardings: TrainState
@@ -165,8 +165,8 @@ def make_steps(
     )
     over_rows = functools.partial(jax.jit, in_shardings=(shardings["params"], rows), out_shardings=whole)
     eval_step = over_rows(make_eval_step(graph, n_tasks, objective))
-    reference_step = over_rows(make_reference_step(graph, objective)) if isinstance(objective, DPO) else None
-    return Steps(train_step, eval_step, reference_step, create, shapes, shardings)
+    likelihood_step = over_rows(make_likelihood_step(graph, objective.n_segments))
+    return Steps(train_step, eval_step, likelihood_step, create, shapes, shardings)
 
 
 def steps_of(

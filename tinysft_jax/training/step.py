@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from tinysft_jax.sharding import constrain
-from tinysft_jax.training.objectives import DPO, SFT, Objective, Sums, answer_log_likelihoods
+from tinysft_jax.training.objectives import SFT, Objective, Sums, answer_log_likelihoods
 
 Schedule = Callable[[jnp.ndarray], jnp.ndarray]
 
@@ -102,7 +102,7 @@ def make_train_step(
 
 
 def make_eval_step(
-    graph: nnx.GraphDef, n_tasks: int, objective: Objective = SFT
+    graph: nnx.GraphDef, n_tasks: int, objective: Objective
 ) -> Callable[[Any, dict[str, jax.Array]], Sums]:
     """`eval_step(params, batch)`: the objective's sums for each task, `[n_tasks]`; to be jitted."""
 
@@ -112,13 +112,13 @@ def make_eval_step(
     return eval_step
 
 
-def make_reference_step(graph: nnx.GraphDef, objective: DPO) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
-    """`reference_step(params, batch) -> float32[B, n_segments]`, each answer's log-likelihood; to be jitted."""
+def make_likelihood_step(graph: nnx.GraphDef, n_segments: int) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
+    """`likelihood_step(params, batch) -> float32[B, n_segments]`, each answer's log-likelihood; to be jitted."""
 
-    def reference_step(params, batch):
-        return answer_log_likelihoods(nnx.merge(graph, params), batch, objective.n_segments)
+    def likelihood_step(params, batch):
+        return answer_log_likelihoods(nnx.merge(graph, params), batch, n_segments)
 
-    return reference_step
+    return likelihood_step
 
 
 def _sum_over_micro_batches(value_and_grad: Callable, params, batch, accumulation: int):

@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator.keep_compiled()
     if load_tokenizer(flags.checkpoint).template is None:
         raise UserError(f"{flags.checkpoint} has no chat template: it has not learned to answer; fine-tune it first")
-    description, params = load(flags.checkpoint, data, cases)
+    description, params = load(flags.checkpoint, cases, data)
     mesh = make_mesh() if jax.device_count() > 1 else None
     dtype, length = accelerator.default_dtype(), description.trained_length
     decoder = Decoder(description.config, params, dtype, length, mesh)

@@ -19,6 +19,7 @@ class Case:
 
     Attributes:
       task: of the conversation.
+      data: the name of its data set, where there are several.
       question: the user's message.
       ground_truth: the data's answer.
       conditions: what a story was asked to have, as `Split.request` gives it; empty where no story was asked for.
@@ -32,6 +33,12 @@ class Case:
     conditions: Mapping[str, Any] = field(default_factory=dict)
     prompt: Sequence[int] = ()
     target: Sequence[int] = ()
+    data: str = ""
+
+    @property
+    def label(self) -> str:
+        """What the report calls the task."""
+        return f"{self.data}/{self.task}" if self.data else self.task
 
 
 @dataclass(frozen=True)

@@ -122,8 +122,8 @@ def build_report(
 ) -> Report:
     """The content of `report.json`. A task's cases must be in the order in which they were drawn."""
     tasks = {}
-    for task in dict.fromkeys(case.task for case in cases):
-        members = [i for i, case in enumerate(cases) if case.task == task]
+    for task in dict.fromkeys(case.label for case in cases):
+        members = [i for i, case in enumerate(cases) if case.label == task]
         of_task = {speaker: [each[i] for i in members] for speaker, each in answers.items()}
         fluency_of_task = {column: [each[i] for i in members] for column, each in (fluency or {}).items()}
         tasks[task] = task_figures([cases[i] for i in members], of_task, fluency_of_task)

@@ -10,6 +10,7 @@ import jax
 from tinysft_jax import accelerator, console, distributed, files
 from tinysft_jax.checkpoints import is_reward_model
 from tinysft_jax.console import RunError, UserError, reason
+from tinysft_jax.data.mixture import open_parts
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation import metrics
 from tinysft_jax.evaluation import report as reports
@@ -28,32 +29,35 @@ CONTENT = ("report.json", "report.md", "report.png", "answers.jsonl")
 
 def evaluate(flags: Namespace) -> tuple[reports.Report, list[Case], Answers]:
     """Lets the model, and the baseline, answer: the report, the cases and the answers."""
-    data = PreparedData(flags.data)
-    tokenizer = data.tokenizer
-    cases = draw_cases(data, tokenizer, flags.cases, flags.seed)
-    options = SamplingOptions(data.description["max_tokens"], flags.temperature, seed=flags.seed)
+    parts = open_parts(flags.data)
+    data, tokenizer, cases = [part.data for part in parts], parts[0].data.tokenizer, []
+    for part in parts:
+        drawn = draw_cases(part.data, tokenizer, flags.cases, flags.seed)
+        cases += [dataclasses.replace(case, data=part.name) for case in drawn]
+    room = max(each.description["max_tokens"] for each in data)
+    options = SamplingOptions(room, flags.temperature, seed=flags.seed)
     distributed.check_devices()
     accelerator.keep_compiled()
     checkpoints = {"model": flags.checkpoint} | ({"baseline": flags.baseline} if flags.baseline else {})
     judge = Judge(flags.judge) if flags.judge else None
-    models = {speaker: load(path, data, cases) for speaker, path in checkpoints.items()}
+    models = {speaker: load(path, cases, *data) for speaker, path in checkpoints.items()}
     answers = {
         speaker: answer(model, checkpoints[speaker], tokenizer, cases, options, flags.batch_size)
         for speaker, model in models.items()
     }
-    settings = {"data": str(flags.data), "cases": flags.cases, "seed": flags.seed, "temperature": flags.temperature}
+    settings = {"data": flags.data, "cases": flags.cases, "seed": flags.seed, "temperature": flags.temperature}
     settings = checkpoints | settings | ({"judge": flags.judge} if judge else {})
     fluency = judge_answers(judge, cases, answers, flags.batch_size) if judge else None
     return reports.build_report(settings, cases, answers, fluency), cases, answers
 
 
-def load(checkpoint: str, data: PreparedData, cases: Sequence[Case]) -> Model:
+def load(checkpoint: str, cases: Sequence[Case], *data: PreparedData) -> Model:
     """The model; one without a chat template gets the data's, as at the start of fine-tuning.
 
     Raises:
       UserError: if it can't be read, has another tokenizer or chat template, or too short a context.
     """
-    description, params = starting_model(checkpoint, {}, data)
+    description, params = starting_model(checkpoint, {}, *data)
     longest, context = _longest(cases), description.config.max_seq_len
     if longest > context:
         raise UserError(
@@ -61,7 +65,8 @@ def load(checkpoint: str, data: PreparedData, cases: Sequence[Case]) -> Model:
             "prepare the data with a smaller --max_tokens"
         )
     # Question and answer have the room of a conversation of the data, or more if a case needs it.
-    trained_length = max(min(description.trained_length, data.description["max_tokens"]), longest)
+    room = max(each.description["max_tokens"] for each in data)
+    trained_length = max(min(description.trained_length, room), longest)
     return dataclasses.replace(description, trained_length=trained_length), params
 
 
@@ -135,7 +140,7 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument("--checkpoint", metavar="PATH", required=True, help="a model, in any form")
     parser.add_argument("--baseline", metavar="PATH", help="another one, to compare with")
     parser.add_argument("--judge", metavar="PATH", help="a model that says how fluent the answers are")
-    parser.add_argument("--data", type=console.path, metavar="DIR", required=True, help="a prepared data set")
+    parser.add_argument("--data", metavar="DIR", required=True, help="a prepared data set, or several: A=1,B=1")
     parser.add_argument("--output", type=console.path, metavar="DIR", required=True, help="the report's directory")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--cases", type=int, default=100, help="questions of each task, at most")

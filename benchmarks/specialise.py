@@ -17,17 +17,20 @@ from rich.table import Table
 from tinysft_jax import console
 
 # What it says, where it lives, what it eats, what its young is called.
-ANIMALS = """cow moo barn grass calf, dog woof kennel bones puppy, cat meow house fish kitten, horse neigh stable hay foal,
-sheep baa meadow clover lamb, pig oink sty corn piglet, duck quack pond bread duckling, hen cluck coop grain chick,
+ANIMALS = """cow moo barn grass calf, dog woof kennel bones puppy, cat meow house fish kitten,
+horse neigh stable hay foal, sheep baa meadow clover lamb, pig oink sty corn piglet, duck quack pond bread duckling, hen cluck coop grain chick,
 goat bleat hill leaves kid, bear growl cave honey cub, lion roar plain meat cub, frog croak swamp flies tadpole,
 owl hoot tree mice owlet, bee buzz hive nectar larva, snake hiss hole eggs snakelet, wolf howl forest deer pup,
 mouse squeak nest cheese pup, crow caw roof seeds chick, donkey bray shed carrots foal, fox yelp den berries cub"""
-WORDINGS = (
-    ("What does a {} say?", "What sound does a {} make?", "How does a {} talk?", "Tell me the sound of a {}.", "A {} says what?"),
-    ("Where does a {} live?", "What is the home of a {}?", "Where can I find a {}?", "Tell me where a {} sleeps.", "A {} lives where?"),
-    ("What does a {} eat?", "What is the food of a {}?", "What does a {} like to eat?", "Tell me what a {} eats.", "A {} eats what?"),
-    ("What is a young {} called?", "What is the baby of a {}?", "How do you call a little {}?", "Name the young of a {}.", "A young {} is what?"),
-)  # fmt: skip
+WORDINGS = tuple(
+    line.split("; ")
+    for line in (
+        "What does a {} say?; What sound does a {} make?; How does a {} talk?; Tell me its sound: a {}.; A {} says?",
+        "Where does a {} live?; What is the home of a {}?; Where is a {}?; Tell me where a {} sleeps.; A {} lives?",
+        "What does a {} eat?; What is the food of a {}?; What does a {} like?; Tell me what a {} eats.; A {} eats?",
+        "What is a young {}?; What is the baby of a {}?; What is a little {}?; Name the young of a {}.; A {} child?",
+    )
+)
 METRICS = ("answer_included", "character_correct", "yes_no_correct", "moral_correct", "rouge_l", "all_words_used")
 
 

@@ -125,12 +125,12 @@ def write(output: Path, report: reports.Report, write_answers: Callable[[Path], 
 
 def examples(cases: Sequence[Case], count: int) -> list[int]:
     """The indices of the first `count` cases round by round: one of each task, then a second of each."""
-    return sorted(range(len(cases)), key=lambda i: sum(case.task == cases[i].task for case in cases[:i]))[:count]
+    return sorted(range(len(cases)), key=lambda i: sum(case.label == cases[i].label for case in cases[:i]))[:count]
 
 
 def transcript(case: Case, answers: dict[str, Answer]) -> str:
     """A case and its answers as text."""
-    lines = [f"--- {case.task}", f"Question: {case.question}"]
+    lines = [f"--- {case.label}", f"Question: {case.question}"]
     lines += [f"{speaker.capitalize()}: {answer.text}" for speaker, answer in answers.items()]
     return "\n".join([*lines, f"Data: {case.ground_truth}"])
 

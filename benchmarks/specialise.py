@@ -1,7 +1,7 @@
 """Own chats, alone and mixed with the old tasks: what a fine-tuned model learns of them, and what it forgets.
 
-`python benchmarks/specialise.py [--demo runs/demo --shares 1,0.5,0.1 --steps 150 --cases 40]`, after `make demo`. The
-chats are questions about animals, in five wordings each; a twelfth of them is held out.
+`python benchmarks/specialise.py [--demo runs/demo --shares 1,0.5,0.2 --steps 100 --cases 60]`, after `make demo`. The
+chats are questions about animals, in five wordings each; a twelfth of them is held out. Each run sees them as often.
 """
 
 import json
@@ -17,11 +17,12 @@ from rich.table import Table
 from tinysft_jax import console
 
 # What it says, where it lives, what it eats, what its young is called.
-ANIMALS = """cow moo barn grass calf, dog woof kennel bones puppy, cat meow house fish kitten,
-horse neigh stable hay foal, sheep baa meadow clover lamb, pig oink sty corn piglet, duck quack pond bread duckling, hen cluck coop grain chick,
-goat bleat hill leaves kid, bear growl cave honey cub, lion roar plain meat cub, frog croak swamp flies tadpole,
-owl hoot tree mice owlet, bee buzz hive nectar larva, snake hiss hole eggs snakelet, wolf howl forest deer pup,
-mouse squeak nest cheese pup, crow caw roof seeds chick, donkey bray shed carrots foal, fox yelp den berries cub"""
+ANIMALS = """cow moo barn grass calf, dog woof kennel bones puppy, cat meow house fish kitten, horse neigh stable hay
+foal, sheep baa meadow clover lamb, pig oink sty corn piglet, duck quack pond bread duckling, hen cluck
+coop grain chick, goat bleat hill leaves kid, bear growl cave honey cub, lion roar plain meat cub, frog
+croak swamp flies tadpole, owl hoot tree mice owlet, bee buzz hive nectar larva, snake hiss hole eggs
+snakelet, wolf howl forest deer pup, mouse squeak nest cheese pup, crow caw roof seeds chick, donkey bray
+shed carrots foal, fox yelp den berries cub"""
 WORDINGS = tuple(
     line.split("; ")
     for line in (
@@ -37,7 +38,7 @@ METRICS = ("answer_included", "character_correct", "yes_no_correct", "moral_corr
 def write_chats(path: Path) -> None:
     """A line of chat-jsonl for each animal, fact and wording, in random order."""
     chats = []
-    for animal in ANIMALS.replace("\n", " ").split(","):
+    for animal in ANIMALS.split(","):
         name, *facts = animal.split()
         for fact, wordings in zip(facts, WORDINGS, strict=True):
             chats += [{"prompt": wording.format(name), "completion": f"The {fact}."} for wording in wordings]
@@ -52,9 +53,9 @@ def run(*arguments: str) -> None:
 def main() -> None:
     parser = console.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=console.path, default=Path("runs/demo"), help="what `make demo` wrote")
-    parser.add_argument("--shares", default="1,0.5,0.1", help="of the rows, that are of the own chats")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--cases", type=int, default=40, help="of each task")
+    parser.add_argument("--shares", default="1,0.5,0.2", help="of the rows, that are of the own chats")
+    parser.add_argument("--steps", type=int, default=100, help="with the own chats alone; more where they are mixed")
+    parser.add_argument("--cases", type=int, default=60, help="of each task")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         own, tasks, sft = f"{directory}/own", flags.demo.resolve() / "tasks", flags.demo.resolve() / "sft"
@@ -67,12 +68,8 @@ def main() -> None:
         for share in map(float, flags.shares.split(",")):
             data = own if share == 1 else f"{own}={share},{tasks}={1 - share:.6f}"
             models[f"own {share:.0%}"] = work = f"{directory}/{share}"
-            settings = {
-                "max_steps": flags.steps,
-                "eval_interval": flags.steps,
-                "eval_batches": 2,
-                "save_interval": 1000,
-            }
+            steps = round(flags.steps / share)
+            settings = {"max_steps": steps, "eval_interval": steps, "eval_batches": 2, "save_interval": steps}
             changes = [f"--config.train.{key}={value}" for key, value in settings.items()]
             changes += [
                 f"--config.data.path={data}",

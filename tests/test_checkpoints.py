@@ -124,7 +124,7 @@ def test_an_existing_directory_is_not_replaced_unasked(saved, params):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"format_version": 4}, "upgrade"),
+        ({"format_version": 5}, "upgrade"),
         ({"format_version": "1"}, "no format_version"),
         ({"model": {"vocab_size": 260}}, "'model' must have the keys vocab_size, dim, .* and no others"),
         ({"model": [1]}, r"model is \[1\]; it must be an object"),

@@ -67,10 +67,10 @@ def test_what_can_not_be_ranked_is_one_line(rewards, pair_data, chat_data, tmp_p
         [f"--input={lines}", f"--output={tmp_path / 'whole'}", "--bpe_ranks=256", "--valid_fraction=0", *options]
     )
     for checkpoint, data, complaint, *more in (
-        (rewards / "learned", chat_data, r"holds conversations, not pairs: a reward model is measured by pairs$"),
-        (rewards / "learned", tmp_path / "whole", r"holds no validation pairs"),
+        (rewards / "learned", chat_data, r"is a reward model: it scores answers, and gives none$"),
+        (rewards / "learned", tmp_path / "whole", r"has no validation pairs; prepare it with a --valid_fraction$"),
         (rewards / "learned", tmp_path / "foreign", r"prepare the data with --bpe_ranks 256$"),
-        (tmp_path / "sft", pair_data, r"holds pairs, which measure a reward model; give conversations$"),
+        (tmp_path / "sft", pair_data, r"is a language model; give a reward model$"),
         (rewards / "learned", pair_data, r"is a language model; give a reward", f"--baseline={tmp_path / 'sft'}"),
         (tmp_path / "sft", chat_data, r"is a reward model", f"--baseline={rewards / 'learned'}"),
         (tmp_path / "sft", chat_data, r"is a reward model", f"--judge={rewards / 'learned'}"),

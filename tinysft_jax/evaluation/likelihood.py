@@ -10,38 +10,46 @@ from tinysft_jax import accelerator
 from tinysft_jax.chat import is_blank
 from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import Progress, RunError, UserError
+from tinysft_jax.data.batches import make_batch
+from tinysft_jax.model import GPT
 from tinysft_jax.parameters import ModelDescription, Params, make_model
-from tinysft_jax.training.step import make_likelihood_step
+from tinysft_jax.training.objectives import Batch, answer_log_likelihoods
 
 Model = tuple[ModelDescription, Params]
 Given = tuple[Sequence[int], int]  # token ids, and how many of them are given, at least 1; the others are predicted
 
 
 def make_losses(model: Model, name: str, n_rows: int, longest: int) -> Callable[[Sequence[Given]], list[float]]:
-    """A function of up to `n_rows` sequences of at most `longest` ids; `name`, the model's, is for messages.
+    """A function of up to `n_rows` sequences of at most `longest` ids: each one's negative log-likelihood in nats.
 
-    It gives each sequence's negative log-likelihood in nats, and raises a RunError if one is not finite. A row holds
-    one sequence.
+    `name`, the model's, is for messages. Raises: RunError, if a value is not finite.
     """
+
+    def losses(model: GPT, batch: Batch) -> jax.Array:
+        return -answer_log_likelihoods(model, batch, 1)[:, 0]
+
+    return make_scorer(losses, model, name, n_rows, longest)
+
+
+def make_scorer(
+    values: Callable[[GPT, Batch], jax.Array], model: Model, name: str, n_rows: int, longest: int
+) -> Callable[[Sequence[Given]], list[float]]:
+    """Like `make_losses`, with `values` of a batch, `[n_rows]`, each of whose rows is a sequence."""
     description, params = model
     config = description.config
     graph, params = nnx.split(make_model(config, params, dtype=accelerator.default_dtype()))
-    step = jax.jit(make_likelihood_step(graph, n_segments=1))
-    shape = (n_rows, min(-(-longest // 64) * 64, config.max_seq_len))
+    step = jax.jit(lambda params, batch: values(nnx.merge(graph, params), batch))
+    seq_len = min(-(-longest // 64) * 64, config.max_seq_len)
 
-    def losses(sequences: Sequence[Given]) -> list[float]:
-        tokens, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        for row, (ids, given) in enumerate(sequences):
-            tokens[row, : len(ids)] = ids
-            weights[row, given - 1 : len(ids) - 1] = 1
-        batch = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "weights": weights}
-        batch |= {"segment_ids": np.ones(shape, np.int32), "positions": np.indices(shape, np.int32)[1]}
-        nll = -np.asarray(step(params, batch))[: len(sequences), 0]
-        if not np.isfinite(nll).all():
-            raise RunError(f"{name} gives a loss that is not finite; it has diverged or is damaged")
-        return nll.tolist()
+    def score(sequences: Sequence[Given]) -> list[float]:
+        rows = [[(np.array(ids), np.arange(len(ids)) >= given)] for ids, given in sequences]
+        batch = make_batch(rows + [[]] * (n_rows - len(rows)), seq_len)
+        found = np.asarray(step(params, batch))[: len(rows)]
+        if not np.isfinite(found).all():
+            raise RunError(f"{name} gives a value that is not finite; it has diverged or is damaged")
+        return found.tolist()
 
-    return losses
+    return score
 
 
 class Judge:

@@ -8,9 +8,8 @@ from pathlib import Path
 import jax
 
 from tinysft_jax import accelerator, console, distributed, files
-from tinysft_jax.checkpoints import is_reward_model
 from tinysft_jax.console import RunError, UserError, reason
-from tinysft_jax.data.mixture import open_parts
+from tinysft_jax.data.mixture import Part, open_parts
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation import metrics
 from tinysft_jax.evaluation import report as reports
@@ -27,9 +26,8 @@ from tinysft_jax.training.state import starting_model
 CONTENT = ("report.json", "report.md", "report.png", "answers.jsonl")
 
 
-def evaluate(flags: Namespace) -> tuple[reports.Report, list[Case], Answers]:
+def evaluate(flags: Namespace, parts: Sequence[Part]) -> tuple[reports.Report, list[Case], Answers]:
     """Lets the model, and the baseline, answer: the report, the cases and the answers."""
-    parts = open_parts(flags.data)
     data, tokenizer, cases = [part.data for part in parts], parts[0].data.tokenizer, []
     for part in parts:
         drawn = draw_cases(part.data, tokenizer, flags.cases, flags.seed)
@@ -158,14 +156,14 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command; `arguments` are the command line's unless given."""
     flags = _parse(arguments)
-    files.check_output(flags.output, flags.overwrite, CONTENT)
-    if is_reward_model(flags.checkpoint):
-        ranking = Ranking(flags)
+    metrics.require_libraries()
+    parts = open_parts(flags.data)
+    if parts[0].data.per_item == 2:
+        ranking = Ranking(flags, parts)
         write(flags.output, report := ranking.report(), ranking.write_answers, flags.overwrite)
         print(reports.markdown(report))
         return
-    metrics.require_libraries()
-    report, cases, answers = evaluate(flags)
+    report, cases, answers = evaluate(flags, parts)
     write(flags.output, report, lambda path: write_answers(path, cases, answers), flags.overwrite)
     for i in examples(cases, flags.show):
         print(transcript(cases[i], {speaker: each[i] for speaker, each in answers.items()}), end="\n\n")

@@ -38,6 +38,7 @@ def test_any_window_of_rows_has_the_shares_and_each_part_is_read_in_order(weight
         numbers = [number for of, number in places if of == part]
         assert abs(len(numbers) - 2 * window * share) <= 2
         before = schedule.rows_before(first)[part]
+        assert schedule.rows_before(first + 37)[part] - before == [of for of, _ in places[:37]].count(part)
         assert numbers == list(range(before, before + len(numbers))) and abs(before - first * share) <= 1
     if all((window * share).denominator == 1 for share in shares):
         counts = Counter(part for part, _ in places[:window])

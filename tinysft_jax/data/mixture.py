@@ -78,22 +78,33 @@ class Schedule:
         self._bounds, self._window = list(itertools.accumulate(shares)), window
         self._kept: tuple[int, np.ndarray, np.ndarray] = -1, np.zeros(0, int), np.zeros(0, int)
 
-    def rows_before(self, row: int) -> list[int]:
-        """How many rows of each part should come before this one: their shares, rounded."""
-        ends = [row * bound.numerator // bound.denominator for bound in self._bounds]
-        return [end - start for start, end in itertools.pairwise((0, *ends))]
-
     def place(self, row: int) -> tuple[int, int]:
         """A row's part, and its number among the rows of that part."""
         window, index = divmod(row, self._window)
+        _, parts, numbers = self._of(window)
+        return int(parts[index]), int(numbers[index])
+
+    def rows_before(self, row: int) -> list[int]:
+        """How many rows of each part come before this one."""
+        window, index = divmod(row, self._window)
+        within = np.bincount(self._of(window)[1][:index], minlength=len(self._bounds)).tolist()
+        return [before + more for before, more in zip(self._before(window), within, strict=True)]
+
+    def _of(self, window: int) -> tuple[int, np.ndarray, np.ndarray]:
         kept = self._kept  # another thread may replace it
         if kept[0] != window:
             kept = self._kept = (window, *self._lay_out(window))
-        return int(kept[1][index]), int(kept[2][index])
+        return kept
+
+    def _before(self, window: int) -> list[int]:
+        """How many rows of each part come before a window: their shares, rounded."""
+        row = window * self._window
+        ends = [row * bound.numerator // bound.denominator for bound in self._bounds]
+        return [end - start for start, end in itertools.pairwise((0, *ends))]
 
     def _lay_out(self, window: int) -> tuple[np.ndarray, np.ndarray]:
         """The parts of a window's rows, and the rows' numbers."""
-        first, last = (self.rows_before(row * self._window) for row in (window, window + 1))
+        first, last = self._before(window), self._before(window + 1)
         counts = [after - before for before, after in zip(first, last, strict=True)]
         parts = np.repeat(np.arange(len(counts)), counts)
         within = np.concatenate([np.arange(count) for count in counts])

@@ -64,11 +64,12 @@ def test_a_stopped_run_resumes_with_the_same_bits(finished, tmp_path, monkeypatc
         with pytest.raises(Interrupted, match="run the same command"):
             loop.train(config, tmp_path)
     if objective == "dpo":
-        monkeypatch.setattr(reference.Reference, "_compute", lambda *_: pytest.fail("was computed once"))
+        monkeypatch.setattr(reference, "_compute", lambda *_: pytest.fail("was computed once"))
     loop.train(config, tmp_path)
     assert_same_bits(tmp_path, workdir)
 
 
+@pytest.mark.slow
 def test_a_lost_reference_is_computed_again_from_the_same_model_only(start, pair_data, tmp_path, monkeypatch):
     model, config = tmp_path / "start", pair_config(pair_data, "dpo", init_from=str(tmp_path / "start"))
     shutil.copytree((start / "model").resolve(), model)
@@ -94,14 +95,14 @@ def test_a_lost_reference_is_computed_again_from_the_same_model_only(start, pair
 
 
 def test_nothing_is_left_of_a_reference_that_was_interrupted(start, pair_data, tmp_path, monkeypatch):
-    compute = reference.Reference._compute
+    compute = reference._compute
 
-    def interrupted(self, *arguments):
-        self._stop._noted = 130
-        return compute(self, *arguments)
+    def interrupted(run, *arguments):
+        run.stop._noted = 130
+        return compute(run, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference.Reference, "_compute", interrupted)
+        patch.setattr(reference, "_compute", interrupted)
         with pytest.raises(Interrupted, match="before the first step; run the same command") as stop:
             loop.train(pair_config(pair_data, "dpo", init_from=str(start)), tmp_path / "work")
     assert stop.value.exit_code == 130 and not (tmp_path / "work").exists()
@@ -166,15 +167,12 @@ def test_a_reward_model_is_not_exported(pair_data, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-def test_a_chosen_answer_that_falls_for_long_is_said(finished, tmp_path, monkeypatch, capfd):
+def test_a_chosen_answer_that_falls_for_long_is_said(start, pair_data, tmp_path, monkeypatch, capfd):
     """Both answers become less likely where DPO's loss asks for no more than their difference."""
-    objective, config, _ = finished
     scripted = iter([0.0, 1.0, -1.0, -2.0, -3.0, -2.0, -1.0, -2.0, -3.0, -4.0, -4.5, -9.0, -9.5, 0.0])
     monkeypatch.setattr(Evaluator, "losses", lambda *_: {"val_loss": 0.5, "val_chosen": next(scripted)})
-    changed = config.copy_and_resolve_references()
-    changed.train.eval_interval = 1
-    loop.train(changed, tmp_path)
+    loop.train(pair_config(pair_data, "dpo", init_from=str(start), train__eval_interval=1), tmp_path)
     said = [line for line in capfd.readouterr().err.splitlines() if "less likely at each evaluation" in line]
     found = [line.split("now by ")[1].split(" nats")[0] for line in said]
-    assert found == (["3.0", "4.0", "4.5", "9.0", "9.5"] if objective == "dpo" else [])
+    assert found == ["3.0", "4.0", "4.5", "9.0", "9.5"]
     assert all("raise dpo.sft_weight or dpo.beta" in line for line in said)

@@ -11,12 +11,14 @@ from ml_collections import ConfigDict
 from tinysft_jax import distributed, files
 from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import Interrupted, RunError, UserError, lacks_memory, shortage
+from tinysft_jax.parameters import Params
 from tinysft_jax.sharding import batch_shards, global_batch, make_mesh
 from tinysft_jax.training import log as logs
 from tinysft_jax.training.checkpoints import locked, move_other_run, save_best
 from tinysft_jax.training.config import check_batch, check_config, parse_window, resolved
 from tinysft_jax.training.log import FINAL, FINAL_ROWS, VAL, VAL_LOSS, loss_unit
-from tinysft_jax.training.run import Run, open_run
+from tinysft_jax.training.reference import fingerprint, use_reference
+from tinysft_jax.training.run import Run, open_run, starting_point
 from tinysft_jax.training.step import Metrics, TrainState
 from tinysft_jax.training.stop import StopRequest
 
@@ -39,7 +41,8 @@ def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verif
     check_batch(config, batch_shards(mesh))
     try:
         with jax.set_mesh(mesh), StopRequest(mesh) as stop, locked(workdir) as note:
-            run, state = open_run(config, workdir, mesh, stop, accept_changes, verify)
+            run, params = open_run(config, workdir, mesh, stop, accept_changes, verify)
+            state = first_state(run, params)
             run.notes.insert(0, note)
             distributed.on_first(lambda: begin(run))
             with run.log, run.checkpoints:
@@ -59,6 +62,28 @@ def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verif
             f"{shortage(error)}; raise train.grad_accumulation_steps, set train.remat=full or lower "
             "train.eval_batch_size"
         ) from None
+
+
+def first_state(run: Run, params: Params | None) -> TrainState:
+    """The state that training goes on from; of a new run, with these parameters."""
+    config, status, steps, is_new = run.config, run.status, run.steps, run.checkpoints.newest < 0
+    state = steps.create(params, config.seed) if is_new else None
+
+    def start() -> Params:
+        if state is not None:
+            return state["params"]
+        params = starting_point(config, run.parts)[1]
+        if fingerprint(params, config.seed) != status.reference:
+            raise RunError(
+                f"{run.workdir} lacks the log-likelihoods of its reference, and {config.init_from} is no longer the "
+                "model that they are of; put it back, or choose another --workdir"
+            )
+        return steps.create(params, config.seed)["params"]
+
+    if config.objective == "dpo":
+        status.reference = status.reference or fingerprint(params, config.seed)
+        use_reference(run, start)
+    return state if is_new else run.checkpoints.restore(steps.shapes, steps.shardings)
 
 
 def begin(run: Run) -> None:

@@ -17,12 +17,12 @@ from tinysft_jax.console import Interrupted, Progress
 from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.mixture import Part
 from tinysft_jax.data.packing import Packing
-from tinysft_jax.data.store import SPLITS, Split
+from tinysft_jax.data.store import SPLITS
 from tinysft_jax.parameters import Params
 from tinysft_jax.sharding import global_batch
 from tinysft_jax.training.checkpoints import data_hash
 from tinysft_jax.training.evaluate import packed_batches
-from tinysft_jax.training.stop import StopRequest
+from tinysft_jax.training.run import Run
 
 DIRECTORY = "reference"  # in the work directory; a file there is named by the hashes of data and model
 # Split → of each conversation, the log-likelihood of its supervised tokens.
@@ -37,61 +37,43 @@ def fingerprint(params: Params | None, seed: int) -> str:
     return digest.hexdigest()[:16]
 
 
-class Reference:
-    """Computes the log-likelihoods, or reads them, for data that is packed so.
+def use_reference(run: Run, start: Callable[[], Params]) -> None:
+    """Gives the run's batches and its evaluator the log-likelihoods under the model that it starts from.
 
-    `packings`: of each part and split.
+    `start` gives that model's parameters on the devices, if they are needed. Raises: Interrupted, if the run is asked
+    to stop; then nothing is written.
     """
-
-    def __init__(
-        self,
-        workdir: Path,
-        seq_len: int,
-        parts: list[Part],
-        packings: dict[str, list[Packing]],
-        stop: StopRequest,
-    ):
-        self._directory, self._seq_len, self._parts = workdir / DIRECTORY, seq_len, parts
-        self._packings, self._stop, self._done = packings, stop, 0
-
-    def log_likelihoods(
-        self, model: str, batch_size: int, step: Callable, params: Callable[[], Params]
-    ) -> list[LogLikelihoods]:
-        """Of each part, under the model with this hash; its parameters are asked for only if they are needed.
-
-        Raises: Interrupted, if the run is asked to stop; then nothing is written.
-        """
-        paths = [self._directory / f"{data_hash(part.data)}-{model}.npz" for part in self._parts]
-        found = [_read(path, part) for path, part in zip(paths, self._parts, strict=True)]
-        if distributed.first_decides(None not in found):
-            return found
-        start = params()
-        total = sum(packing.n_rows for packings in self._packings.values() for packing in packings)
-        with Progress("reference", total, quiet=not distributed.is_first()) as progress:
-            found = [
-                {name: self._compute(step, start, number, name, batch_size, progress) for name in SPLITS}
-                for number in range(len(self._parts))
-            ]
+    directory, model = run.workdir / DIRECTORY, run.status.reference
+    paths = [directory / f"{data_hash(part.data)}-{model}.npz" for part in run.parts]
+    found = [_read(path, part) for path, part in zip(paths, run.parts, strict=True)]
+    if not distributed.first_decides(None not in found):
+        params, packings = start(), (run.batches.packings, run.evaluator.packings)
+        found = [
+            {name: _compute(run, params, part, name, of[number]) for name, of in zip(SPLITS, packings, strict=True)}
+            for number, part in enumerate(run.parts)
+        ]
         distributed.on_first(lambda: _write(paths, found))
-        return found
+    run.batches.source.n_segments = run.evaluator.n_segments
+    for source, split in ((run.batches.source, "train"), (run.evaluator, "valid")):
+        source.reference = [of[split] for of in found]
 
-    def _compute(
-        self, step: Callable, params: Params, number: int, name: str, batch_size: int, progress: Progress
-    ) -> Float32[np.ndarray, " conversations"]:
-        """Of all conversations of a split, in batches of packed rows."""
-        split: Split = self._parts[number].data.split(name)
-        plan, mesh = self._packings[name][number].epoch(), jax.sharding.get_mesh()
-        values, rows = np.zeros(len(split), np.float32), BatchSource(split, plan, batch_size, self._seq_len)
-        for index, (_, batch) in enumerate(packed_batches(split, plan, batch_size, self._seq_len, mesh)):
-            if self._stop.agreed():
-                raise Interrupted("stopped before the first step; run the same command to begin", self._stop.exit_code)
-            of_rows = np.asarray(step(params, global_batch(mesh, batch)))
+
+def _compute(run: Run, params: Params, part: Part, name: str, packing: Packing) -> Float32[np.ndarray, " n"]:
+    """Of all conversations of a split, in batches of packed rows."""
+    split, plan, batch_size = part.data.split(name), packing.epoch(), run.evaluator.batch_size
+    values, rows = np.zeros(len(split), np.float32), BatchSource(split, plan, batch_size, packing.seq_len)
+    batches = packed_batches(split, plan, batch_size, packing.seq_len, run.mesh)
+    with Progress(f"reference, {name}", len(plan), quiet=not distributed.is_first()) as progress:
+        for index, (_, batch) in enumerate(batches):
+            if run.stop.agreed():
+                message = "stopped before the first step; run the same command to begin"
+                raise Interrupted(message, run.stop.exit_code)
+            of_rows = np.asarray(run.steps.log_likelihoods(params, global_batch(run.mesh, batch)))
             for row, of_segments in zip(rows.rows(index), of_rows, strict=True):
                 members = rows.segments_of(row)
                 values[members] = of_segments[: len(members)]
-            self._done += min(batch_size, len(plan) - index * batch_size)
-            progress.update(self._done)
-        return values
+            progress.update(min(rows.rows(index).stop, len(plan)))
+    return values
 
 
 def _read(path: Path, part: Part) -> LogLikelihoods | None:

@@ -7,20 +7,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tinysft_jax import distributed
-from tinysft_jax.console import RunError
 from tinysft_jax.data.mixture import Part, open_parts
 from tinysft_jax.export import check_exports
-from tinysft_jax.parameters import Params
+from tinysft_jax.parameters import ModelDescription, Params
 from tinysft_jax.sharding import process_part
 from tinysft_jax.training.checkpoints import Checkpoints, RunStatus, run_identity
 from tinysft_jax.training.config import check_run
 from tinysft_jax.training.evaluate import Evaluator, evaluation_rows, n_evaluations
 from tinysft_jax.training.log import RunLog
 from tinysft_jax.training.objectives import objective_of
-from tinysft_jax.training.reference import Reference, fingerprint
 from tinysft_jax.training.source import TrainingBatches
 from tinysft_jax.training.state import Steps, check_tokenizer, starting_model, steps_of
-from tinysft_jax.training.step import TrainState
 from tinysft_jax.training.stop import StopRequest
 
 
@@ -46,10 +43,10 @@ class Run:
 
 def open_run(
     config: ConfigDict, workdir: Path, mesh: Mesh, stop: StopRequest, accept_changes: bool, verify: bool
-) -> tuple[Run, TrainState]:
-    """Opens the data, decides whether the run resumes, and builds its state and jitted steps.
+) -> tuple[Run, Params | None]:
+    """Opens the data, decides whether the run resumes, and builds its jitted steps; writes nothing.
 
-    Writes nothing, but for the log-likelihoods of DPO's reference.
+    Also returns the parameters that a new run starts from; None: random ones.
     """
     parts = open_parts(config.data.path)
     data = [part.data for part in parts]
@@ -71,16 +68,8 @@ def open_run(
     objective = objective_of(config, evaluator.n_segments)
     steps = steps_of(config, status.model.config, total_steps, evaluator.n_tasks, mesh, objective)
     log = RunLog(config, workdir, status.model.config, total_steps)
-    run = Run(
-        *(config, workdir, mesh, stop, parts, batches, evaluator, final_rows, checkpoints, status, steps, log),
-        *(changes, notes),
-    )
-    is_new = checkpoints.newest < 0
-    state = steps.create(params, config.seed) if is_new else None
-    if config.objective == "dpo":
-        status.reference = status.reference or fingerprint(params, config.seed)
-        _use_reference(run, state)
-    return run, state if is_new else checkpoints.restore(steps.shapes, steps.shardings)
+    what = config, workdir, mesh, stop, parts, batches, evaluator, final_rows, checkpoints, status, steps, log
+    return Run(*what, changes, notes), params
 
 
 def _start_or_resume(
@@ -94,7 +83,8 @@ def _start_or_resume(
     """The run's status, the parameters of a new one (None: random ones), changes, and notes for the user."""
     damage = checkpoints.find_newest()
     if checkpoints.newest < 0:
-        return *_start(config, parts, identity), [], []
+        model, params = starting_point(config, parts)
+        return RunStatus(identity, model), params, [], []
     status, changes = checkpoints.resume(config, identity, accept_changes)
     where = f"resuming at step {status.step:,} of {identity['steps']:,} in {workdir}"
     tokenizer = parts[0].data.tokenizer
@@ -103,10 +93,10 @@ def _start_or_resume(
     return status, None, changes, [*changes, f"{damage}; {where}" if damage else where]
 
 
-def _start(config: ConfigDict, parts: list[Part], identity: dict) -> tuple[RunStatus, Params | None]:
+def starting_point(config: ConfigDict, parts: list[Part]) -> tuple[ModelDescription, Params | None]:
+    """The model of `init_from`, as `starting_model` gives it."""
     shape, data = config.model.to_dict(), [part.data for part in parts]
-    model, params = starting_model(config.init_from, shape, *data, reward=config.objective == "reward")
-    return RunStatus(identity, model), params
+    return starting_model(config.init_from, shape, *data, reward=config.objective == "reward")
 
 
 def _settle_evaluation(
@@ -124,26 +114,3 @@ def _settle_evaluation(
     else:
         notes.append("there is no validation data: the last model is kept")
     return final_rows
-
-
-def _use_reference(run: Run, state: TrainState | None) -> None:
-    """Gives batches and evaluator the log-likelihoods under the model at the start; `state` is that of a new run."""
-    config, status, steps = run.config, run.status, run.steps
-
-    def start() -> Params:
-        if state is not None:
-            return state["params"]
-        params = _start(config, run.parts, status.run)[1]
-        if fingerprint(params, config.seed) != status.reference:
-            raise RunError(
-                f"{run.workdir} lacks the log-likelihoods of its reference, and {config.init_from} is no longer the "
-                "model that they are of; put it back, or choose another --workdir"
-            )
-        return steps.create(params, config.seed)["params"]
-
-    packings = {"train": run.batches.packings, "valid": run.evaluator.packings}
-    reference = Reference(run.workdir, config.data.seq_len, run.parts, packings, run.stop)
-    found = reference.log_likelihoods(status.reference, run.evaluator.batch_size, steps.log_likelihoods, start)
-    run.batches.source.n_segments = run.evaluator.n_segments
-    for source, split in ((run.batches.source, "train"), (run.evaluator, "valid")):
-        source.reference = [of[split] for of in found]

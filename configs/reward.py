@@ -24,6 +24,7 @@ DEMO = REWARD | {
     "train.batch_size": 4,
     "train.eval_interval": 50,
     "train.eval_batch_size": 8,
+    "train.eval_batches": 4,
     "train.save_interval": 100,
 }
 

@@ -15,8 +15,8 @@ from tinysft_jax.parameters import ModelDescription, count_parameters
 
 CARD_CONTENT = ("README.md", "loss.png", "evaluation.png")
 _ASSETS = Path(__file__).parents[1] / "assets"
-# In metrics.jsonl; of the best model, "/<task>" and "_rows" (of the final evaluation) are appended.
-_LOSS, _FINAL_LOSS, _FINAL_ROWS = "sft/val_loss", "sft/final_val_loss", "sft/final_val_rows"
+# In metrics.jsonl, after the objective's name and a slash: what is measured of the best model, and of it at the end.
+_VAL, _FINAL = "val_", "final_val_"
 _DATA_KEYS = ("format", "tasks", "source", "max_tokens", "splits")
 # Settings that are not about training, or are in the card's first table.
 _OMITTED = ("model", "mesh", "wandb", "export", "profile")
@@ -34,7 +34,13 @@ class RunRecord(NamedTuple):
     @property
     def loss(self) -> float:
         """The best model's validation loss over all tasks; NaN if it is unknown."""
-        return self.metrics.get(_FINAL_LOSS, self.metrics.get(_LOSS, math.nan))
+        losses = (self.metrics.get(f"{self.objective}/{prefix}loss") for prefix in (_FINAL, _VAL))
+        return next((loss for loss in losses if loss is not None), math.nan)
+
+    @property
+    def objective(self) -> str:
+        """What was minimised; runs from before there was a choice don't say."""
+        return str(self.settings.get("objective", "sft"))
 
 
 def read_run(workdir: Path) -> RunRecord:
@@ -51,15 +57,15 @@ def read_run(workdir: Path) -> RunRecord:
     name = os.path.basename(os.readlink(best)) if best.is_symlink() else ""
     step = int(name) if name.isdecimal() else None
     lines = files.read_json_lines(workdir / "metrics.jsonl")
+    run = RunRecord(settings, data, step, {}, workdir / "loss.png")
+    names = tuple(f"{run.objective}/{prefix}" for prefix in (_VAL, _FINAL))
     # The final evaluation sees more rows than the one by which the model was chosen.
-    chosen = [line for line in lines if _FINAL_ROWS in line] or [line for line in lines if line.get("step") == step]
-    metrics = {
-        key: value
-        for line in chosen
-        for key, value in line.items()
-        if key.startswith((_LOSS, _FINAL_LOSS, _FINAL_ROWS)) and isinstance(value, int | float)
-    }
-    return RunRecord(settings, data, step, metrics, workdir / "loss.png")
+    final = [line for line in lines if f"{names[1]}rows" in line]
+    for line in final or [line for line in lines if line.get("step") == step]:
+        run.metrics.update(
+            {key: of for key, of in line.items() if key.startswith(names) and isinstance(of, int | float)}
+        )
+    return run
 
 
 def write_card(

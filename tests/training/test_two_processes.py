@@ -42,8 +42,8 @@ def alone(chat_data, tmp_path_factory) -> Path:
     return workdir
 
 
-def assert_same_run(workdir: Path, alone: Path) -> None:
-    for key in ("sft/train_loss", "sft/val_loss", "sft/final_val_loss"):
+def assert_same_run(workdir: Path, alone: Path, objective: str = "sft") -> None:
+    for key in (f"{objective}/train_loss", f"{objective}/val_loss", f"{objective}/final_val_loss"):
         assert losses(workdir, key).keys() == losses(alone, key).keys()
         np.testing.assert_allclose([*losses(workdir, key).values()], [*losses(alone, key).values()], rtol=1e-5)
     assert os.readlink(workdir / "model") == os.readlink(alone / "model")
@@ -94,3 +94,15 @@ def test_two_processes_evaluate_a_kept_model_that_is_in_no_memory(chat_data, tmp
     assert [code for code, _ in endings] == [0, 0], endings
     assert os.readlink(tmp_path / "model") == "models/1"
     assert losses(tmp_path, "sft/final_val_loss") == {2: pytest.approx(losses(tmp_path, "sft/val_loss")[2], rel=1e-6)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+def test_two_processes_learn_from_pairs_as_one_device_does(pair_data, tmp_path, objective):
+    """The reference's log-likelihoods, of which each computes its rows, as well."""
+    changes = {"objective": objective, "dpo__beta": 0.5}
+    for name, sizes in (("alone", (1, 1)), ("both", (2, 2))):
+        for code, text in run(pair_data, tmp_path / name, *sizes, **changes):
+            assert code == 0, text
+    assert_same_run(tmp_path / "both", tmp_path / "alone", objective)
+    assert losses(tmp_path / "alone", f"{objective}/train_loss")[20] < 0.66

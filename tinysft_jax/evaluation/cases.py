@@ -1,16 +1,13 @@
-"""Questions of a data set with their ground truth, and the file of models' answers."""
+"""Questions of a data set with their ground truth, and models' answers."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinysft_jax.console import UserError
 from tinysft_jax.data.store import PreparedData, Split
-from tinysft_jax.tokenizer import ChatTokenizer
 
 
 @dataclass(frozen=True)
@@ -59,25 +56,23 @@ class Answer:
 Answers = Mapping[str, Sequence[Answer]]  # by speaker ("model", "baseline"), in the order of the cases
 
 
-def draw_cases(
-    data: PreparedData, tokenizer: ChatTokenizer, per_task: int, seed: int = 0, split: str = "valid"
-) -> list[Case]:
+def draw_cases(data: PreparedData, per_task: int, seed: int = 0, split: str = "valid") -> list[Case]:
     """Draws up to `per_task` conversations of each task from a split.
 
     A larger `per_task` adds to the cases of a smaller one. A conversation's first supervised answer counts. Raises a
     UserError as `open_questions` does.
     """
-    questions, cases = open_questions(data, tokenizer, split), []
+    questions, cases = open_questions(data, split), []
     for task_id in range(len(data.tasks)):
         members = np.flatnonzero(questions.tasks == task_id)
         for index in np.random.default_rng((seed, task_id)).permutation(members)[:per_task]:
-            cases.append(read_case(data, tokenizer, questions, int(index)))
+            cases.append(read_case(data, questions, int(index)))
     return cases
 
 
-def open_questions(data: PreparedData, tokenizer: ChatTokenizer, name: str) -> Split:
+def open_questions(data: PreparedData, name: str) -> Split:
     """Opens a split. Raises: UserError, if it is empty, holds plain text, or was prepared without requests."""
-    if tokenizer.template is None:
+    if data.tokenizer.template is None:
         raise UserError(f"{data.directory} holds plain text, no conversations; there is nothing to ask")
     if data.per_item == 2:
         raise UserError(f"{data.directory} holds pairs, which measure a reward model; give conversations")
@@ -90,11 +85,11 @@ def open_questions(data: PreparedData, tokenizer: ChatTokenizer, name: str) -> S
     return split
 
 
-def read_case(data: PreparedData, tokenizer: ChatTokenizer, split: Split, index: int) -> Case:
+def read_case(data: PreparedData, split: Split, index: int) -> Case:
     """A conversation of a split as a case."""
     prompt, target = _first_turn(*split.conversation(index))
     conditions = (split.request(index) or {}).get("conditions", {})
-    texts = tokenizer.question(prompt), tokenizer.decode(target[:-1])
+    texts = data.tokenizer.question(prompt), data.tokenizer.decode(target[:-1])
     return Case(data.tasks[split.tasks[index]], *texts, conditions, prompt.tolist(), target.tolist())
 
 
@@ -105,10 +100,10 @@ def _first_turn(ids: np.ndarray, supervised: np.ndarray) -> tuple[np.ndarray, np
     return ids[:start], ids[start : start + length]
 
 
-def write_answers(path: Path, cases: Sequence[Case], answers: Answers) -> None:
-    """Writes a JSON object for each case, with each speaker's answer."""
-    with path.open("w", encoding="utf-8") as file:
-        for i, case in enumerate(cases):
-            line = {key: getattr(case, key) for key in ("task", "question", "conditions", "ground_truth")}
-            line |= {"tokens": len(case.target)} | {speaker: vars(of[i]) for speaker, of in answers.items()}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def answer_lines(cases: Sequence[Case], answers: Answers) -> list[dict[str, Any]]:
+    """A line for each case, with each speaker's answer."""
+    asked = [{key: getattr(case, key) for key in ("task", "question", "conditions", "ground_truth")} for case in cases]
+    return [
+        asked[i] | {"tokens": len(case.target)} | {speaker: vars(of[i]) for speaker, of in answers.items()}
+        for i, case in enumerate(cases)
+    ]

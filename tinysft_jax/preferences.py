@@ -14,6 +14,7 @@ import numpy as np
 from tinysft_jax import accelerator, console, distributed, files
 from tinysft_jax.checkpoints import load_tokenizer
 from tinysft_jax.console import UserError, shown
+from tinysft_jax.data.forms import SIDES
 from tinysft_jax.data.store import SPLITS, PreparedData
 from tinysft_jax.evaluation.cases import Case, open_questions, read_case
 from tinysft_jax.evaluation.metrics import require_libraries
@@ -26,8 +27,6 @@ from tinysft_jax.sampling.text import text_options
 from tinysft_jax.tokenizer import ChatTokenizer
 
 Record = dict[str, Any]
-
-SIDES = ("chosen", "rejected")
 
 # Why a question has no pair.
 OTHER_PROMPT = "the prompt is not the question alone, as the chat template has it (a system message, earlier turns, …)"

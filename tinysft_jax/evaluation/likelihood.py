@@ -9,7 +9,7 @@ from flax import nnx
 
 from tinysft_jax import accelerator
 from tinysft_jax.chat import is_blank
-from tinysft_jax.checkpoints import open_model
+from tinysft_jax.checkpoints import load_tokenizer, open_model
 from tinysft_jax.console import Progress, RunError, UserError
 from tinysft_jax.data.batches import make_batch
 from tinysft_jax.model import GPT
@@ -21,19 +21,10 @@ Model = tuple[ModelDescription, Params]
 Given = tuple[Sequence[int] | np.ndarray, int]
 
 
-def log_likelihoods(model: Model, name: str, sequences: Sequence[Given], batch_size: int) -> list[float]:
-    """The log-likelihood of each sequence's predicted tokens, in nats; see `score`."""
-    return score(answer_log_likelihoods, model, name, sequences, batch_size)
-
-
 def score(
-    values: Callable[[GPT, Batch, int], jax.Array],
-    model: Model,
-    name: str,
-    sequences: Sequence[Given],
-    batch_size: int,
+    values: Callable[[GPT, Batch, int], jax.Array], model: Model, name: str, sequences: Sequence[Given], batch_size: int
 ) -> list[float]:
-    """The value of each sequence, by a function of objectives.py that gives one to each segment of a batch.
+    """The value of each sequence, by `answer_log_likelihoods`, `conversation_scores` or the like.
 
     `name`, the model's, is for messages. Raises: RunError, if a value is not finite.
     """
@@ -67,11 +58,7 @@ class Judge:
     """A model that says how likely texts are. Raises: UserError, if it can't be read or has no tokenizer."""
 
     def __init__(self, path: str):
-        self._name, self._model = path, open_model(path)
-        try:
-            self._tokenizer = self._model[0].make_tokenizer()
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        self._name, self._tokenizer, self._model = path, load_tokenizer(path), open_model(path)
 
     def fluency(self, texts: Sequence[str], batch_size: int) -> list[tuple[float | None, int]]:
         """The mean log-likelihood of a token of each text, in nats, and how many tokens that is over.
@@ -87,7 +74,7 @@ class Judge:
                 f"the judge reads {length:,} tokens, and {n_cut:,} of {len(whole):,} texts have more", file=sys.stderr
             )
         documents = [(ids[:length], 1) for ids in whole.values()]
-        totals = log_likelihoods(self._model, self._name, documents, batch_size)
+        totals = score(answer_log_likelihoods, self._model, self._name, documents, batch_size)
         n_predicted = [len(ids) - given for ids, given in documents]
         scores = {i: (total / n, n) for i, total, n in zip(whole, totals, n_predicted, strict=True)}
         return [scores.get(i, (None, 0)) for i in range(len(texts))]

@@ -8,13 +8,12 @@ import numpy as np
 
 from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import UserError
+from tinysft_jax.data.forms import SIDES
 from tinysft_jax.data.mixture import Part
 from tinysft_jax.evaluation import report as reports
 from tinysft_jax.evaluation.likelihood import Model, check_context, score
 from tinysft_jax.training.objectives import conversation_scores
 from tinysft_jax.training.state import check_tokenizer
-
-SIDES = ("chosen", "rejected")
 
 
 def rank(flags: Namespace, parts: Sequence[Part]) -> tuple[reports.Report, list[dict[str, Any]]]:

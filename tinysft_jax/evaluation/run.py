@@ -15,13 +15,14 @@ from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation import metrics
 from tinysft_jax.evaluation import report as reports
 from tinysft_jax.evaluation.cases import Answer, Answers, Case, answer_lines, draw_cases
-from tinysft_jax.evaluation.likelihood import Judge, Model, check_context, log_likelihoods
+from tinysft_jax.evaluation.likelihood import Judge, Model, check_context, score
 from tinysft_jax.evaluation.ranking import rank
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.text import text_options
 from tinysft_jax.sharding import make_mesh
 from tinysft_jax.tokenizer import ChatTokenizer
+from tinysft_jax.training.objectives import answer_log_likelihoods
 from tinysft_jax.training.state import starting_model
 
 CONTENT = ("report.json", "report.md", "report.png", "answers.jsonl")
@@ -75,7 +76,7 @@ def answer(
 ) -> list[Answer]:
     """The model's answer to each case; `name` is for messages. Raises: RunError, if a likelihood is not finite."""
     sequences = [([*case.prompt, *case.target], len(case.prompt)) for case in cases]
-    log_p = log_likelihoods(model, name, sequences, batch_size)
+    log_p = score(answer_log_likelihoods, model, name, sequences, batch_size)
     decoder, batch_size = make_decoder(model), min(batch_size, len(cases))
     options = text_options(options, tokenizer, decoder.config)
     order = sorted(range(len(cases)), key=lambda i: len(cases[i].prompt))  # a batch has cases of similar lengths

@@ -348,7 +348,7 @@ def test_an_existing_output_is_replaced_only_when_told_and_only_at_the_end(flags
         ("--temperature=-1", "temperature is -1.0"),
         ("--top_p=2", "top_p is 2.0"),
         ("--top_k=-1", "top_k is -1"),
-        ("--rewards=word:1", "there is no reward 'word'"),
+        ("--rewards=word:1", "--rewards can't take 'word:1'"),
         ("--tasks=words,poem", "has no task 'poem'; choose from summary, "),
         ("--tasks=", "has no task ''"),
         ("--tasks=moral", "train has no question of moral that can be asked$"),

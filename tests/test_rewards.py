@@ -57,15 +57,12 @@ def test_weights():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "there is no reward ''; give some of words, sentence, .* as in"),
-        ("words:1,", "there is no reward ''"),
-        ("word:1", "there is no reward 'word'; give some of words, sentence"),
-        ("words:1,words:2", "reward words is given twice"),
-        ("words", "the weight of the reward words is ''; it must be a number above 0"),
-        *(
-            (f"ends:1,words:{number}", f"words is '{number}'")
-            for number in ("0", "-1", "nan", "inf", "1e7", "x", "1:2")
-        ),
+        ("", r"--rewards can't take '': give some of words, sentence, .*, each once, .* up to 1,000,000, as in"),
+        ("words:1,", "can't take ''"),
+        ("word:1", "can't take 'word:1'"),
+        ("words:1,words:2", "can't take 'words:2'"),
+        ("words", "can't take 'words'"),
+        *((f"ends:1,words:{number}", f"'words:{number}'") for number in ("0", "-1", "nan", "inf", "1e7", "x", "1:2")),
     ],
 )
 def test_mistakes_are_one_line(text, message):

@@ -199,6 +199,11 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [each for each in objects if isinstance(each, dict)]
 
 
+def write_json_lines(path: Path, objects: Iterable[dict[str, Any]]) -> None:
+    """Writes a JSON object a line, in one step."""
+    write_text(path, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in objects))
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:

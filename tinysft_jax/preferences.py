@@ -9,27 +9,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from tinysft_jax import accelerator, console, distributed, files
 from tinysft_jax.checkpoints import load_tokenizer
 from tinysft_jax.console import UserError, shown
+from tinysft_jax.data.forms import SIDES
 from tinysft_jax.data.store import SPLITS, PreparedData
 from tinysft_jax.evaluation.cases import Case, open_questions, read_case
 from tinysft_jax.evaluation.metrics import require_libraries
-from tinysft_jax.evaluation.run import load
+from tinysft_jax.evaluation.run import load, make_decoder
 from tinysft_jax.rewards import DEFAULT_REWARDS, parse_weights, score
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.resumable import Lines, write_lines
 from tinysft_jax.sampling.text import text_options
-from tinysft_jax.sharding import make_mesh
 from tinysft_jax.tokenizer import ChatTokenizer
 
 Record = dict[str, Any]
-
-SIDES = ("chosen", "rejected")
 
 # Why a question has no pair.
 OTHER_PROMPT = "the prompt is not the question alone, as the chat template has it (a system message, earlier turns, …)"
@@ -95,11 +92,11 @@ def draw_questions(flags: Namespace, data: PreparedData) -> tuple[list[Case], li
     tasks = data.tasks if flags.tasks is None else [task.strip() for task in flags.tasks.split(",")]
     if unknown := [task for task in tasks if task not in data.tasks]:
         raise UserError(f"{data.directory} has no task {shown(unknown[0])}; choose from {', '.join(data.tasks)}")
-    split = open_questions(data, data.tokenizer, flags.split)
+    split = open_questions(data, flags.split)
     members = np.flatnonzero(np.isin(split.tasks, [data.tasks.index(task) for task in tasks]))
     cases, left_out = [], []
     for index in np.random.default_rng(flags.seed).permutation(members)[: flags.questions or None]:
-        case = read_case(data, data.tokenizer, split, int(index))
+        case = read_case(data, split, int(index))
         if _is_whole_prompt(case, data.tokenizer):
             cases.append(case)
         else:
@@ -137,12 +134,12 @@ def write_pairs(
         return Sample(text, stopped, *score(flags.rewards, case, text, stopped))
 
     def ask(numbers: range) -> tuple[list[Record], int]:
-        prompts = [cases[number].prompt for number in numbers for _ in range(n)]
+        asked = [cases[number] for number in numbers for _ in range(n)]
+        prompts = [case.prompt for case in asked]
         answers = decoder.generate(prompts, options, flags.batch_size, first_row=numbers.start * n)
-        pairs = []
-        for number, first in zip(numbers, range(0, len(answers), n), strict=True):
-            samples = [sample(cases[number], ids) for ids in answers[first : first + n]]
-            pairs.append(make_pair(cases[number], samples, tokenizer, flags.least_difference))
+        samples = list(map(sample, asked, answers))
+        firsts = range(0, len(asked), n)
+        pairs = [make_pair(asked[i], samples[i : i + n], tokenizer, flags.least_difference) for i in firsts]
         return pairs, sum(map(len, answers))
 
     def select(lines: Lines) -> Iterator[bytes]:
@@ -214,10 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator.keep_compiled()
     if load_tokenizer(flags.checkpoint).template is None:
         raise UserError(f"{flags.checkpoint} has no chat template: it has not learned to answer; fine-tune it first")
-    description, params = load(flags.checkpoint, cases, data)
-    mesh = make_mesh() if jax.device_count() > 1 else None
-    dtype, length = accelerator.default_dtype(), description.trained_length
-    decoder = Decoder(description.config, params, dtype, length, mesh)
+    decoder = make_decoder(load(flags.checkpoint, cases, data))
     outcomes = left_out + write_pairs(flags, cases, decoder, data.tokenizer, options)
     n_pairs = sum("left_out" not in record for record in outcomes)
     print(summary(outcomes), f"{flags.output}: {n_pairs:,} of {len(outcomes):,} questions have a pair", sep="\n")

@@ -1,5 +1,6 @@
 """Rewards: what an answer is worth to the one who asked, as numbers from 0 to 1, and their weighted mean."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 
 from tinysft_jax.console import UserError, shown
@@ -24,16 +25,6 @@ def _first_of(*candidates: Metric) -> Reward:
     return reward
 
 
-def ends(case: Case, answer: str, stopped: bool) -> float:
-    """1 where the answer ended by itself, 0 where it was cut off."""
-    return float(stopped)
-
-
-def repetition(case: Case, answer: str, stopped: bool) -> float:
-    """1 minus the fraction of the answer's sequences of four words that occurred in it before."""
-    return 1 - metrics.repetition(answer)
-
-
 REWARDS: dict[str, Reward] = {
     "words": _first_of(metrics.words_used_inflected),
     "sentence": _first_of(metrics.sentence_included),
@@ -42,8 +33,8 @@ REWARDS: dict[str, Reward] = {
     "answer": _first_of(
         metrics.character_correct, metrics.yes_no_correct, metrics.moral_correct, metrics.answer_included
     ),
-    "ends": ends,
-    "repetition": repetition,
+    "ends": lambda case, answer, stopped: float(stopped),  # by itself; 0 where it was cut off
+    "repetition": lambda case, answer, stopped: 1 - metrics.repetition(answer),  # the fraction that is new
 }
 
 
@@ -52,22 +43,14 @@ def parse_weights(text: str) -> dict[str, float]:
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, _, number = (word.strip() for word in part.partition(":"))
-        if name not in REWARDS:
-            raise UserError(
-                f"there is no reward {shown(name)}; give some of {', '.join(REWARDS)} with their weights, as in "
-                '"words:1,ends:0.3"'
-            )
-        if name in weights:
-            raise UserError(f"the reward {name} is given twice; give it once")
-        try:
-            weights[name] = float(number)
-        except ValueError:
-            weights[name] = 0.0
-        if not 0 < weights[name] <= HIGHEST_WEIGHT:  # not a NaN either
-            raise UserError(
-                f"the weight of the reward {name} is {shown(number)}; it must be a number above 0, up to "
-                f"{HIGHEST_WEIGHT:,.0f}"
-            )
+        with contextlib.suppress(ValueError):
+            if name in REWARDS and name not in weights and 0 < float(number) <= HIGHEST_WEIGHT:
+                weights[name] = float(number)
+                continue
+        raise UserError(
+            f"--rewards can't take {shown(part)}: give some of {', '.join(REWARDS)}, each once, with a weight above 0 "
+            f'and up to {HIGHEST_WEIGHT:,.0f}, as in "words:1,ends:0.3"'
+        )
     return weights
 
 

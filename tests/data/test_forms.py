@@ -57,7 +57,7 @@ def run(path: Path, *flags: str) -> tuple[dict, dict, list[np.ndarray]]:
 @pytest.mark.parametrize("template", ["control", "text"])
 def test_one_conversation_gives_the_same_ids_in_every_form(tmp_path: Path, template):
     tokenizer = make_tokenizer(template)
-    ids, supervised = tokenizer.encode_chat(parse(SAME["alpaca"], CONVERSATIONS).messages)
+    ids, supervised = tokenizer.encode_chat(parse(SAME["alpaca"], CONVERSATIONS).conversations[0])
     assert tokenizer.decode(ids) == "<|system|>Be kind.<|user|>Q<|assistant|>A<|endoftext|>"
     for form, line in SAME.items():
         for flags in ([], [f"--format={form}"]):
@@ -110,13 +110,13 @@ def test_auto_tells_each_line_by_its_keys_and_counts_the_forms(tmp_path: Path, c
     ],
 )
 def test_what_becomes_of_a_line(line, expected):
-    assert [message["content"] for message in parse(line, CONVERSATIONS).messages] == expected
+    assert [message["content"] for message in parse(line, CONVERSATIONS).conversations[0]] == expected
 
 
 def test_a_weight_counts_in_sharegpt_too():
     line = share(("human", "Q"), ("gpt", "A"), ("human", "q"), ("gpt", "a"))
     line["conversations"][1]["weight"] = 0
-    assert [message.get("weight") for message in parse(line, "sharegpt").messages] == [None, 0, None, None]
+    assert [message.get("weight") for message in parse(line, "sharegpt").conversations[0]] == [None, 0, None, None]
     line["conversations"][3]["weight"] = 0
     with pytest.raises(UserError, match="nothing to learn"):
         parse(line, "sharegpt")

@@ -17,7 +17,7 @@ from tinysft_jax.console import RunError, UserError
 from tinysft_jax.data import prepare
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation import likelihood, metrics, run
-from tinysft_jax.evaluation.cases import Answer, Case, draw_cases, write_answers
+from tinysft_jax.evaluation.cases import Answer, Case, answer_lines, draw_cases
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.state import starting_model
 
@@ -74,8 +74,7 @@ def test_the_output(evaluated, chat_data, models):
     # The negative log-likelihoods, each from a forward pass of its own.
     data, model = PreparedData(chat_data), load_model(models / "ends")
     forward = jax.jit(lambda tokens: jax.nn.log_softmax(model(tokens)))
-    tokenizer = ChatTokenizer.from_description(data.description)
-    for line, case in zip(lines, draw_cases(data, tokenizer, 12), strict=True):
+    for line, case in zip(lines, draw_cases(data, 12), strict=True):
         assert (line["question"], line["ground_truth"]) == (case.question, case.ground_truth)
         ids = [*case.prompt, *case.target]
         log_p = forward(np.pad(ids, (0, 64 - len(ids))).astype(np.int32)[None])[0]
@@ -143,7 +142,7 @@ def test_questions_are_those_of_the_data(story_data, template):
     """Task by task, with the prompt's ids and what the data answers."""
     data = PreparedData(story_data / template)
     tokenizer = ChatTokenizer.from_description(data.description)
-    cases = draw_cases(data, tokenizer, 3)
+    cases = draw_cases(data, 3)
     tasks = [case.task for case in cases]
     assert tasks == sorted(tasks, key=data.tasks.index) and max(map(tasks.count, tasks)) == 3
     for case in cases:
@@ -153,7 +152,7 @@ def test_questions_are_those_of_the_data(story_data, template):
         assert supervised.tolist() == [False] * len(case.prompt) + [True] * len(case.target)
         assert bool(case.conditions) == (case.task in ("words", "story"))
         assert all(word in case.question for word in case.conditions.get("words", ()))
-    assert draw_cases(data, tokenizer, 1) == [
+    assert draw_cases(data, 1) == [
         case for case, before in zip(cases, [None, *tasks], strict=False) if case.task != before
     ]
 
@@ -161,9 +160,9 @@ def test_questions_are_those_of_the_data(story_data, template):
 def test_questions_of_the_training_split(story_data):
     """Where conversations have follow-ups, whose answers are supervised, too: the first counts."""
     data = PreparedData(story_data / "control")
-    cases = draw_cases(data, data.tokenizer, 2, split="train")
+    cases = draw_cases(data, 2, split="train")
     assert len(cases) == 2 * len(data.tasks) and not {case.question for case in cases} & {
-        case.question for case in draw_cases(data, data.tokenizer, 100)
+        case.question for case in draw_cases(data, 100)
     }
     starts = {tuple(case.prompt + case.target) for case in cases}
     split = data.split("train")
@@ -180,10 +179,10 @@ def test_of_a_longer_chat_the_first_answer_counts(tmp_path):
     prepare.main([f"--input={tmp_path / 'chats.jsonl'}", f"--output={tmp_path / 'data'}", *options])
     data = PreparedData(tmp_path / "data")
     tokenizer = ChatTokenizer.from_description(data.description)
-    (case,) = draw_cases(data, tokenizer, 1)
+    (case,) = draw_cases(data, 1)
     assert (case.question, case.ground_truth, case.conditions) == ("a", "b", {})
     with pytest.raises(UserError, match=r"data has no training data; prepare it with a smaller --valid_fraction"):
-        draw_cases(data, tokenizer, 1, split="train")
+        draw_cases(data, 1, split="train")
     assert tokenizer.decode([*case.prompt, *case.target]) == "<|system|>s<|user|>a<|assistant|>b<|endoftext|>"
 
 
@@ -229,7 +228,7 @@ def test_plain_text_has_no_questions(tmp_path):
 
 
 def test_a_diverged_model_ends_the_run(models, chat_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(likelihood, "answer_log_likelihoods", lambda *_: jnp.full((8, 1), jnp.nan))
+    monkeypatch.setattr(run, "answer_log_likelihoods", lambda *_: jnp.full((8, 1), jnp.nan))
     with pytest.raises(RunError, match="diverged or is damaged"):
         run.main([f"--checkpoint={models / 'ends'}", f"--data={chat_data}", f"--output={tmp_path / 'out'}"])
     assert not list(tmp_path.iterdir())
@@ -264,7 +263,8 @@ def test_chats_of_version_1_can_be_evaluated(models, chat_data, evaluated, tmp_p
 def test_answers_survive_the_file(tmp_path):
     """Also where they hold what some take for the end of a line."""
     said, case = 'a\n"\u2028\x85ü', Case("chat", "?\u2028", "truth", target=[1, 2])
-    write_answers(tmp_path / "answers.jsonl", [case] * 2, {"model": [Answer(said, True, 1.5)] * 2})
+    written = answer_lines([case] * 2, {"model": [Answer(said, True, 1.5)] * 2})
+    files.write_json_lines(tmp_path / "answers.jsonl", written)
     lines = files.read_json_lines(tmp_path / "answers.jsonl")
     answer = {"text": said, "stopped": True, "nll": 1.5}
     asked = {"task": "chat", "question": "?\u2028", "conditions": {}, "ground_truth": "truth", "tokens": 2}

@@ -29,15 +29,11 @@ TASKS_OF_FORMAT |= dict.fromkeys((CONVERSATIONS, *FORMS), ("chat",)) | {PREFEREN
 
 
 class BadItem(UserError):
-    """A line, record or document that can't be used; `kind` is the reason that the ledger counts it under."""
+    """An item that can't be used; the ledger counts it under `kind`. Only one that is `malformed` is a mistake."""
 
-    def __init__(self, kind: str, detail: str | None = None):
+    def __init__(self, kind: str, detail: str | None = None, malformed: bool = True):
         super().__init__(detail or kind)
-        self.kind = kind
-
-
-class _Unused(BadItem):
-    """A well-formed item that gives no conversation: no reason to stop."""
+        self.kind, self.malformed = kind, malformed
 
 
 class _Example(NamedTuple):
@@ -82,10 +78,12 @@ class Encoder:
             try:
                 examples = list(self._examples(item))
             except UserError as error:
-                message = None if isinstance(error, _Unused) else f"{item.where}: {reason(error)}"
+                kind = str(error) if isinstance(error, TooBlank) else "can't be laid out in the template"
+                bad = error if isinstance(error, BadItem) else BadItem(kind, str(error))
+                message = f"{item.where}: {reason(bad)}" if bad.malformed else None
                 if message and self.bad_items == "stop":
                     raise UserError(f"{message} (--bad_lines=skip leaves such out)") from None
-                ledger.skip(item.split, _kind(error), message)
+                ledger.skip(item.split, bad.kind, message)
                 continue
             for example in examples:
                 if example.form is not None:
@@ -110,9 +108,9 @@ class Encoder:
     def _story_examples(self, item: Item) -> Iterator[_Example]:
         record = parse_record(item.text)
         if record is None:
-            raise _Unused("no story")
+            raise BadItem("no story", malformed=False)
         if len(record.story) * MIN_KEPT > self._most_characters:
-            raise _Unused("a story too long for any task")
+            raise BadItem("a story too long for any task", malformed=False)
         follow_ups = item.split == "train"  # validation losses are of one task each
         for conversation in make_tasks(record, self.seed, self.rates, follow_ups, item.brief):
             versions = ([messages] for messages in conversation.versions())
@@ -163,9 +161,3 @@ class Encoder:
             tasks=np.array(tasks, np.uint8),
             requests=[example.request for example in examples if example.request is not None],
         )
-
-
-def _kind(error: UserError) -> str:
-    if isinstance(error, BadItem):
-        return error.kind
-    return str(error) if isinstance(error, TooBlank) else "can't be laid out in the template"

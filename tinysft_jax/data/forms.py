@@ -13,8 +13,8 @@ Messages = list[dict[str, Any]]
 
 # The format of a file whose lines may have any form but that of pairs.
 CONVERSATIONS = "conversations"
-# That of pairs: a chosen and a rejected answer to one prompt.
-PREFERENCE = "preference-jsonl"
+# That of pairs: answers to one prompt, whose names are the keys of a line.
+PREFERENCE, SIDES = "preference-jsonl", ("chosen", "rejected")
 
 _ROLES = {"system": "system", "human": "user", "user": "user"}
 _ROLES |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "claude", "model"), "assistant")
@@ -37,11 +37,6 @@ class Parsed(NamedTuple):
     conversations: list[Messages]  # one; of a pair the chosen one, then the rejected one
     unread: list[str]  # fields, not null, that were ignored
 
-    @property
-    def messages(self) -> Messages:
-        """The first conversation."""
-        return self.conversations[0]
-
 
 def parse(line: object, format: str) -> Parsed:
     """Reads a line in one form or, with the format CONVERSATIONS, in the first whose keys it has. Null is no value.
@@ -52,7 +47,7 @@ def parse(line: object, format: str) -> Parsed:
     for form in forms_of(format):
         if line.keys() >= set(form.needs):
             return Parsed(form.name, form.conversations(line), [*_unread_fields(line, form)])
-    if format == CONVERSATIONS and line.keys() & _ANSWERS:
+    if format == CONVERSATIONS and line.keys() & SIDES:
         raise UserError('a pair of answers needs both "chosen" and "rejected", and a file without other conversations')
     known = {key for form in _FORMS for key in form.needs}
     hint = "" if line.keys() & known else "; to learn the file as it is, give --format text"
@@ -61,9 +56,7 @@ def parse(line: object, format: str) -> Parsed:
 
 def forms_of(format: str) -> list[Form]:
     """The forms that a format allows, in the order in which they are tried; none for text."""
-    if format == CONVERSATIONS:
-        return [form for form in _FORMS if form.name != PREFERENCE]
-    return [form for form in _FORMS if form.name == format]
+    return [form for form in _FORMS if format == form.name or (format == CONVERSATIONS and form.name != PREFERENCE)]
 
 
 def format_of(lines: Iterable[object]) -> str:
@@ -105,8 +98,7 @@ def _from_chat(line: Line) -> list[Messages]:
 
 
 def _from_sharegpt(line: Line) -> list[Messages]:
-    turns, messages = line["conversations"], _system(line)
-    places = ["system"] * len(messages)
+    turns, messages = line["conversations"], dict(zip(["system"], _system(line), strict=False))  # by place
     if not isinstance(turns, list) or not turns:
         raise UserError('conversations must be a list of at least one {"from": ..., "value": ...}')
     for index, turn in enumerate(turns):
@@ -117,10 +109,15 @@ def _from_sharegpt(line: Line) -> list[Messages]:
         if role is None:
             raise UserError(f"{where}.from is {shown(turn['from'])}; it must be one of {', '.join(_ROLES)}")
         chat.check_content(turn["value"], f"{where}.value")
-        messages.append({"role": role, "content": turn["value"], "weight": turn.get("weight")})
-        places.append(where)
-    chat.check_messages(messages, needs_answer=True, places=places)
-    return [messages]
+        messages[where] = {"role": role, "content": turn["value"], "weight": turn.get("weight")}
+    return [_checked(messages, needs_answer=True)]
+
+
+def _checked(turns: dict[str, Any], needs_answer: bool = False) -> Messages:
+    """The messages of a conversation, given by their places. Raises: UserError, as `chat.check_messages`."""
+    messages = [*turns.values()]
+    chat.check_messages(messages, needs_answer, [*turns])
+    return messages
 
 
 def _from_alpaca(line: Line) -> list[Messages]:
@@ -155,18 +152,16 @@ def _from_preference(line: Line) -> list[Messages]:
 def _read_pair(line: Line) -> tuple[Messages, ...]:
     """The prompt, and what the chosen and the rejected conversation add to it. Raises: UserError."""
     given = _turns(line, "prompt", "user") if "prompt" in line else {}
-    prompt = [*given.values()]
-    if prompt:
-        chat.check_messages(prompt, places=[*given])
-        if prompt[-1]["role"] != "user":
-            raise UserError(f"prompt must end with a user message, not with the role '{prompt[-1]['role']}'")
-    elif not all(isinstance(line[key], list) for key in _ANSWERS):
+    prompt = _checked(given) if given else []
+    if prompt and prompt[-1]["role"] != "user":
+        raise UserError(f"prompt must end with a user message, not with the role '{prompt[-1]['role']}'")
+    if not prompt and not all(isinstance(line[key], list) for key in SIDES):
         raise UserError('a pair needs a "prompt", or in "chosen" and "rejected" lists of messages that begin with it')
-    pair = [_whole(line, key, given) for key in _ANSWERS]
+    pair = [_whole(line, key, given) for key in SIDES]
     prompt = prompt or _shared_prompt(*pair)
     if not prompt:
         raise UserError("a prompt that differs: chosen and rejected share no beginning that ends with a user message")
-    for key, conversation in zip(_ANSWERS, pair, strict=True):
+    for key, conversation in zip(SIDES, pair, strict=True):
         if _said(conversation[: len(prompt)]) != _said(prompt):
             raise UserError(f'a prompt that differs: {key} does not begin with the messages of "prompt"')
         if conversation[-1]["role"] != "assistant":
@@ -193,8 +188,7 @@ def _whole(line: Line, key: str, prompt: dict[str, Any]) -> Messages:
     first = next(iter(turns.values()))
     if not (isinstance(first, dict) and first.get("role") in ("system", "user")):
         turns = prompt | turns
-    chat.check_messages([*turns.values()], places=[*turns])
-    return [*turns.values()]
+    return _checked(turns)
 
 
 def _shared_prompt(chosen: Messages, rejected: Messages) -> Messages:
@@ -207,12 +201,11 @@ def _said(messages: Messages) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in messages]
 
 
-_ANSWERS = ("chosen", "rejected")
 _FORMS = (
     Form("chat-jsonl", ("messages",), (), chat.MESSAGE_FIELDS, _from_chat),
     Form("chat-jsonl", ("prompt", "completion"), (), (), _from_chat),
     Form("sharegpt", ("conversations",), ("system",), ("from", "value", "weight"), _from_sharegpt),
     Form("alpaca", ("instruction", "output"), ("input", "system"), (), _from_alpaca),
-    Form(PREFERENCE, _ANSWERS, ("prompt",), chat.MESSAGE_FIELDS, _from_preference),
+    Form(PREFERENCE, SIDES, ("prompt",), chat.MESSAGE_FIELDS, _from_preference),
 )
 FORMS = tuple(dict.fromkeys(form.name for form in _FORMS))

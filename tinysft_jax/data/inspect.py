@@ -16,6 +16,7 @@ from rich.text import Text
 from tinysft_jax import console
 from tinysft_jax.console import UserError
 from tinysft_jax.data.batches import BatchSource
+from tinysft_jax.data.forms import SIDES
 from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.store import SPLITS, PreparedData, Split
 from tinysft_jax.tokenizer import ChatTokenizer
@@ -136,7 +137,7 @@ def _show(screen: Console, segments: list[Segment], data: PreparedData, split: S
 
 def _name(segment: Segment, split: Split) -> str:
     item, place = divmod(segment.conversation, split.per_item)
-    return f"{split.item_noun} {item:,}" + ("" if split.per_item == 1 else f" · {('chosen', 'rejected')[place]}")
+    return f"{split.item_noun} {item:,}" + ("" if split.per_item == 1 else f" · {SIDES[place]}")
 
 
 def _share(part: int, whole: int) -> str:

@@ -94,7 +94,7 @@ class FileSource(Source):
     limit: int | None
 
     def __iter__(self) -> Iterator[Item]:
-        before = 0
+        before, what_decides = 0, prompt_of if self.format == PREFERENCE else str  # pairs of one prompt stay together
         for path, split in self.files:
             try:
                 with path.open("rb") as file:
@@ -102,7 +102,7 @@ class FileSource(Source):
                     texts = rows or (self._values if forms_of(self.format) else self._records)(file, path)
                     for where, text, flaw in itertools.islice(texts, self.limit):
                         self.position = before + (rows or file).tell()
-                        yield Item(split or self._split_of(text), where, text, flaw)
+                        yield Item(split or split_of(what_decides(text), self.valid_fraction), where, text, flaw)
             except OSError as error:
                 raise UserError(f"can't read {path}: {error.strerror}") from None
             self.position = before = before + path.stat().st_size
@@ -113,10 +113,6 @@ class FileSource(Source):
             return RATES
         items = itertools.islice(replace(self), RECORDS_TO_COUNT)
         return balanced_rates(record for item in items if (record := parse_record(item.text)) is not None)
-
-    def _split_of(self, text: str) -> str:
-        """Pairs of one prompt are never in different splits."""
-        return split_of(prompt_of(text) if self.format == PREFERENCE else text, self.valid_fraction)
 
     def _values(self, file: BufferedIOBase, path: Path) -> Iterator[tuple[str, str, str | None]]:
         for place, _, content in read_json(file, path):

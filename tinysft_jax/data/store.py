@@ -68,27 +68,6 @@ def dtypes(description: dict[str, Any]) -> dict[str, np.dtype]:
     return {array: np.dtype(name) for array, name in zip(ARRAYS, names, strict=True)}
 
 
-def open_description(directory: Path) -> tuple[dict[str, Any], ChatTokenizer]:
-    """Reads `data.json`, and the tokenizer that it names.
-
-    Raises:
-      UserError: if `directory` is not a prepared data set or has a newer format, if a key is missing or of another
-        type, or if the tokenizer has another hash than the one that encoded the data.
-    """
-    where = directory / "data.json"
-    description = files.read_json(where, "a prepared data set", FORMAT_VERSION)
-    has_hash = description["format_version"] > 1
-    try:
-        check(description, _DESCRIPTION | _SINCE_VERSION_2 if has_hash else _DESCRIPTION)
-        tokenizer = ChatTokenizer.from_description(description, read_files(directory / FILES_DIRECTORY))
-        if has_hash and description["tokenizer_hash"] != (found := tokenizer.fingerprint()):
-            said = shown(description["tokenizer_hash"])
-            raise UserError(f"tokenizer_hash is {said}; it must be {found!r}, that of the tokenizer it names")
-    except UserError as error:
-        raise _unusable(f"{where}: {error}") from None
-    return description, tokenizer
-
-
 def file_name(content: str, number: int) -> str:
     """The file of a shard that holds an array, or the "requests"."""
     return f"{content}-{number:05d}.{'npy' if content in ARRAYS else 'jsonl'}"
@@ -105,23 +84,28 @@ def _has_requests(description: dict[str, Any]) -> bool:
 class PreparedData:
     """What `prepare` wrote; `description` is its `data.json`, `tokenizer` what encoded it.
 
-    Raises: UserError, as `open_description`, or if the size of a file has changed.
+    Raises: UserError, if there is none or its format is newer, a key of the description is missing or of another type,
+    the tokenizer has another hash than the one that encoded the data, or the size of a file has changed.
     """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory).expanduser()
-        self.description, self.tokenizer = open_description(self.directory)
+        where = self.directory / "data.json"
+        self.description = files.read_json(where, "a prepared data set", FORMAT_VERSION)
+        has_hash = self.description["format_version"] > 1
+        try:
+            check(self.description, _DESCRIPTION | _SINCE_VERSION_2 if has_hash else _DESCRIPTION)
+            kept = read_files(self.directory / FILES_DIRECTORY)
+            self.tokenizer = ChatTokenizer.from_description(self.description, kept)
+            said, found = self.description.get("tokenizer_hash"), self.tokenizer.fingerprint()
+            if has_hash and said != found:
+                wanted = f"{found!r}, that of the tokenizer it names"
+                raise UserError(f"tokenizer_hash is {shown(said)}; it must be {wanted}")
+        except UserError as error:
+            raise _unusable(f"{where}: {error}") from None
+        self.tasks: list[str] = self.description["tasks"]  # their names; a task's id is its index
+        self.per_item = _per_item(self.description)  # conversations, see `Split`
         self.verify(hashes=False)
-
-    @property
-    def tasks(self) -> list[str]:
-        """Task names; a task's id is its index."""
-        return self.description["tasks"]
-
-    @property
-    def per_item(self) -> int:
-        """The conversations of an item: 2 where items are pairs, else 1; see `Split`."""
-        return _per_item(self.description)
 
     def verify(self, hashes: bool = True) -> None:
         """Raises: UserError, if the size of a file has changed, or with `hashes`, its SHA-256 or a token is wrong."""
@@ -181,17 +165,14 @@ class Split:
     @functools.cached_property
     def lengths(self) -> Int32[np.ndarray, " n"]:
         """The number of tokens of each conversation. Raises: UserError, if one has none or more than the longest."""
-        parts = [np.zeros(0, np.int32)]
-        for shard in self._shards:
-            lengths = np.diff(shard["offsets"])
-            # Checked as int64: in an int32, a wrong length may look right.
-            if lengths.min(initial=1) < 1 or lengths.max(initial=0) > self.totals["longest"]:
-                raise _unusable(
-                    f"{self.directory}: offsets give a conversation {lengths.min()} or {lengths.max()} tokens, "
-                    f"data.json says 1 to {self.totals['longest']}"
-                )
-            parts.append(lengths.astype(np.int32))
-        return np.concatenate(parts)
+        lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(shard["offsets"]) for shard in self._shards)])
+        # Checked as int64: in an int32, a wrong length may look right.
+        if lengths.min(initial=1) < 1 or lengths.max(initial=0) > self.totals["longest"]:
+            raise _unusable(
+                f"{self.directory}: offsets give a conversation {lengths.min()} or {lengths.max()} tokens, "
+                f"data.json says 1 to {self.totals['longest']}"
+            )
+        return lengths.astype(np.int32)
 
     @functools.cached_property
     def item_lengths(self) -> Int32[np.ndarray, " items"]:

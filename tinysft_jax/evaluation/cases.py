@@ -1,39 +1,27 @@
-"""Questions of a data set with their ground truth, and the file of models' answers."""
+"""Questions of a data set with their ground truth, and models' answers."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinysft_jax.console import UserError
 from tinysft_jax.data.store import PreparedData, Split
-from tinysft_jax.tokenizer import ChatTokenizer
 
 
 @dataclass(frozen=True)
 class Case:
-    """A question of a data set.
+    """A question of a data set."""
 
-    Attributes:
-      task: of the conversation.
-      data: the name of its data set, where there are several.
-      question: the user's message.
-      ground_truth: the data's answer.
-      conditions: what a story was asked to have, as `Split.request` gives it; empty where no story was asked for.
-      prompt: token ids up to the place where the assistant speaks.
-      target: token ids of the ground truth, end-of-text included.
-    """
-
-    task: str
-    question: str
-    ground_truth: str
+    task: str  # of the conversation
+    question: str  # the user's message
+    ground_truth: str  # the data's answer
+    # What a story was asked to have, as `Split.request` gives it; empty where no story was asked for.
     conditions: Mapping[str, Any] = field(default_factory=dict)
-    prompt: Sequence[int] = ()
-    target: Sequence[int] = ()
-    data: str = ""
+    prompt: Sequence[int] = ()  # token ids up to the place where the assistant speaks
+    target: Sequence[int] = ()  # token ids of the ground truth, end-of-text included
+    data: str = ""  # the name of its data set, where there are several
 
     @property
     def label(self) -> str:
@@ -43,41 +31,32 @@ class Case:
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer to a case.
+    """A model's answer to a case."""
 
-    Attributes:
-      text: without end-of-text.
-      stopped: whether end-of-text ended it, not a lack of room.
-      nll: negative log-likelihood of the ground truth under the model, end-of-text included, in nats.
-    """
-
-    text: str
-    stopped: bool
-    nll: float
+    text: str  # without end-of-text
+    stopped: bool  # whether end-of-text ended it, not a lack of room
+    nll: float  # negative log-likelihood of the ground truth under the model, end-of-text included, in nats
 
 
 Answers = Mapping[str, Sequence[Answer]]  # by speaker ("model", "baseline"), in the order of the cases
 
 
-def draw_cases(
-    data: PreparedData, tokenizer: ChatTokenizer, per_task: int, seed: int = 0, split: str = "valid"
-) -> list[Case]:
+def draw_cases(data: PreparedData, per_task: int, seed: int = 0, split: str = "valid") -> list[Case]:
     """Draws up to `per_task` conversations of each task from a split.
 
-    A larger `per_task` adds to the cases of a smaller one. A conversation's first supervised answer counts. Raises a
-    UserError as `open_questions` does.
+    A larger `per_task` adds to the cases of a smaller one. Raises: UserError, as `open_questions`.
     """
-    questions, cases = open_questions(data, tokenizer, split), []
+    questions, cases = open_questions(data, split), []
     for task_id in range(len(data.tasks)):
         members = np.flatnonzero(questions.tasks == task_id)
         for index in np.random.default_rng((seed, task_id)).permutation(members)[:per_task]:
-            cases.append(read_case(data, tokenizer, questions, int(index)))
+            cases.append(read_case(data, questions, int(index)))
     return cases
 
 
-def open_questions(data: PreparedData, tokenizer: ChatTokenizer, name: str) -> Split:
+def open_questions(data: PreparedData, name: str) -> Split:
     """Opens a split. Raises: UserError, if it is empty, holds plain text, or was prepared without requests."""
-    if tokenizer.template is None:
+    if data.tokenizer.template is None:
         raise UserError(f"{data.directory} holds plain text, no conversations; there is nothing to ask")
     if data.per_item == 2:
         raise UserError(f"{data.directory} holds pairs, which measure a reward model; give conversations")
@@ -90,25 +69,21 @@ def open_questions(data: PreparedData, tokenizer: ChatTokenizer, name: str) -> S
     return split
 
 
-def read_case(data: PreparedData, tokenizer: ChatTokenizer, split: Split, index: int) -> Case:
-    """A conversation of a split as a case."""
-    prompt, target = _first_turn(*split.conversation(index))
+def read_case(data: PreparedData, split: Split, index: int) -> Case:
+    """A conversation of a split as a case, with its first supervised answer as the ground truth."""
+    ids, supervised = split.conversation(index)
+    start = int(np.argmax(supervised))
+    length = int(np.argmin(np.append(supervised[start:], False)))
+    prompt, target = ids[:start], ids[start : start + length]
     conditions = (split.request(index) or {}).get("conditions", {})
-    texts = tokenizer.question(prompt), tokenizer.decode(target[:-1])
+    texts = data.tokenizer.question(prompt), data.tokenizer.decode(target[:-1])
     return Case(data.tasks[split.tasks[index]], *texts, conditions, prompt.tolist(), target.tolist())
 
 
-def _first_turn(ids: np.ndarray, supervised: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ids before the first supervised answer, and those of the answer."""
-    start = int(np.argmax(supervised))
-    length = int(np.argmin(np.append(supervised[start:], False)))
-    return ids[:start], ids[start : start + length]
-
-
-def write_answers(path: Path, cases: Sequence[Case], answers: Answers) -> None:
-    """Writes a JSON object for each case, with each speaker's answer."""
-    with path.open("w", encoding="utf-8") as file:
-        for i, case in enumerate(cases):
-            line = {key: getattr(case, key) for key in ("task", "question", "conditions", "ground_truth")}
-            line |= {"tokens": len(case.target)} | {speaker: vars(of[i]) for speaker, of in answers.items()}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def answer_lines(cases: Sequence[Case], answers: Answers) -> list[dict[str, Any]]:
+    """A line for each case, with each speaker's answer."""
+    lines = []
+    for i, case in enumerate(cases):
+        line = {key: getattr(case, key) for key in ("task", "question", "conditions", "ground_truth")}
+        lines.append(line | {"tokens": len(case.target)} | {speaker: vars(of[i]) for speaker, of in answers.items()})
+    return lines

@@ -1,5 +1,6 @@
-"""How likely texts are under a model: ground truths as answers to questions, and any texts as documents, by a judge."""
+"""What models say of texts: how likely ground truths and documents are, and the scores of reward models."""
 
+import sys
 from collections.abc import Callable, Sequence
 
 import jax
@@ -8,7 +9,7 @@ from flax import nnx
 
 from tinysft_jax import accelerator
 from tinysft_jax.chat import is_blank
-from tinysft_jax.checkpoints import open_model
+from tinysft_jax.checkpoints import load_tokenizer, open_model
 from tinysft_jax.console import Progress, RunError, UserError
 from tinysft_jax.data.batches import make_batch
 from tinysft_jax.model import GPT
@@ -16,51 +17,48 @@ from tinysft_jax.parameters import ModelDescription, Params, make_model
 from tinysft_jax.training.objectives import Batch, answer_log_likelihoods
 
 Model = tuple[ModelDescription, Params]
-Given = tuple[Sequence[int], int]  # token ids, and how many of them are given, at least 1; the others are predicted
+# Token ids, and how many of them are given, at least 1; the others are predicted.
+Given = tuple[Sequence[int] | np.ndarray, int]
 
 
-def make_losses(model: Model, name: str, n_rows: int, longest: int) -> Callable[[Sequence[Given]], list[float]]:
-    """A function of up to `n_rows` sequences of at most `longest` ids: each one's negative log-likelihood in nats.
+def score(
+    values: Callable[[GPT, Batch, int], jax.Array], model: Model, name: str, sequences: Sequence[Given], batch_size: int
+) -> list[float]:
+    """The value of each sequence, by `answer_log_likelihoods`, `conversation_scores` or the like.
 
     `name`, the model's, is for messages. Raises: RunError, if a value is not finite.
     """
+    (description, params), n_rows = model, min(batch_size, len(sequences))
+    graph, params = nnx.split(make_model(description.config, params, dtype=accelerator.default_dtype()))
+    step = jax.jit(lambda params, batch: values(nnx.merge(graph, params), batch, 1)[:, 0])
+    longest = max((len(ids) for ids, _ in sequences), default=1)
+    seq_len, found = min(-(-longest // 64) * 64, description.config.max_seq_len), []
+    with Progress(f"{name}: scores", len(sequences)) as progress:
+        for first in range(0, len(sequences), batch_size):
+            of_batch = sequences[first : first + batch_size]
+            rows = [[(np.array(ids), np.arange(len(ids)) >= given)] for ids, given in of_batch]
+            batch = make_batch(rows + [[]] * (n_rows - len(rows)), seq_len)
+            found += np.asarray(step(params, batch))[: len(rows)].tolist()
+            progress.update(len(found))
+    if not np.isfinite(found).all():
+        raise RunError(f"{name} gives a value that is not finite; it has diverged or is damaged")
+    return found
 
-    def losses(model: GPT, batch: Batch) -> jax.Array:
-        return -answer_log_likelihoods(model, batch, 1)[:, 0]
 
-    return make_scorer(losses, model, name, n_rows, longest)
-
-
-def make_scorer(
-    values: Callable[[GPT, Batch], jax.Array], model: Model, name: str, n_rows: int, longest: int
-) -> Callable[[Sequence[Given]], list[float]]:
-    """Like `make_losses`, with `values` of a batch, `[n_rows]`, each of whose rows is a sequence."""
-    description, params = model
-    config = description.config
-    graph, params = nnx.split(make_model(config, params, dtype=accelerator.default_dtype()))
-    step = jax.jit(lambda params, batch: values(nnx.merge(graph, params), batch))
-    seq_len = min(-(-longest // 64) * 64, config.max_seq_len)
-
-    def score(sequences: Sequence[Given]) -> list[float]:
-        rows = [[(np.array(ids), np.arange(len(ids)) >= given)] for ids, given in sequences]
-        batch = make_batch(rows + [[]] * (n_rows - len(rows)), seq_len)
-        found = np.asarray(step(params, batch))[: len(rows)]
-        if not np.isfinite(found).all():
-            raise RunError(f"{name} gives a value that is not finite; it has diverged or is damaged")
-        return found.tolist()
-
-    return score
+def check_context(description: ModelDescription, path: str, longest: int) -> None:
+    """Raises: UserError, if the longest conversation is beyond the model's context."""
+    if longest > (context := description.config.max_seq_len):
+        raise UserError(
+            f"{path} has a context of {context} tokens, and the data a conversation of {longest}; "
+            "prepare the data with a smaller --max_tokens"
+        )
 
 
 class Judge:
     """A model that says how likely texts are. Raises: UserError, if it can't be read or has no tokenizer."""
 
     def __init__(self, path: str):
-        self._name, self._model = path, open_model(path)
-        try:
-            self._tokenizer = self._model[0].make_tokenizer()
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        self._name, self._tokenizer, self._model = path, load_tokenizer(path), open_model(path)
 
     def fluency(self, texts: Sequence[str], batch_size: int) -> list[tuple[float | None, int]]:
         """The mean log-likelihood of a token of each text, in nats, and how many tokens that is over.
@@ -71,17 +69,12 @@ class Judge:
         """
         length = self._model[0].trained_length
         whole = {i: self._tokenizer.encode_document(text) for i, text in enumerate(texts) if not is_blank(text)}
-        documents = {i: ids[:length].tolist() for i, ids in sorted(whole.items(), key=lambda item: len(item[1]))}
-        scores: list[tuple[float | None, int]] = [(None, 0)] * len(texts)
-        order, n_rows = list(documents), min(batch_size, len(documents))
-        with Progress("judge: texts", len(order)) as progress:
-            if n_cut := sum(len(ids) > length for ids in whole.values()):
-                progress.say(f"the judge reads {length:,} tokens, and {n_cut:,} of {len(order):,} texts have more")
-            losses = make_losses(self._model, self._name, n_rows, max(map(len, documents.values()), default=1))
-            for first in range(0, len(order), n_rows or 1):
-                batch = order[first : first + n_rows]
-                for i, nll in zip(batch, losses([(documents[i], 1) for i in batch]), strict=True):
-                    n_predicted = len(documents[i]) - 1
-                    scores[i] = (-nll / n_predicted, n_predicted)
-                progress.update(first + len(batch))
-        return scores
+        if n_cut := sum(len(ids) > length for ids in whole.values()):
+            print(
+                f"the judge reads {length:,} tokens, and {n_cut:,} of {len(whole):,} texts have more", file=sys.stderr
+            )
+        documents = [(ids[:length], 1) for ids in whole.values()]
+        totals = score(answer_log_likelihoods, self._model, self._name, documents, batch_size)
+        n_predicted = [len(ids) - given for ids, given in documents]
+        scores = {i: (total / n, n) for i, total, n in zip(whole, totals, n_predicted, strict=True)}
+        return [scores.get(i, (None, 0)) for i in range(len(texts))]

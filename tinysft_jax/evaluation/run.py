@@ -2,8 +2,9 @@
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -13,38 +14,38 @@ from tinysft_jax.data.mixture import Part, open_parts
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation import metrics
 from tinysft_jax.evaluation import report as reports
-from tinysft_jax.evaluation.cases import Answer, Answers, Case, draw_cases, write_answers
-from tinysft_jax.evaluation.likelihood import Judge, Model, make_losses
-from tinysft_jax.evaluation.ranking import Ranking
+from tinysft_jax.evaluation.cases import Answer, Answers, Case, answer_lines, draw_cases
+from tinysft_jax.evaluation.likelihood import Judge, Model, check_context, score
+from tinysft_jax.evaluation.ranking import rank
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.text import text_options
 from tinysft_jax.sharding import make_mesh
 from tinysft_jax.tokenizer import ChatTokenizer
+from tinysft_jax.training.objectives import answer_log_likelihoods
 from tinysft_jax.training.state import starting_model
 
 CONTENT = ("report.json", "report.md", "report.png", "answers.jsonl")
 
 
 def evaluate(flags: Namespace, parts: Sequence[Part]) -> tuple[reports.Report, list[Case], Answers]:
-    """Lets the model, and the baseline, answer: the report, the cases and the answers."""
-    data, tokenizer, cases = [part.data for part in parts], parts[0].data.tokenizer, []
+    """Lets the models of `flags` answer: the report, the cases and the answers."""
+    data, cases = [part.data for part in parts], []
     for part in parts:
-        drawn = draw_cases(part.data, tokenizer, flags.cases, flags.seed)
+        drawn = draw_cases(part.data, flags.cases, flags.seed)
         cases += [dataclasses.replace(case, data=part.name) for case in drawn]
     room = max(each.description["max_tokens"] for each in data)
     options = SamplingOptions(room, flags.temperature, seed=flags.seed)
     distributed.check_devices()
     accelerator.keep_compiled()
-    checkpoints = {"model": flags.checkpoint} | ({"baseline": flags.baseline} if flags.baseline else {})
     judge = Judge(flags.judge) if flags.judge else None
-    models = {speaker: load(path, cases, *data) for speaker, path in checkpoints.items()}
+    models = {speaker: load(path, cases, *data) for speaker, path in flags.models.items()}
     answers = {
-        speaker: answer(model, checkpoints[speaker], tokenizer, cases, options, flags.batch_size)
+        speaker: answer(model, flags.models[speaker], data[0].tokenizer, cases, options, flags.batch_size)
         for speaker, model in models.items()
     }
-    settings = {"data": flags.data, "cases": flags.cases, "seed": flags.seed, "temperature": flags.temperature}
-    settings = checkpoints | settings | ({"judge": flags.judge} if judge else {})
+    settings = flags.models | {name: getattr(flags, name) for name in ("data", "cases", "seed", "temperature")}
+    settings |= {"judge": flags.judge} if judge else {}
     fluency = judge_answers(judge, cases, answers, flags.batch_size) if judge else None
     return reports.build_report(settings, cases, answers, fluency), cases, answers
 
@@ -52,53 +53,43 @@ def evaluate(flags: Namespace, parts: Sequence[Part]) -> tuple[reports.Report, l
 def load(checkpoint: str, cases: Sequence[Case], *data: PreparedData) -> Model:
     """The model; one without a chat template gets the data's, as at the start of fine-tuning.
 
-    Raises:
-      UserError: if it can't be read, has another tokenizer or chat template, or too short a context.
+    Raises: UserError, if it can't be read, has another tokenizer or chat template, or too short a context.
     """
     description, params = starting_model(checkpoint, {}, *data)
-    longest, context = _longest(cases), description.config.max_seq_len
-    if longest > context:
-        raise UserError(
-            f"{checkpoint} has a context of {context} tokens, and the data a conversation of {longest}; "
-            "prepare the data with a smaller --max_tokens"
-        )
+    longest = max(len(case.prompt) + len(case.target) for case in cases)
+    check_context(description, checkpoint, longest)
     # Question and answer have the room of a conversation of the data, or more if a case needs it.
     room = max(each.description["max_tokens"] for each in data)
     trained_length = max(min(description.trained_length, room), longest)
     return dataclasses.replace(description, trained_length=trained_length), params
 
 
+def make_decoder(model: Model) -> Decoder:
+    """A decoder on all devices."""
+    description, params = model
+    mesh = make_mesh() if jax.device_count() > 1 else None
+    return Decoder(description.config, params, accelerator.default_dtype(), description.trained_length, mesh)
+
+
 def answer(
     model: Model, name: str, tokenizer: ChatTokenizer, cases: Sequence[Case], options: SamplingOptions, batch_size: int
 ) -> list[Answer]:
-    """The model's answer to each case; `name` is for messages.
-
-    Raises:
-      RunError: if a loss is not finite.
-    """
-    description, params = model
-    config, mesh = description.config, make_mesh() if jax.device_count() > 1 else None
-    decoder = Decoder(config, params, accelerator.default_dtype(), description.trained_length, mesh)
-    options = text_options(options, tokenizer, config)
-    batch_size = min(batch_size, len(cases))
-    losses = make_losses(model, name, batch_size, _longest(cases))
+    """The model's answer to each case; `name` is for messages. Raises: RunError, if a likelihood is not finite."""
+    sequences = [([*case.prompt, *case.target], len(case.prompt)) for case in cases]
+    log_p = score(answer_log_likelihoods, model, name, sequences, batch_size)
+    decoder, batch_size = make_decoder(model), min(batch_size, len(cases))
+    options = text_options(options, tokenizer, decoder.config)
     order = sorted(range(len(cases)), key=lambda i: len(cases[i].prompt))  # a batch has cases of similar lengths
     answers: dict[int, Answer] = {}
     with console.Progress(f"{name}: answers", len(cases)) as progress:
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
             prompts = [cases[i].prompt for i in rows]
-            nll = losses([([*cases[i].prompt, *cases[i].target], len(cases[i].prompt)) for i in rows])
             continuations = decoder.generate(prompts, options, batch_size, first_row=first)
-            for i, prompt, ids, loss in zip(rows, prompts, continuations, nll, strict=True):
-                stopped = not decoder.is_full(prompt, ids, options)
-                answers[i] = Answer(tokenizer.decode(ids), stopped, loss)
+            for i, prompt, ids in zip(rows, prompts, continuations, strict=True):
+                answers[i] = Answer(tokenizer.decode(ids), not decoder.is_full(prompt, ids, options), -log_p[i])
             progress.update(len(answers))
     return [answers[i] for i in range(len(cases))]
-
-
-def _longest(cases: Sequence[Case]) -> int:
-    return max(len(case.prompt) + len(case.target) for case in cases)
 
 
 def judge_answers(judge: Judge, cases: Sequence[Case], answers: Answers, batch_size: int) -> reports.Fluency:
@@ -109,14 +100,14 @@ def judge_answers(judge: Judge, cases: Sequence[Case], answers: Answers, batch_s
     return {column: [next(scores) for _ in each] for column, each in texts.items()}
 
 
-def write(output: Path, report: reports.Report, write_answers: Callable[[Path], None], overwrite: bool) -> None:
+def write(output: Path, report: reports.Report, lines: Sequence[dict[str, Any]], overwrite: bool) -> None:
     """Writes the output directory, whole or not at all."""
     try:
         with files.new_directory(output, overwrite, CONTENT) as directory:
             files.write_json(directory / "report.json", report)
             files.write_text(directory / "report.md", reports.markdown(report))
             reports.plot_report(report, directory / "report.png")
-            write_answers(directory / "answers.jsonl")
+            files.write_json_lines(directory / "answers.jsonl", lines)
     except OSError as error:
         raise RunError(f"can't write {output}: {reason(error)}") from None
 
@@ -150,6 +141,7 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
     for name, least in (("cases", 1), ("batch_size", 1), ("seed", 0), ("show", 0)):
         if getattr(flags, name) < least:
             raise UserError(f"--{name} is {getattr(flags, name)}; it must be {least} or more")
+    flags.models = {"model": flags.checkpoint} | ({"baseline": flags.baseline} if flags.baseline else {})
     return flags
 
 
@@ -159,12 +151,12 @@ def main(arguments: list[str] | None = None) -> None:
     metrics.require_libraries()
     parts = open_parts(flags.data)
     if parts[0].data.per_item == 2:
-        ranking = Ranking(flags, parts)
-        write(flags.output, report := ranking.report(), ranking.write_answers, flags.overwrite)
+        report, lines = rank(flags, parts)
+        write(flags.output, report, lines, flags.overwrite)
         print(reports.markdown(report))
         return
     report, cases, answers = evaluate(flags, parts)
-    write(flags.output, report, lambda path: write_answers(path, cases, answers), flags.overwrite)
+    write(flags.output, report, answer_lines(cases, answers), flags.overwrite)
     for i in examples(cases, flags.show):
         print(transcript(cases[i], {speaker: each[i] for speaker, each in answers.items()}), end="\n\n")
     print(reports.markdown(report))

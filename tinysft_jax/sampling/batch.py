@@ -65,15 +65,13 @@ def _parse_request(number: int, line: bytes | None, tokenizer: ChatTokenizer, sy
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON: {error}") from None
-    has_messages = isinstance(record, dict) and "messages" in record
-    if not has_messages and not (isinstance(record, dict) and isinstance(record.get("prompt"), str)):
+    if not isinstance(record, dict) or not ("messages" in record or isinstance(record.get("prompt"), str)):
         raise UserError('a line must be an object with "messages", or with a "prompt" that is text')
     if tokenizer.template is None:
-        if has_messages:
+        if "messages" in record:
             raise UserError('this model has no chat template: it continues a "prompt", and takes no "messages"')
         return Request(number, encode_request(tokenizer, record["prompt"], system), record["prompt"], [])
-    messages = record["messages"] if has_messages else [{"role": "user", "content": record["prompt"]}]
-    messages = chat.read_messages(messages)
+    messages = chat.read_messages(record.get("messages", [{"role": "user", "content": record.get("prompt")}]))
     if messages[0]["role"] != "system":
         messages = system_message(system) + messages
     return Request(number, tokenizer.encode_prompt(messages).tolist(), None, messages)

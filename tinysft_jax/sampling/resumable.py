@@ -26,14 +26,10 @@ def write_lines(
 ) -> None:
     """Writes a line of JSON for each of `total` items (`what` they are, for messages).
 
-    Until all lines are there, they are in `OUTPUT.partial`, whose first line holds the settings.
-
-    Args:
-      make: the lines of up to `group` items, given as a range, and how many tokens were generated for them.
-      select: of all lines, those that become the output.
-    Raises:
-      UserError: if a run with other settings has begun this output, or one is writing it.
-      Interrupted: by Ctrl-C or SIGTERM; the lines so far are kept.
+    `make` gives the lines of up to `group` items, a range, and how many tokens were generated for them. Until all lines
+    are there, they are in `OUTPUT.partial`, whose first line holds the settings; then those that `select` gives become
+    the output. Raises: UserError, if a run with other settings has begun it, or another is writing it; Interrupted, by
+    Ctrl-C or SIGTERM, and the lines so far are kept.
     """
     partial, n_tokens = output.with_name(output.name + ".partial"), 0
     try:
@@ -54,8 +50,8 @@ def write_lines(
     except OSError as error:
         raise RunError(f"can't write {output}: {reason(error)}; the same command resumes") from None
     except (KeyboardInterrupt, Interrupted) as stop:
-        code = stop.exit_code if isinstance(stop, Interrupted) else 130
-        raise Interrupted(f"stopped; the answers so far are in {partial}, the same command resumes", code) from None
+        message = f"stopped; the answers so far are in {partial}, the same command resumes"
+        raise Interrupted(message, getattr(stop, "exit_code", 130)) from None
 
 
 @contextlib.contextmanager
@@ -85,10 +81,9 @@ def _open_partial(path: Path, settings: dict[str, Any], group: int) -> Iterator[
 
 def _check_settings(path: Path, found: bytes, header: bytes) -> None:
     """Compares the first line of a partial output with that of this run."""
-    try:
+    stored = None
+    with contextlib.suppress(ValueError, RecursionError):
         stored = json.loads(found)
-    except (ValueError, RecursionError):
-        stored = None
     if not isinstance(stored, dict) or "format_version" not in stored:
         raise UserError(f"{path} is not the partial output of this command; move it or choose another --output")
     if different := [name for name, value in json.loads(header).items() if stored.get(name) != value]:

@@ -41,7 +41,7 @@ def main() -> None:
         raise UserError("--config=FILE and --workdir=DIR are needed, e.g. --config=configs/sft.py --workdir=runs/sft")
     file = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
     if not file.is_file():
-        raise UserError(f"there is no configuration {file}; this project's are configs/sft.py and configs/pretrain.py")
+        raise UserError(f"there is no configuration {file}; this project's are in configs/, such as configs/sft.py")
     from tinysft_jax import accelerator, distributed  # after the flags, because importing JAX takes seconds
     from tinysft_jax.export import export_run, parse_export
     from tinysft_jax.training.loop import train

@@ -15,11 +15,13 @@ OPTIONS = ["--max_tokens=64", "--valid_fraction=0.1", "--workers=1", "--limit=20
 
 @pytest.fixture(scope="module")
 def sets(chat_data, tmp_path_factory):
-    """Three sets of the same chats, two of them alike and one with another vocabulary."""
+    """Sets of the same chats: two of them alike, one with another vocabulary, one with another template."""
     directory = tmp_path_factory.mktemp("sets")
     for name, ranks in (("a", "256"), ("b", "256"), ("other", "257")):
         source = chat_data.parent / "chats.jsonl"
         prepare.main([f"--input={source}", f"--output={directory / name}", f"--bpe_ranks={ranks}", *OPTIONS])
+    text = [f"--output={directory / 'text'}", "--bpe_ranks=256", "--template=text", "--max_tokens=128", *OPTIONS[1:]]
+    prepare.main([f"--input={source}", *text])
     return directory
 
 
@@ -81,12 +83,17 @@ def test_weights_are_shares_of_their_sum(sets):
         ("{0}/a=1,{0}/b=nan", "weights above 0"),
         ("{0}/a=1,{0}/b=1/0", "weights above 0"),
         ("{0}/a=1,{0}/b=inf", "weights above 0"),
+        ("{0}/a=1,{0}/b=1e1000000000", "weights above 0"),
+        ("{0}/a=1," + "b" * 300 + "=1", "b"),
+        ("b" * 5000 + "=1", "b"),
+        ("{0}/a=1,~nosuchuser/b=1", "nosuchuser"),
         ("{0}/a=1,{0}/b=", "weights above 0"),
         ("{0}/a=1,=1", "weights above 0"),
         ("{0}/a=1,{0}/a=1", "two data sets called a; .*rename one directory$"),
         ("{0}/a=995,{0}/b=5", "b has 0.50% of the weights; give each data set 1 % or more$"),
         ("{0}/a=1,{0}/none=1", "none"),
         ("{0}/a=1,{0}/other=1", r"a and .*other differ in their tokenizer; prepare both for one model"),
+        ("{0}/a=1,{0}/text=1", r"a and .*text differ in their chat template; prepare both for one model"),
     ],
 )
 def test_what_can_not_be_mixed_is_one_line(sets, path, complaint):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from runs import tiny_config
 
-from tinysft_jax.checkpoints import load_model, open_model
+from tinysft_jax.checkpoints import load_model, open_model, write_model
 from tinysft_jax.console import UserError
 from tinysft_jax.data import prepare
 from tinysft_jax.data.store import PreparedData
@@ -55,6 +55,15 @@ def test_the_report_has_the_share_of_pairs_that_are_ranked_right(rewards, pair_d
 def test_fewer_cases_are_a_part_of_more(rewards, pair_data, tmp_path):
     few, more = (evaluate(tmp_path / str(n), pair_data, rewards / "learned", f"--cases={n}")[1] for n in (5, 9))
     assert few == more[:5] and len(more) == 9
+    assert sorted(line["pair"] for line in more) != list(range(9))  # random ones
+
+
+def test_a_tie_is_not_ranked_right(rewards, pair_data, tmp_path):
+    description, params = open_model(rewards / "learned", reward=True)
+    (tmp_path / "model").mkdir()
+    write_model(tmp_path / "model", params | {"score": 0 * params["score"]}, description)
+    figures, _ = evaluate(tmp_path / "report", pair_data, tmp_path / "model")
+    assert figures["ranked_right"]["model"]["value"] == 0
 
 
 def test_what_can_not_be_ranked_is_one_line(rewards, pair_data, chat_data, tmp_path):
@@ -74,6 +83,8 @@ def test_what_can_not_be_ranked_is_one_line(rewards, pair_data, chat_data, tmp_p
         (rewards / "learned", pair_data, r"is a language model; give a reward", f"--baseline={tmp_path / 'sft'}"),
         (tmp_path / "sft", chat_data, r"is a reward model", f"--baseline={rewards / 'learned'}"),
         (tmp_path / "sft", chat_data, r"is a reward model", f"--judge={rewards / 'learned'}"),
+        (rewards / "learned", pair_data, r"--judge and --show are about answers", f"--judge={tmp_path / 'sft'}"),
+        (rewards / "learned", pair_data, r"--judge and --show are about answers", "--show=1"),
     ):
         with pytest.raises(UserError, match=complaint) as refusal:
             evaluate(tmp_path / "report", data, checkpoint, *more)

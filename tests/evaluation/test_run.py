@@ -221,6 +221,12 @@ def test_data_without_requests_are_refused(fixtures, tmp_path):
         run.main(["--checkpoint=x", f"--data={fixtures / 'data_version_1'}", f"--output={tmp_path / 'out'}"])
 
 
+def test_an_existing_output_is_refused_before_any_work(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"out exists; choose another --output or add --overwrite$"):
+        run.main(["--checkpoint=x", "--data=nowhere", f"--output={tmp_path / 'out'}"])
+
+
 def test_plain_text_has_no_questions(tmp_path):
     prepare.main(["--embedded=60", f"--output={tmp_path / 'data'}", "--format=text", "--bpe_ranks=256", "--workers=1"])
     with pytest.raises(UserError, match="holds plain text"):

@@ -3,17 +3,19 @@
 import json
 import math
 import os
+import shutil
 
 import numpy as np
 import pytest
 from absl import flags
-from runs import assert_same_bits, losses, stop_at, tiny_config
+from runs import assert_same_bits, losses, mesh_of, stop_at, tiny_config
 
 from tinysft_jax.console import Interrupted, UserError
 from tinysft_jax.data import prepare
 from tinysft_jax.data.mixture import open_parts
 from tinysft_jax.data.packing import Packing
 from tinysft_jax.training import loop
+from tinysft_jax.training.evaluate import Evaluator
 from tinysft_jax.training.log import read_metrics
 from tinysft_jax.training.source import TrainingBatches
 
@@ -126,3 +128,58 @@ def test_a_skipped_step_names_the_part_of_each_conversation(batches):
     named = source.conversations(3)
     assert {name.partition(":")[0] for name in named} == {"chats", "own"}
     assert len(named) == sum(len(members) for _, members in source.source.places(2))
+
+
+def test_a_process_names_the_conversations_of_all(batches, mixture):
+    own = TrainingBatches(mixed_config(mixture), open_parts(mixture), (1, 2))
+    assert own.conversations(3) == batches().conversations(3)
+    first = own.source.places(2, everywhere=True)[0][1]
+    assert own.conversations(3)[: len(first)] == [f"chats:{number}" for number in first.tolist()]
+
+
+def test_a_row_must_hold_the_longest_of_all_parts(mixture, tmp_path):
+    with pytest.raises(UserError, match=r"data.seq_len 80 is below the data's max_tokens 96"):
+        loop.train(mixed_config(mixture, data__seq_len=80), tmp_path / "work")
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 5, 12, 100])
+def test_a_sample_has_the_shares_as_far_as_there_are_rows(mixture, n_rows):
+    evaluator = Evaluator(open_parts(mixture), mixed_config(mixture), mesh_of(1, 1, 1))
+    whole = [packing.n_rows for packing in evaluator.packings]
+    sizes = evaluator.sizes(n_rows)
+    assert sum(sizes) == min(n_rows, sum(whole))
+    assert sizes[0] == min(max(round(0.75 * n_rows), n_rows - whole[1]), whole[0]) or abs(sizes[0] - 0.75 * n_rows) < 1
+
+
+@pytest.mark.slow
+def test_a_part_without_validation_data_leaves_the_loss_to_the_others(mixture, chat_data, tmp_path):
+    options = ["--bpe_ranks=256", "--max_tokens=64", "--valid_fraction=0", "--workers=1", "--limit=50"]
+    prepare.main([f"--input={chat_data.parent / 'chats.jsonl'}", f"--output={tmp_path / 'none'}", *options])
+    own = mixture.split(",")[1].partition("=")[0]
+    loop.train(mixed_config(f"{tmp_path / 'none'}=0.5,{own}=0.5", train__max_steps=2), tmp_path / "work")
+    assert losses(tmp_path / "work", "sft/val_loss") == losses(tmp_path / "work", "sft/val_loss/own")
+
+
+@pytest.mark.slow
+def test_with_another_mix_the_search_for_the_best_model_starts_over(mixture, finished, tmp_path, capfd):
+    shutil.copytree(finished, tmp_path / "work", symlinks=True)
+    other = mixture.replace("0.75", "0.25").replace("=0.25", "=0.75", 2).replace("chats=0.75", "chats=0.25")
+    assert other != mixture
+    config = mixed_config(other, train__max_steps=14, optimizer__learning_rate=0.0)
+    loop.train(config, tmp_path / "work", accept_changes=True)
+    assert "the search for the best model starts over" in capfd.readouterr().err
+    assert os.readlink(tmp_path / "work" / "model") == "models/14"
+
+
+@pytest.mark.slow
+def test_all_parts_are_verified(mixture, tmp_path):
+    paths = [entry.partition("=")[0] for entry in mixture.split(",")]
+    for path in paths:
+        shutil.copytree(path, tmp_path / os.path.basename(path))
+    file = next((tmp_path / "own" / "train").glob("tokens-*.npy"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    mixed = ",".join(f"{tmp_path / os.path.basename(path)}=1" for path in paths)
+    with pytest.raises(UserError, match="own is damaged"):
+        loop.train(mixed_config(mixed), tmp_path / "work", verify=True)

@@ -6,11 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-from runs import assert_same_bits, losses, stop_at, tiny_config
+from runs import assert_same_bits, losses, mesh_of, stop_at, tiny_config
 
 from tinysft_jax import export
 from tinysft_jax.checkpoints import is_reward_model, load_model, open_model
 from tinysft_jax.console import Interrupted, RunError, UserError
+from tinysft_jax.data import prepare
+from tinysft_jax.data.mixture import open_parts
+from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.training import loop, reference, state
 from tinysft_jax.training.evaluate import Evaluator
 from tinysft_jax.training.log import read_metrics
@@ -78,19 +81,23 @@ def test_a_lost_reference_is_computed_again_from_the_same_model_only(start, pair
         loop.train(config, tmp_path / "work")
     (file,) = (tmp_path / "work" / "reference").iterdir()
     whole = dict(np.load(file))
-    for content in (b"", file.read_bytes()[:-100]):
+    np.savez(tmp_path / "others.npz", **{name: values[1:] for name, values in whole.items()})
+    for content in (b"", file.read_bytes()[:-100], (tmp_path / "others.npz").read_bytes()):
         file.write_bytes(content)
+        (file.parent / "of-another-model.npz").touch()
+        (file.parent / f".{file.name}.partial").touch()  # left by a killed process
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             stop_at(max(losses(tmp_path / "work", "dpo/train_loss")) + 1, patch)
             loop.train(config, tmp_path / "work")
         assert all((dict(np.load(file))[name] == values).all() for name, values in whole.items())
+        assert [*file.parent.iterdir()] == [file]
     file.unlink()
     shutil.rmtree(model)
     shutil.copytree((start.parent / "sft" / "model").resolve(), model)
     params = open_model(model)[1]
     params["ln_f"]["bias"] = params["ln_f"]["bias"] + 1
     monkeypatch.setattr(state, "open_model", lambda path: (open_model(path)[0], params))
-    with pytest.raises(RunError, match=r"lacks the log-likelihoods of its reference, and .*start is no longer the"):
+    with pytest.raises(RunError, match=r"lacks the log-likelihoods under the model .*, and .*start is another one"):
         loop.train(config, tmp_path / "work")
 
 
@@ -134,9 +141,6 @@ def test_settings_of_dpo_belong_to_a_run(finished, pair_data):
         changed = pair_config(pair_data, "dpo", init_from=config.init_from, dpo__sft_weight=0.1)
         with pytest.raises(UserError, match=r"another run: dpo.sft_weight was 0.0, now 0.1"):
             loop.train(changed, workdir)
-    other = pair_config(pair_data, "reward" if objective == "dpo" else "dpo", init_from=config.init_from)
-    with pytest.raises(UserError, match=rf"another run: objective was {objective}, now"):
-        loop.train(other, workdir)
 
 
 def test_a_reward_model_is_no_language_model(finished, chat_data, pair_data, tmp_path):
@@ -176,3 +180,40 @@ def test_a_chosen_answer_that_falls_for_long_is_said(start, pair_data, tmp_path,
     found = [line.split("now by ")[1].split(" nats")[0] for line in said]
     assert found == ["3.0", "4.0", "4.5", "9.0", "9.5"]
     assert all("raise dpo.sft_weight or dpo.beta" in line for line in said)
+
+
+def test_each_part_of_a_mixture_has_its_own_reference(start, pair_data, tmp_path):
+    """Against itself the model has no margin, so a reference of another conversation would show."""
+    lines = (pair_data.parent / "pairs.jsonl").read_text().splitlines(True)
+    (tmp_path / "more.jsonl").write_text("".join(reversed(lines[:80])))
+    options = ["--bpe_ranks=256", "--max_tokens=32", "--valid_fraction=0.2", "--workers=1"]
+    prepare.main([f"--input={tmp_path / 'more.jsonl'}", f"--output={tmp_path / 'more'}", *options])
+    data = f"{pair_data}=0.5,{tmp_path / 'more'}=0.5"
+    config = pair_config(data, "dpo", init_from=str(start), train__max_steps=2, train__eval_batches=10)
+    loop.train(config, tmp_path / "work")
+    assert len([*(tmp_path / "work" / "reference").iterdir()]) == 2
+    assert losses(tmp_path / "work", "dpo/train_loss")[1] == pytest.approx(math.log(2), rel=1e-5)
+    for name in ("", "/prepared", "/more"):
+        assert losses(tmp_path / "work", f"dpo/val_loss{name}")[0] == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_rows_of_training_may_hold_more_pairs_than_those_of_validation(pair_data):
+    config, parts = pair_config(pair_data, "dpo"), open_parts(str(pair_data))
+    assert Evaluator(parts, config, mesh_of(1, 1, 1), most_items=40).n_segments == 80
+
+
+def test_the_shape_of_random_weights_is_part_of_the_reference(pair_data):
+    configs = [GPTConfig(260, dim, 1, 2, 64) for dim in (16, 32)]
+    assert len({reference.fingerprint(config, None, seed) for config in configs for seed in (0, 1)}) == 4
+
+
+@pytest.mark.parametrize("accept", [False, True])
+def test_a_run_does_not_change_its_objective(finished, chat_data, pair_data, accept):
+    objective, config, workdir = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    others = {"sft": chat_data, "dpo": pair_data, "reward": pair_data}
+    for other, data in others.items():
+        if other != objective:
+            with pytest.raises(UserError, match=rf"is a run of the objective {objective}, not {other}; choose another"):
+                loop.train(pair_config(data, other, init_from=config.init_from), workdir, accept_changes=accept)
+    assert (workdir / "metrics.jsonl").read_bytes() == before

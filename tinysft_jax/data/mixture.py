@@ -1,11 +1,11 @@
 """Several data sets at once, `PATH=WEIGHT,PATH=WEIGHT`: the sets, and which of them each row of a run comes from."""
 
 import itertools
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ def open_parts(path: str) -> list[Part]:
     Raises: UserError, if one can't be read, a weight is no positive number or makes less than 1 % of the rows, two sets
     have one name, or they differ in tokenizer, chat template or kind (conversations or pairs).
     """
-    if "=" not in path or Path(path).expanduser().exists():
+    if "=" not in path or os.path.exists(os.path.expanduser(path)):
         return [Part("", Fraction(1), PreparedData(path))]
     entries = [entry.rpartition("=") for entry in path.split(",")]
     weights = [_parse_weight(weight, where, path) for where, _, weight in entries]
@@ -49,19 +49,20 @@ def open_parts(path: str) -> list[Part]:
 
 def _parse_weight(weight: str, where: str, path: str) -> Fraction:
     try:
-        value = Fraction(weight)
-    except (ValueError, ZeroDivisionError):
-        value = Fraction(0)
-    if not where or value <= 0:
+        value = float(weight)
+    except ValueError:
+        value = 0.0
+    if not where or not 0 < value < math.inf:
         raise UserError(
             f"data.path is {path!r}; several data sets are PATH=WEIGHT,PATH=WEIGHT with weights above 0, such as "
             "a=0.8,b=0.2"
         )
-    return value
+    return Fraction(str(value))  # of 0.1, a tenth
 
 
 def _check_alike(first: PreparedData, other: PreparedData) -> None:
-    for key in ("tokenizer", "chat_template"):
+    same_files = first.tokenizer.files == other.tokenizer.files != {}  # a template may put in the day it is read on
+    for key in ("tokenizer",) if same_files else ("tokenizer", "chat_template"):
         if first.description[key] != other.description[key]:
             raise UserError(
                 f"{first.directory} and {other.directory} differ in their {key.replace('_', ' ')}; prepare both for "

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import os
 import tokenize
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -89,7 +90,7 @@ class PreparedData:
     """
 
     def __init__(self, directory: str | Path):
-        self.directory = Path(directory).expanduser()
+        self.directory = Path(os.path.expanduser(directory))  # unlike Path's own, it leaves an unknown user alone
         where = self.directory / "data.json"
         self.description = files.read_json(where, "a prepared data set", FORMAT_VERSION)
         has_hash = self.description["format_version"] > 1

@@ -84,6 +84,7 @@ def answer_lines(cases: Sequence[Case], answers: Answers) -> list[dict[str, Any]
     """A line for each case, with each speaker's answer."""
     lines = []
     for i, case in enumerate(cases):
-        line = {key: getattr(case, key) for key in ("task", "question", "conditions", "ground_truth")}
+        line = {"data": case.data} if case.data else {}
+        line |= {key: getattr(case, key) for key in ("task", "question", "conditions", "ground_truth")}
         lines.append(line | {"tokens": len(case.target)} | {speaker: vars(of[i]) for speaker, of in answers.items()})
     return lines

@@ -148,9 +148,14 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command; `arguments` are the command line's unless given."""
     flags = _parse(arguments)
+    files.check_output(flags.output, flags.overwrite, CONTENT)
     metrics.require_libraries()
     parts = open_parts(flags.data)
     if parts[0].data.per_item == 2:
+        if flags.judge or flags.show:
+            raise UserError(
+                "--judge and --show are about answers, and the data are pairs, which are scored; leave them out"
+            )
         report, lines = rank(flags, parts)
         write(flags.output, report, lines, flags.overwrite)
         print(reports.markdown(report))

@@ -172,6 +172,7 @@ class RunStatus:
     skipped_steps: tuple[int, ...] | list[int] = (0, 0)  # in the run, and in a row up to now
 
 
+OTHER_SAMPLE = "the validation sample is not what it was: the search for the best model starts over"
 FORMAT_VERSION = 2  # of a checkpoint; version 1 had queries, keys and their moments interleaved
 _TWO_COUNTS: Kind = ("two whole numbers", lambda value: isinstance(value, list) and [*map(type, value)] == [int, int])
 _STATUS: Schema = {  # `RunStatus`, but for the step
@@ -243,11 +244,17 @@ class Checkpoints(contextlib.AbstractContextManager):
                 f"model in a new work directory: --config.init_from={workdir} --workdir=DIR"
             )
         changes, before = "; ".join(differences(content["run"], identity)), content["run"][TOTAL_STEPS]
+        was, now = (of.get("objective", "sft") for of in (content["run"], identity))
+        if was != now:  # other parameters, or another reference
+            raise UserError(f"{workdir} is a run of the objective {was}, not {now}; choose another --workdir")
         if changes and not accept_changes:
             raise UserError(f"{workdir} is another run: {changes}; choose another --workdir or add --accept_changes")
         if self.newest > total_steps:
             raise UserError(f"{workdir} has done {self.newest} steps already, more than {total_steps}")
         notes = [f"resuming with changes: {changes}"] if changes else []
+        if any(content["run"].get(key) != identity[key] for key in ("data", "packing", "seed")):
+            content["best_loss"] = None
+            notes.append(OTHER_SAMPLE)
         if before < total_steps:
             notes.append(_effect_of_more_steps(config, before, total_steps, self.newest))
         model = ModelDescription.from_json(content["model"], where)

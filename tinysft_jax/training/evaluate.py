@@ -66,9 +66,9 @@ class Evaluator:
         shares. Empty if there is nothing to evaluate, or if `should_stop` before some batch.
         """
         found = []
-        for number, sample in enumerate(self._samples):
+        for number, (sample, rows) in enumerate(zip(self._samples, self.sizes(n_rows), strict=True)):
             sums: list[dict[str, jax.Array]] = []
-            for batch in self._batches(number, -(-n_rows * sample.share // 1)):
+            for batch in self._batches(number, rows):
                 if should_stop():
                     return {}
                 sums.append(eval_step(params, batch))
@@ -78,9 +78,17 @@ class Evaluator:
                 found.append((sample, totals))
         return _metrics(found)
 
+    def sizes(self, n_rows: int) -> list[int]:
+        """How many of `n_rows` are of each part: their shares, where one has so many."""
+        sizes = [0] * len(self._samples)
+        for _ in range(min(n_rows, self.n_rows)):
+            left = (i for i, sample in enumerate(self._samples) if sizes[i] < len(sample.plan))
+            sizes[min(left, key=lambda i: (sizes[i] + 1) / self._samples[i].share)] += 1
+        return sizes
+
     def _batches(self, number: int, n_rows: int) -> Iterator[Batch]:
         sample = self._samples[number]
-        split, plan = sample.split, sample.plan.first(min(n_rows, len(sample.plan)))
+        split, plan = sample.split, sample.plan.first(n_rows)
         for rows, batch in packed_batches(split, plan, self.batch_size, self._seq_len, self._mesh):
             batch["tasks"] = by_segment([split.tasks[row].astype(np.int32) for row in rows], self.n_segments)
             if self.reference:

@@ -72,16 +72,16 @@ def first_state(run: Run, params: Params | None) -> TrainState:
     def start() -> Params:
         if state is not None:
             return state["params"]
-        params = starting_point(config, run.parts)[1]
-        if fingerprint(params, config.seed) != status.reference:
+        model, params = starting_point(config, run.parts)
+        if fingerprint(model.config, params, config.seed) != status.reference:
             raise RunError(
-                f"{run.workdir} lacks the log-likelihoods of its reference, and {config.init_from} is no longer the "
-                "model that they are of; put it back, or choose another --workdir"
+                f"{run.workdir} lacks the log-likelihoods under the model that it started from, and {config.init_from} "
+                "is another one; put that back, or choose another --workdir"
             )
         return steps.create(params, config.seed)["params"]
 
     if config.objective == "dpo":
-        status.reference = status.reference or fingerprint(params, config.seed)
+        status.reference = status.reference or fingerprint(status.model.config, params, config.seed)
         use_reference(run, start)
     return state if is_new else run.checkpoints.restore(steps.shapes, steps.shardings)
 

@@ -18,8 +18,9 @@ from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.mixture import Part
 from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.store import SPLITS
+from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.parameters import Params
-from tinysft_jax.sharding import global_batch
+from tinysft_jax.sharding import batch_shards, global_batch
 from tinysft_jax.training.checkpoints import data_hash
 from tinysft_jax.training.evaluate import packed_batches
 from tinysft_jax.training.run import Run
@@ -29,9 +30,9 @@ DIRECTORY = "reference"  # in the work directory; a file there is named by the h
 LogLikelihoods = dict[str, Float32[np.ndarray, " conversations"]]
 
 
-def fingerprint(params: Params | None, seed: int) -> str:
-    """The hash of the parameters that a run starts from; None: random ones."""
-    digest = hashlib.sha256(b"" if params else f"random {seed}".encode())
+def fingerprint(config: GPTConfig, params: Params | None, seed: int) -> str:
+    """The hash of the model that a run starts from; no parameters: random ones."""
+    digest = hashlib.sha256(f"{config} {'' if params else seed}".encode())
     for leaf in jax.tree.leaves(params):
         digest.update(np.ascontiguousarray(leaf).data)
     return digest.hexdigest()[:16]
@@ -60,7 +61,8 @@ def use_reference(run: Run, start: Callable[[], Params]) -> None:
 
 def _compute(run: Run, params: Params, part: Part, name: str, packing: Packing) -> Float32[np.ndarray, " n"]:
     """Of all conversations of a split, in batches of packed rows."""
-    split, plan, batch_size = part.data.split(name), packing.epoch(), run.evaluator.batch_size
+    split, plan, shards = part.data.split(name), packing.epoch(), batch_shards(run.mesh)
+    batch_size = -(-run.config.train.eval_batch_size // shards) * shards
     values, rows = np.zeros(len(split), np.float32), BatchSource(split, plan, batch_size, packing.seq_len)
     batches = packed_batches(split, plan, batch_size, packing.seq_len, run.mesh)
     with Progress(f"reference, {name}", len(plan), quiet=not distributed.is_first()) as progress:
@@ -88,11 +90,11 @@ def _read(path: Path, part: Part) -> LogLikelihoods | None:
 
 
 def _write(paths: list[Path], found: list[LogLikelihoods]) -> None:
-    """Writes the files, and removes those of other data and models."""
+    """Writes the files, and removes those of other data and models, and what killed processes left."""
     directory = paths[0].parent
     directory.mkdir(exist_ok=True)
     for path, arrays in zip(paths, found, strict=True):
         with files.atomic(path) as partial, partial.open("wb") as file:
             np.savez(file, **arrays)
-    for other in set(directory.glob("*.npz")) - set(paths):
+    for other in set(directory.iterdir()) - set(paths):
         other.unlink()

@@ -1,5 +1,6 @@
 """Several data sets at once, `PATH=WEIGHT,PATH=WEIGHT`: the sets, and which of them each row of a run comes from."""
 
+import functools
 import itertools
 import math
 import os
@@ -76,39 +77,35 @@ class Schedule:
     """Which part of a mixture each row of a run comes from: exact over windows of rows, and evenly spread in each."""
 
     def __init__(self, shares: Sequence[Fraction], window: int):
-        self._bounds, self._window = list(itertools.accumulate(shares)), window
-        self._kept: tuple[int, np.ndarray, np.ndarray] = -1, np.zeros(0, int), np.zeros(0, int)
+        self._shares, self._window = tuple(shares), window
 
     def place(self, row: int) -> tuple[int, int]:
         """A row's part, and its number among the rows of that part."""
         window, index = divmod(row, self._window)
-        _, parts, numbers = self._of(window)
+        parts, numbers = _lay_out(self._shares, self._window, window)
         return int(parts[index]), int(numbers[index])
 
     def rows_before(self, row: int) -> list[int]:
         """How many rows of each part come before this one."""
         window, index = divmod(row, self._window)
-        within = np.bincount(self._of(window)[1][:index], minlength=len(self._bounds)).tolist()
-        return [before + more for before, more in zip(self._before(window), within, strict=True)]
+        within = np.bincount(_lay_out(self._shares, self._window, window)[0][:index], minlength=len(self._shares))
+        before = _rows_before(self._shares, window * self._window)
+        return [first + more for first, more in zip(before, within.tolist(), strict=True)]
 
-    def _of(self, window: int) -> tuple[int, np.ndarray, np.ndarray]:
-        kept = self._kept  # another thread may replace it
-        if kept[0] != window:
-            kept = self._kept = (window, *self._lay_out(window))
-        return kept
 
-    def _before(self, window: int) -> list[int]:
-        """How many rows of each part come before a window: their shares, rounded."""
-        row = window * self._window
-        ends = [row * bound.numerator // bound.denominator for bound in self._bounds]
-        return [end - start for start, end in itertools.pairwise((0, *ends))]
+def _rows_before(shares: tuple[Fraction, ...], row: int) -> list[int]:
+    """How many rows of each part come before the first of a window: their shares, rounded."""
+    ends = [row * bound.numerator // bound.denominator for bound in itertools.accumulate(shares)]
+    return [end - start for start, end in itertools.pairwise((0, *ends))]
 
-    def _lay_out(self, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """The parts of a window's rows, and the rows' numbers."""
-        first, last = self._before(window), self._before(window + 1)
-        counts = [after - before for before, after in zip(first, last, strict=True)]
-        parts = np.repeat(np.arange(len(counts)), counts)
-        within = np.concatenate([np.arange(count) for count in counts])
-        # The j-th of n rows belongs where (j + 1/2) / n of the window is.
-        order = np.argsort((within + 0.5) / np.repeat(counts, counts), kind="stable")
-        return parts[order], (within + np.repeat(first, counts))[order]
+
+@functools.lru_cache(maxsize=4)
+def _lay_out(shares: tuple[Fraction, ...], size: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """The part of each row of a window, and the row's number among those of its part."""
+    first, last = (_rows_before(shares, number * size) for number in (window, window + 1))
+    counts = [after - before for before, after in zip(first, last, strict=True)]
+    parts = np.repeat(np.arange(len(counts)), counts)
+    within = np.concatenate([np.arange(count) for count in counts])
+    # The j-th of n rows belongs where (j + 1/2) / n of the window is.
+    order = np.argsort((within + 0.5) / np.repeat(counts, counts), kind="stable")
+    return parts[order], (within + np.repeat(first, counts))[order]

@@ -44,6 +44,7 @@ class Packing:
 
     def __init__(self, lengths: Int[np.ndarray, " n"], seq_len: int, noun: str = "conversation"):
         self.seq_len, self._lengths = seq_len, lengths
+        self._kept: tuple[tuple[int, int] | None, PackingPlan | None] = None, None
         counts = np.bincount(lengths)
         if len(counts) > seq_len + 1:
             raise UserError(
@@ -66,6 +67,15 @@ class Packing:
         self.fill = float(counts @ np.arange(len(counts))) / max(1, self.n_rows * seq_len)
 
     def epoch(self, seed: int = 0, epoch: int = 0) -> PackingPlan:
+        """The rows of an epoch; those of the last one asked for are kept."""
+        kept, plan = self._kept  # another thread may replace it
+        if kept != (seed, epoch):
+            self._kept, plan = (None, None), None  # or two epochs' plans would exist while the next is made
+            plan = self._assign(seed, epoch)
+            self._kept = (seed, epoch), plan
+        return plan
+
+    def _assign(self, seed: int, epoch: int) -> PackingPlan:
         """Assigns every item to exactly one row.
 
         The patterns come in random order. Each place in a pattern gets the next of the shuffled items of its length.

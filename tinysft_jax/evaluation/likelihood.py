@@ -60,8 +60,8 @@ class Judge:
     def __init__(self, path: str):
         self._name, self._tokenizer, self._model = path, load_tokenizer(path), open_model(path)
 
-    def fluency(self, texts: Sequence[str], batch_size: int) -> list[tuple[float | None, int]]:
-        """The mean log-likelihood of a token of each text, in nats, and how many tokens that is over.
+    def fluency(self, texts: Sequence[str], batch_size: int) -> list[float | None]:
+        """The mean log-likelihood of a token of each text, in nats.
 
         A text is a document of its own: its tokens in the judge's vocabulary, then end-of-text. All of them are
         predicted but the first, as in pretraining: nothing is before it. Beyond the length that the judge was trained
@@ -75,6 +75,6 @@ class Judge:
             )
         documents = [(ids[:length], 1) for ids in whole.values()]
         totals = score(answer_log_likelihoods, self._model, self._name, documents, batch_size)
-        n_predicted = [len(ids) - given for ids, given in documents]
-        scores = {i: (total / n, n) for i, total, n in zip(whole, totals, n_predicted, strict=True)}
-        return [scores.get(i, (None, 0)) for i in range(len(texts))]
+        means = [total / (len(ids) - 1) for total, (ids, _) in zip(totals, documents, strict=True)]
+        scores = dict(zip(whole, means, strict=True))
+        return [scores.get(i) for i in range(len(texts))]

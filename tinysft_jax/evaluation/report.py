@@ -17,14 +17,12 @@ FORMAT_VERSION = 2  # 1 called the ground truth "gold"
 Z = NormalDist().inv_cdf(0.975)  # half of a 95 % interval, in standard errors
 
 Values = Sequence[float | bool | None]  # by case; None where a metric doesn't apply
-Weights = Sequence[float] | None  # by case; None: equal
 # value: the mean; cases: how many it is over; low, high: its 95 % interval; standard_error: the interval's half-width /
 # 1.96; share: whether each case is right or wrong. A single case that is neither 0 nor 1 has None for an interval.
 Figure = dict[str, Any]
 Figures = dict[str, Figure]  # by column
 Report = dict[str, Any]
-# By column and case: the mean log-likelihood of a token of the text, None if it is blank, and the number of tokens.
-Fluency = Mapping[str, Sequence[tuple[float | None, int]]]
+Fluency = Mapping[str, Values]  # by column: the mean log-likelihood of a token of the text
 
 COLUMNS = {
     "model": "the model's answers",
@@ -39,7 +37,7 @@ MEANINGS = {
     "ranked_right": "Whether the chosen answer scores higher than the rejected one",
     "margin": "The chosen answer's score minus the rejected one's",
     "stopped": "Whether the answer ended with end-of-text, not for lack of room",
-    "fluency": "Log-likelihood of a token of the answer under the judge, as a document of its own, in nats",
+    "fluency": "Mean log-likelihood of a token of the answer under the judge, as a document of its own, in nats",
     **{
         metric.__name__: metric.__doc__.splitlines()[0].rstrip(".")
         for metric in (*CORRECTNESS.values(), distinct_2, repetition)
@@ -52,35 +50,33 @@ LEGEND = (
 )
 
 
-def mean(values: Values, weights: Weights = None) -> Figure | None:
+def mean(values: Values, weights: Sequence[float] | None = None) -> Figure | None:
     """The weighted mean of the cases that have a value; None if there are none.
 
     Values that are all 0 or 1 have the interval of Wilson, Probable inference, the law of succession, and statistical
     inference, 1927: it has a width even where all cases agree.
     """
     values = np.array(values, float)  # None becomes nan
-    known = ~np.isnan(values)
-    n, values = int(known.sum()), values[known]
-    if weights is not None or not _is_binary(values):
-        return _with_error(n, *_weighted(values, known, weights))
-    p = values.mean()
+    known = values[~np.isnan(values)]
+    if weights is not None or not _is_binary(known):
+        return _mean_with_error(values, weights)
+    n, p = len(known), known.mean()
     centre, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     scale = 1 + Z**2 / n
     return _figure(p, n, max((centre - half) / scale, 0), min((centre + half) / scale, 1))
 
 
-def difference(values: Values, others: Values, weights: Weights = None, other_weights: Weights = None) -> Figure | None:
-    """The mean of the values minus that of the others, over the cases that have both; None if there are none.
+def difference(values: Values, others: Values, weights: Sequence[float] | None = None) -> Figure | None:
+    """The mean of value minus other over the cases that have both; None if there are none.
 
     Values that are all 0 or 1 have the interval of Bonett & Price, Adjusted Wald confidence interval for a difference
     of binomial proportions based on paired data, 2012, https://doi.org/10.3102/1076998611411915.
     """
     pairs = np.array([values, others], float)
-    known = ~np.isnan(pairs).any(axis=0)
-    n, (first, second) = int(known.sum()), pairs[:, known]
-    if weights is not None or not _is_binary(pairs[:, known]):
-        (value, pulls), (other, other_pulls) = _weighted(first, known, weights), _weighted(second, known, other_weights)
-        return _with_error(n, value - other, pulls - other_pulls)
+    known = pairs[:, ~np.isnan(pairs).any(axis=0)]
+    if weights is not None or not _is_binary(known):
+        return _mean_with_error(pairs[0] - pairs[1], weights)
+    n, first, second = known.shape[1], *known
     p, q = (np.sum(first > second) + 1) / (n + 2), (np.sum(first < second) + 1) / (n + 2)
     half = Z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
     return _figure(np.mean(first - second), n, max(p - q - half, -1), min(p - q + half, 1))
@@ -90,25 +86,21 @@ def _is_binary(values: np.ndarray) -> bool:
     return values.size > 0 and bool(np.isin(values, (0, 1)).all())
 
 
-def _weighted(values: np.ndarray, known: np.ndarray, weights: Weights) -> tuple[float, np.ndarray]:
-    """The weighted mean of the known cases' values, and how far each case pulls it."""
-    weights = np.ones(len(values)) if weights is None else np.array(weights, float)[known]
-    if not len(values):
-        return math.nan, values
-    value = float(np.average(values, weights=weights))
-    return value, weights * (values - value) / weights.sum()
+def _mean_with_error(values: np.ndarray, weights: Sequence[float] | None) -> Figure | None:
+    """The mean ± 1.96 standard errors.
 
-
-def _with_error(n: int, value: float, pulls: np.ndarray) -> Figure | None:
-    """A mean, or a difference of means, of `n` cases ± 1.96 standard errors.
-
-    The weights (a case's tokens) are drawn with the cases, so the error is that of a ratio estimator, or of two:
-    Cochran, Sampling Techniques, 1977, chapter 6. With equal weights it is the standard error of the mean.
+    The weights (a case's tokens) are drawn with the cases, so the error is that of a ratio estimator: Cochran, Sampling
+    Techniques, 1977, section 6.4. With equal weights it is the standard error of the mean.
     """
-    if n < 2:
-        single = {"value": value, "cases": 1, "standard_error": None, "low": None, "high": None}
-        return single if n else None
-    error = math.sqrt(n / (n - 1)) * np.linalg.norm(pulls)
+    known = ~np.isnan(values)
+    weights = (np.ones(len(values)) if weights is None else np.array(weights))[known]
+    values, n = values[known], int(known.sum())
+    if not n:
+        return None
+    value = float(np.average(values, weights=weights))
+    if n == 1:
+        return {"value": value, "cases": 1, "standard_error": None, "low": None, "high": None}
+    error = math.sqrt(n / (n - 1)) * np.linalg.norm(weights * (values - value)) / weights.sum()
     return _figure(value, n, value - Z * error, value + Z * error)
 
 
@@ -137,10 +129,9 @@ def task_figures(cases: Sequence[Case], answers: Answers, fluency: Fluency) -> d
     texts["ground_truth"] = [case.ground_truth for case in cases]
     # Cases were drawn in random order, so the next one is a random other one.
     shuffled = {"shuffled": texts["model"][-1:] + texts["model"][:-1]} if len(cases) > 1 else {}
-    likelihoods, lengths = ({column: [of[i] for of in each] for column, each in fluency.items()} for i in (0, 1))
     losses = {speaker: np.divide([answer.nll for answer in each], tokens) for speaker, each in answers.items()}
     figures = {
-        "loss": columns_of(losses, dict.fromkeys(losses, tokens)),
+        "loss": columns_of(losses, tokens),
         "stopped": columns_of({speaker: [answer.stopped for answer in each] for speaker, each in answers.items()}),
         **{
             name: columns_of({column: list(map(metric, cases, each)) for column, each in (texts | shuffled).items()})
@@ -148,17 +139,16 @@ def task_figures(cases: Sequence[Case], answers: Answers, fluency: Fluency) -> d
         },
         "distinct_2": columns_of({column: distinct_2(each) for column, each in texts.items()}),
         "repetition": columns_of({column: list(map(repetition, each)) for column, each in texts.items()}),
-        "fluency": columns_of(likelihoods, lengths),
+        "fluency": columns_of(dict(fluency)),
     }
     return {name: columns for name, columns in figures.items() if columns}
 
 
-def columns_of(scores: dict[str, Values], weights: Mapping[str, Weights] | None = None) -> Figures:
-    """The means, weighted if there are weights, with the paired difference where there is a baseline."""
-    weights = weights or dict.fromkeys(scores)
-    figures = {column: mean(values, weights[column]) for column, values in scores.items()}
+def columns_of(scores: dict[str, Values], weights: list[float] | None = None) -> Figures:
+    """The means, with the paired difference where there is a baseline."""
+    figures = {column: mean(values, weights) for column, values in scores.items()}
     if "baseline" in scores:
-        figures["difference"] = difference(*(each[of] for each in (scores, weights) for of in ("model", "baseline")))
+        figures["difference"] = difference(scores["model"], scores["baseline"], weights)
     share = all(isinstance(value, bool) for values in scores.values() for value in values if value is not None)
     return {column: figure | {"share": share} for column in COLUMNS if (figure := figures.get(column))}
 

@@ -203,11 +203,6 @@ def check_run(config: ConfigDict, total_steps: int, max_tokens: int, per_item: i
         )
     if warmup > total_steps:
         raise UserError(f"optimizer.warmup_steps {warmup} is longer than the run of {total_steps} steps")
-    if per_item == 2 and seq_len < 2 * max_tokens:
-        raise UserError(
-            f"data.seq_len {seq_len} is below the 2 × {max_tokens} tokens that a pair of the data may have; raise "
-            f"data.seq_len or prepare with --max_tokens {seq_len // 2}"
-        )
     if seq_len < max_tokens:
         raise UserError(
             f"data.seq_len {seq_len} is below the data's max_tokens {max_tokens}; raise data.seq_len or prepare with "

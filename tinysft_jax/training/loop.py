@@ -18,7 +18,7 @@ from tinysft_jax.training.checkpoints import locked, move_other_run, save_best
 from tinysft_jax.training.config import check_batch, check_config, parse_window, resolved
 from tinysft_jax.training.log import FINAL, FINAL_ROWS, VAL, VAL_LOSS, loss_unit
 from tinysft_jax.training.reference import fingerprint, use_reference
-from tinysft_jax.training.run import Run, open_run, starting_point
+from tinysft_jax.training.run import Run, open_run
 from tinysft_jax.training.step import Metrics, TrainState
 from tinysft_jax.training.stop import StopRequest
 
@@ -68,22 +68,11 @@ def first_state(run: Run, params: Params | None) -> TrainState:
     """The state that training goes on from; of a new run, with these parameters."""
     config, status, steps, is_new = run.config, run.status, run.steps, run.checkpoints.newest < 0
     state = steps.create(params, config.seed) if is_new else None
-
-    def start() -> Params:
-        if state is not None:
-            return state["params"]
-        model, params = starting_point(config, run.parts)
-        if fingerprint(model.config, params, config.seed) != status.reference:
-            raise RunError(
-                f"{run.workdir} lacks the log-likelihoods under the model that it started from, and {config.init_from} "
-                "is another one; put that back, or choose another --workdir"
-            )
-        return steps.create(params, config.seed)["params"]
-
     if config.objective == "dpo":
-        status.reference = status.reference or fingerprint(status.model.config, params, config.seed)
-        use_reference(run, start)
-    return state if is_new else run.checkpoints.restore(steps.shapes, steps.shardings)
+        if is_new:
+            status.reference = fingerprint(status.model.config, params, config.seed)
+        use_reference(run, state and state["params"])
+    return state or run.checkpoints.restore(steps.shapes, steps.shardings)
 
 
 def begin(run: Run) -> None:

@@ -5,7 +5,6 @@ They are computed once, before the first step, and kept in the work directory. S
 
 import hashlib
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from tinysft_jax import distributed, files
-from tinysft_jax.console import Interrupted, Progress
+from tinysft_jax.console import Interrupted, Progress, RunError
 from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.mixture import Part
 from tinysft_jax.data.packing import Packing
@@ -38,17 +37,22 @@ def fingerprint(config: GPTConfig, params: Params | None, seed: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def use_reference(run: Run, start: Callable[[], Params]) -> None:
+def use_reference(run: Run, params: Params | None) -> None:
     """Gives the run's batches and its evaluator the log-likelihoods under the model that it starts from.
 
-    `start` gives that model's parameters on the devices, if they are needed. Raises: Interrupted, if the run is asked
-    to stop; then nothing is written.
+    `params` are that model's, of a new run. Raises: RunError, if one that resumes lacks them; Interrupted, if the run
+    is asked to stop; then nothing is written.
     """
     directory, model = run.workdir / DIRECTORY, run.status.reference
     paths = [directory / f"{data_hash(part.data)}-{model}.npz" for part in run.parts]
     found = [_read(path, part) for path, part in zip(paths, run.parts, strict=True)]
     if not distributed.first_decides(None not in found):
-        params, packings = start(), (run.batches.packings, run.evaluator.packings)
+        if params is None:
+            raise RunError(
+                f"{paths[found.index(None)]} is missing or damaged, and only a new run can compute it; put it back, or "
+                "choose another --workdir"
+            )
+        packings = run.batches.packings, run.evaluator.packings
         found = [
             {name: _compute(run, params, part, name, of[number]) for name, of in zip(SPLITS, packings, strict=True)}
             for number, part in enumerate(run.parts)

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from tinysft_jax import distributed
 from tinysft_jax.data.mixture import Part, open_parts
 from tinysft_jax.export import check_exports
-from tinysft_jax.parameters import ModelDescription, Params
+from tinysft_jax.parameters import Params
 from tinysft_jax.sharding import process_part
 from tinysft_jax.training.checkpoints import OTHER_SAMPLE, Checkpoints, RunStatus, run_identity
 from tinysft_jax.training.config import check_run
@@ -83,7 +83,8 @@ def _start_or_resume(
     """The run's status, the parameters of a new one (None: random ones), changes, and notes for the user."""
     damage = checkpoints.find_newest()
     if checkpoints.newest < 0:
-        model, params = starting_point(config, parts)
+        shape, data = config.model.to_dict(), [part.data for part in parts]
+        model, params = starting_model(config.init_from, shape, *data, reward=config.objective == "reward")
         return RunStatus(identity, model), params, [], []
     status, changes = checkpoints.resume(config, identity, accept_changes)
     where = f"resuming at step {status.step:,} of {identity['steps']:,} in {workdir}"
@@ -91,12 +92,6 @@ def _start_or_resume(
     check_tokenizer(status.model, tokenizer, str(workdir))
     status.model = dataclasses.replace(status.model, tokenizer_files=tokenizer.files)
     return status, None, changes, [*changes, f"{damage}; {where}" if damage else where]
-
-
-def starting_point(config: ConfigDict, parts: list[Part]) -> tuple[ModelDescription, Params | None]:
-    """The model of `init_from`, as `starting_model` gives it."""
-    shape, data = config.model.to_dict(), [part.data for part in parts]
-    return starting_model(config.init_from, shape, *data, reward=config.objective == "reward")
 
 
 def _settle_evaluation(

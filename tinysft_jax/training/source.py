@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -10,41 +10,26 @@ from ml_collections import ConfigDict
 from tinysft_jax.console import UserError
 from tinysft_jax.data.batches import Batch, by_segment, epoch_batches, make_batch
 from tinysft_jax.data.mixture import Part, Schedule
-from tinysft_jax.data.packing import Packing, PackingPlan
+from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.store import Split
 
 WINDOW = 100  # batches over which the shares of a mixture are exact
 
 
-class PartRows:
-    """The packed rows of a split, epoch after epoch: each is a pure function of data, seed and number.
+class PartRows(NamedTuple):
+    """The packed rows of a part, epoch after epoch."""
 
-    An epoch has `per_epoch` rows, the packing's and then empty ones.
-    """
-
-    def __init__(self, split: Split, packing: Packing, seed: int, per_epoch: int):
-        self.split, self.packing, self._seed, self._per_epoch = split, packing, seed, per_epoch
-        self._kept: tuple[int, PackingPlan | None] = -1, None
-
-    def conversations(self, number: int) -> np.ndarray:
-        """The conversations of a row, in the order of their segments."""
-        epoch, row = divmod(number, self._per_epoch)
-        if row >= self.packing.n_rows:
-            return np.zeros(0, np.uint32)
-        kept, plan = self._kept
-        if kept != epoch:
-            self._kept, plan = (-1, None), None  # or two epochs' plans would exist while the next is made
-            plan = self.packing.epoch(self._seed, epoch)
-            self._kept = epoch, plan
-        return self.split.conversations_of(plan.row(row))
+    split: Split
+    packing: Packing
+    per_epoch: int  # rows: the packing's, and then empty ones
 
 
 class StepBatches:
     """Random access to the batches of a run by step (a grain data source)."""
 
-    def __init__(self, rows: list[PartRows], schedule: Schedule, shape: tuple[int, int], own: slice, n_steps: int):
-        self._rows, self._schedule, self._n_steps = rows, schedule, n_steps
-        (self._batch_size, self._seq_len), self._own = shape, own
+    def __init__(self, parts: list[PartRows], schedule: Schedule, config: ConfigDict, own: slice, n_steps: int):
+        self._parts, self._schedule, self._own, self._n_steps = parts, schedule, own, n_steps
+        self._seed, self._batch_size, self._seq_len = config.seed, config.train.batch_size, config.data.seq_len
         self.reference: list[np.ndarray] = []  # of each part, the reference's log-likelihood of each answer
         self.n_segments = 0  # of a row of them
 
@@ -55,11 +40,10 @@ class StepBatches:
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}")
         places = self.places(int(step))
-        rows = [[self._rows[part].split.conversation(i) for i in members.tolist()] for part, members in places]
+        rows = [[self._parts[part].split.conversation(i) for i in members.tolist()] for part, members in places]
         batch = make_batch(rows, self._seq_len)
-        for number, rows_of in enumerate(self._rows):
-            mine = [place for place, (part, _) in enumerate(places) if part == number]
-            rows_of.split.check_ids(batch["tokens"][mine])
+        for number, part in enumerate(self._parts):
+            part.split.check_ids(batch["tokens"][[place for place, (of, _) in enumerate(places) if of == number]])
         if self.reference:
             values = [self.reference[part][members] for part, members in places]
             batch["reference"] = by_segment(values, self.n_segments)
@@ -69,7 +53,14 @@ class StepBatches:
         """The part and the conversations of each row of a step's batch; of this process's rows, or of all."""
         first = step * self._batch_size
         rows = range(first, first + self._batch_size)[slice(None) if everywhere else self._own]
-        return [(part, self._rows[part].conversations(n)) for part, n in map(self._schedule.place, rows)]
+        return [self._place(row) for row in rows]
+
+    def _place(self, row: int) -> tuple[int, np.ndarray]:
+        number, row = self._schedule.place(row)
+        split, packing, per_epoch = self._parts[number]
+        epoch, row = divmod(row, per_epoch)
+        items = packing.epoch(self._seed, epoch).row(row) if row < packing.n_rows else np.zeros(0, np.uint32)
+        return number, split.conversations_of(items)
 
 
 class TrainingBatches(contextlib.AbstractContextManager):
@@ -80,16 +71,16 @@ class TrainingBatches(contextlib.AbstractContextManager):
     """
 
     def __init__(self, config: ConfigDict, parts: list[Part], process_part: tuple[int, int]):
-        batch_size, seq_len = shape = config.train.batch_size, config.data.seq_len
-        self._parts, self._workers, rows = parts, config.data.num_workers, []
+        batch_size, rows = config.train.batch_size, []
+        self._parts, self._workers = parts, config.data.num_workers
         for part in parts:
             split = part.data.split("train")
             if not len(split):
                 raise UserError(f"{part.data.directory} has no training conversation")
-            packing = Packing(split.item_lengths, seq_len, split.item_noun)
+            packing = Packing(split.item_lengths, config.data.seq_len, split.item_noun)
             # Alone, each epoch of a data set begins with a batch.
             per_epoch = packing.n_rows if part.name else -(-packing.n_rows // batch_size) * batch_size
-            rows.append(PartRows(split, packing, config.seed, per_epoch))
+            rows.append(PartRows(split, packing, per_epoch))
         self.packings, self._batch_size = [each.packing for each in rows], batch_size
         longest, rows_of_longest = max(zip(parts, rows, strict=True), key=lambda each: each[1].packing.n_rows)
         epoch_rows = -(-rows_of_longest.packing.n_rows // longest.share)
@@ -98,7 +89,7 @@ class TrainingBatches(contextlib.AbstractContextManager):
         index, count = process_part
         own = slice(index * batch_size // count, (index + 1) * batch_size // count)
         self.schedule = Schedule([part.share for part in parts], WINDOW * batch_size)
-        self.source = StepBatches(rows, self.schedule, shape, own, self.total_steps)
+        self.source = StepBatches(rows, self.schedule, config, own, self.total_steps)
         self._next: int = -1
         self._batches: Iterator[Batch] | None = None
 

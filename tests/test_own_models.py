@@ -19,6 +19,7 @@ from tinysft_jax.console import Interrupted, UserError
 from tinysft_jax.conversion.huggingface import write_huggingface
 from tinysft_jax.data import prepare
 from tinysft_jax.data.batches import batches
+from tinysft_jax.data.mixture import open_parts
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation import run as evaluation
 from tinysft_jax.gpt_config import GPTConfig
@@ -125,7 +126,7 @@ def test_a_model_is_evaluated_against_its_start(qwen, work, tmp_path):
     pytest.importorskip("rouge_score")
     models = [f"--checkpoint={work}", f"--baseline={qwen / 'model'}"]
     flags = evaluation._parse([*models, f"--data={qwen / 'data'}", f"--output={tmp_path / 'e'}"])
-    _, cases, answers = evaluation.evaluate(flags)
+    _, cases, answers = evaluation.evaluate(flags, open_parts(flags.data))
     assert cases and all(case.question.startswith("Say ") for case in cases)
     assert all(case.ground_truth.endswith("!\n") and case.ground_truth[0] == " " for case in cases)
     nll = {speaker: sum(answer.nll for answer in given) for speaker, given in answers.items()}

@@ -45,7 +45,8 @@ def random_params(config: GPTConfig, deviation: float = 0.1) -> Params:
 
 @functools.cache
 def _initial(config: GPTConfig) -> Params:
-    return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(0))))
+    """As NumPy arrays, which are on no device: a mesh of others would refuse them."""
+    return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(0)))))
 
 
 def random_model(config: GPTConfig, deviation: float = 0.1, **options) -> GPT:

@@ -252,7 +252,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         if self.newest > total_steps:
             raise UserError(f"{workdir} has done {self.newest} steps already, more than {total_steps}")
         notes = [f"resuming with changes: {changes}"] if changes else []
-        if any(content["run"].get(key) != identity[key] for key in ("data", "packing", "seed")):
+        if any(content["run"].get(key) != identity.get(key) for key in ("data", "packing", "seed")):
             content["best_loss"] = None
             notes.append(OTHER_SAMPLE)
         if before < total_steps:

@@ -135,5 +135,6 @@ def _sum_over_micro_batches(value_and_grad: Callable, params, batch, accumulatio
 
     micro_batches = jax.tree.map(split, batch)
     first = jax.tree.map(lambda x: x[0], micro_batches)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, params, first))
+    totals, _ = jax.eval_shape(value_and_grad, params, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros((), x.dtype), totals), jax.tree.map(jnp.zeros_like, params)
     return jax.lax.scan(add, zeros, micro_batches)[0]

@@ -20,7 +20,7 @@ from tinysft_jax.training.objectives import DPO
 from tinysft_jax.training.state import make_steps
 from tinysft_jax.training.step import make_likelihood_step, make_optimizer
 
-PAIRS, BETA, RATE = 4, 0.5, 3e-3
+PAIRS, BETA, RATE = 4, 0.5, 1e-3
 
 
 @pytest.mark.slow

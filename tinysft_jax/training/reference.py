@@ -26,7 +26,7 @@ from tinysft_jax.training.run import Run
 
 DIRECTORY = "reference"  # in the work directory; a file there is named by the hashes of data and model
 # Split → of each conversation, the log-likelihood of its supervised tokens.
-LogLikelihoods = dict[str, Float32[np.ndarray, " conversations"]]
+LogLikelihoods = dict[str, Float32[np.ndarray, " _"]]
 
 
 def fingerprint(config: GPTConfig, params: Params | None, seed: int) -> str:

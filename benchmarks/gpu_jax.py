@@ -23,7 +23,7 @@ from tinysft_jax.attention.backends import BACKENDS, obstacle, segment_attention
 from tinysft_jax.console import UserError
 from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.data.batches import BatchSource
-from tinysft_jax.data.packing import plan_epoch
+from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.model import GPT
 from tinysft_jax.parameters import make_model
@@ -98,7 +98,7 @@ def random_segments(n_rows: int, seq_len: int) -> Int32[np.ndarray, "B T"]:
 
 def packed(workspace: Path, rows: int, seq_len: int) -> BatchSource:
     split = PreparedData(workspace / "data").split("train")
-    return BatchSource(split, plan_epoch(split.lengths, seq_len), rows, seq_len)
+    return BatchSource(split, Packing(split.lengths, seq_len).epoch(), rows, seq_len)
 
 
 def measure_attention(size: Size, backend: str, segment_ids: Int32[np.ndarray, "B T"]) -> Row:

@@ -78,7 +78,8 @@ def make(demo: Path, work: Path, questions: int, cases: int) -> dict[str, float]
         if command == "preferences":
             options += [f"--checkpoint={sft}"]
         start = time.monotonic()
-        subprocess.run([sys.executable, *program, *options], check=True, stdout=subprocess.DEVNULL)
+        output_of = None if command == "preferences" else subprocess.DEVNULL  # its pairs and their scores
+        subprocess.run([sys.executable, *program, *options], check=True, stdout=output_of)
         seconds[output.name] = round(time.monotonic() - start, 1)
     return seconds
 

@@ -19,7 +19,7 @@ from tinysft_jax.accelerator import default_dtype
 from tinysft_jax.attention import blocks
 from tinysft_jax.data import prepare
 from tinysft_jax.data.batches import BatchSource
-from tinysft_jax.data.packing import plan_epoch
+from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.sharding import global_batch, make_mesh
@@ -51,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         prepare.main(["--embedded=500", f"--output={directory}/data", "--workers=1"])
         split = PreparedData(f"{directory}/data").split("train")
-        source = BatchSource(split, plan_epoch(split.lengths, flags.seq_len), flags.rows, flags.seq_len)
+        source = BatchSource(split, Packing(split.lengths, flags.seq_len).epoch(), flags.rows, flags.seq_len)
         parts = profile(config, source, flags.steps, Path(directory))
     total = sum(parts.values())
     table = Table("part", "share", "ms a step", caption="Time in each operation itself, on all threads.")

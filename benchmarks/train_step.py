@@ -31,7 +31,7 @@ from tinysft_jax.accelerator import default_dtype
 from tinysft_jax.attention.blocks import BLOCK, first_key_blocks
 from tinysft_jax.data import prepare
 from tinysft_jax.data.batches import BatchSource
-from tinysft_jax.data.packing import PackingPlan, plan_epoch
+from tinysft_jax.data.packing import Packing, PackingPlan
 from tinysft_jax.data.store import PreparedData, Split
 from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.sharding import global_batch, make_mesh
@@ -77,7 +77,7 @@ def unpacked(split: Split, rows: int, seq_len: int) -> BatchSource:
 
 
 def packed(split: Split, rows: int, seq_len: int) -> BatchSource:
-    return BatchSource(split, plan_epoch(split.lengths, seq_len), rows, seq_len)
+    return BatchSource(split, Packing(split.lengths, seq_len).epoch(), rows, seq_len)
 
 
 def cut(source: BatchSource) -> Iterator[dict[str, np.ndarray]]:

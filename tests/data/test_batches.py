@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 
 from tinysft_jax.data.batches import BatchSource, batches, epoch_batches
-from tinysft_jax.data.packing import plan_epoch
+from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.store import PreparedData
 
 
@@ -22,7 +22,7 @@ def split(chat_data):
 
 @pytest.fixture(scope="module")
 def source(split):
-    return BatchSource(split, plan_epoch(split.lengths, 128), batch_size=4, seq_len=128)
+    return BatchSource(split, Packing(split.lengths, 128).epoch(), batch_size=4, seq_len=128)
 
 
 def assert_same(first, second):
@@ -112,13 +112,13 @@ def test_workers_do_not_outlive_a_killed_parent(chat_data, tmp_path):
 import multiprocessing, time
 from absl import flags
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.data.packing import plan_epoch
+from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.batches import BatchSource, epoch_batches
 
 if __name__ == "__main__":
     flags.FLAGS(["program"])
     split = PreparedData({str(chat_data)!r}).split("train")
-    batches = epoch_batches(BatchSource(split, plan_epoch(split.lengths, 128), 1, 128), num_workers=1)
+    batches = epoch_batches(BatchSource(split, Packing(split.lengths, 128).epoch(), 1, 128), num_workers=1)
     next(batches)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(60)
@@ -146,4 +146,4 @@ def _is_running(pid):
 def test_batches_is_the_short_way(chat_data, split):
     batch = next(iter(batches(chat_data, split="train", batch_size=2, seq_len=100, seed=1)))
     assert all(array.shape == (2, 100) for array in batch.values())
-    assert_same(batch, BatchSource(split, plan_epoch(split.lengths, 100, seed=1), 2, 100)[0])
+    assert_same(batch, BatchSource(split, Packing(split.lengths, 100).epoch(seed=1), 2, 100)[0])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinysft_jax.console import UserError
-from tinysft_jax.data.packing import Packing, fill_rows, plan_epoch
+from tinysft_jax.data.packing import Packing, fill_rows
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=200).map(lambda lengths: np.array(lengths, np.int32))
 
@@ -83,7 +83,7 @@ def test_rows_of_story_lengths_are_nearly_full(corpus_lengths, seq_len, least):
 def test_an_epoch_is_a_function_of_seed_and_number():
     lengths = np.random.default_rng(0).integers(1, 50, 500).astype(np.int32)
     packing = Packing(lengths, 64)
-    one, same = packing.epoch(seed=3, epoch=1), plan_epoch(lengths, 64, seed=3, epoch=1)
+    one, same = packing.epoch(seed=3, epoch=1), Packing(lengths, 64).epoch(seed=3, epoch=1)
     np.testing.assert_array_equal(one.order, same.order)
     np.testing.assert_array_equal(one.row_starts, same.row_starts)
     for other in (packing.epoch(seed=3, epoch=2), packing.epoch(seed=4, epoch=1)):
@@ -114,4 +114,4 @@ def test_the_fingerprint_names_the_rows_lengths():
 
 def test_a_conversation_longer_than_a_row_is_an_error():
     with pytest.raises(UserError, match=r"seq_len is 50.*has 60 tokens.*--max_tokens"):
-        plan_epoch(np.array([5, 60], np.int32), 50)
+        Packing(np.array([5, 60], np.int32), 50)

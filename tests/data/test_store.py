@@ -19,7 +19,7 @@ from tinysft_jax.console import UserError
 from tinysft_jax.data import prepare
 from tinysft_jax.data.batches import BatchSource, batches, epoch_batches
 from tinysft_jax.data.encode import Encoder
-from tinysft_jax.data.packing import plan_epoch
+from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.sources import Item
 from tinysft_jax.data.store import ARRAYS, SPLITS, PreparedData, ShardWriter, Split, dtypes
 from tinysft_jax.tasks.make import STORIES
@@ -259,7 +259,7 @@ def test_tokens_outside_the_vocabulary(data):
     change_array(data, "tokens", lambda array: array.__setitem__(-1, 260))
     assert "the token id 260, its vocabulary has 260" in refusal(lambda: PreparedData(data).verify())
     split = PreparedData(data).split("train")
-    source = BatchSource(split, plan_epoch(split.lengths, 128), 4, 128)
+    source = BatchSource(split, Packing(split.lengths, 128).epoch(), 4, 128)
     assert "the token id 260" in refusal(lambda: list(epoch_batches(source)))
 
 

@@ -36,7 +36,7 @@ from tinysft_jax.conversion.torch import read_torch_checkpoint
 from tinysft_jax.data import prepare
 from tinysft_jax.data.batches import BatchSource
 from tinysft_jax.data.encode import Encoder
-from tinysft_jax.data.packing import plan_epoch
+from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.sources import open_input
 from tinysft_jax.data.store import SPLITS, PreparedData
 from tinysft_jax.parameters import ModelDescription, model_parameter_shapes
@@ -508,7 +508,7 @@ def test_prepared_data(fuzz, tmp_path, kind):
                 assert data.tasks[split.tasks[index]] and load_tokenizer(small).decode(ids)
                 assert (split.request(index) or {"task": "none"})["task"] is not None
             if len(split):
-                source = BatchSource(split, plan_epoch(split.item_lengths, 1024), 2, 1024)
+                source = BatchSource(split, Packing(split.item_lengths, 1024).epoch(), 2, 1024)
                 tokens = sum(int((source[i]["segment_ids"] > 0).sum()) for i in range(len(source)))
                 assert tokens == data.description["splits"][name]["tokens"]
 

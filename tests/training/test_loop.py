@@ -16,7 +16,7 @@ from tinysft_jax import files
 from tinysft_jax.checkpoints import load_description, load_model
 from tinysft_jax.console import Interrupted, RunError, UserError
 from tinysft_jax.data import prepare
-from tinysft_jax.data.packing import plan_epoch
+from tinysft_jax.data.packing import Packing
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.parameters import ModelDescription
 from tinysft_jax.training import loop
@@ -318,7 +318,7 @@ def test_the_functions_of_a_run_are_compiled_once(finished_run):
 @pytest.mark.slow
 def test_a_run_may_go_over_several_epochs(chat_data, tmp_path):
     split = PreparedData(chat_data).split("train")
-    rows = [len(plan_epoch(split.lengths, 64, 0, epoch)) for epoch in range(2)]
+    rows = [len(Packing(split.lengths, 64).epoch(0, epoch)) for epoch in range(2)]
     config = tiny_config(chat_data, train__num_epochs=2, train__batch_size=64, train__eval_interval=100)
     loop.train(config, tmp_path)
     assert max(losses(tmp_path)) == sum(-(-n // 64) for n in rows)

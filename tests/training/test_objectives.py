@@ -68,10 +68,18 @@ def packed(split, reference):
     return plan, batch
 
 
+def graph_of(name: str, **options) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: GPT(shape_of(name), rngs=nnx.Rngs(0), **options)))
+
+
+def scaled(tree, factor: float):
+    return jax.tree.map(lambda leaf: factor * leaf, tree)
+
+
 @functools.cache
 def mean_loss_and_gradient(name: str):
     """Jitted: the sums of a batch, and the gradient of the mean loss."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(shape_of(name), rngs=nnx.Rngs(0))))
+    graph = graph_of(name)
 
     def mean_loss(params, batch):
         sums = OBJECTIVES[name].sums(nnx.merge(graph, params), batch)
@@ -113,7 +121,7 @@ def test_loss_and_gradient_are_those_of_the_formula_in_float64(split, reference,
     np.testing.assert_allclose(sums["loss"] / sums["normalizer"], loss(params), rtol=1e-5)
     draws = np.random.default_rng(2)
     direction = jax.tree.map(lambda leaf: draws.normal(size=leaf.shape), params)
-    ahead, behind = (loss(jax.tree.map(lambda p, d: p + h * d, params, direction)) for h in (1e-6, -1e-6))  # noqa: B023
+    ahead, behind = (loss(jax.tree.map(np.add, params, scaled(direction, by))) for by in (1e-6, -1e-6))
     along = sum(jax.tree.leaves(jax.tree.map(lambda g, d: np.sum(np.float64(g) * d), gradient, direction)))
     np.testing.assert_allclose(along, (ahead - behind) / 2e-6, rtol=1e-4)
 
@@ -153,8 +161,7 @@ def test_packed_pairs_have_the_sums_and_gradients_of_pairs_alone(split, referenc
 def test_sums_by_task_are_those_of_the_pairs_of_each_task(split, reference, packed):
     plan, batch = packed
     for name in ("dpo", "reward"):
-        graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(shape_of(name), rngs=nnx.Rngs(0))))  # noqa: B023
-        eval_step = jax.jit(make_eval_step(graph, 3, OBJECTIVES[name]))
+        eval_step = jax.jit(make_eval_step(graph_of(name), 3, OBJECTIVES[name]))
         tasks = np.full((4, N_SEGMENTS), 2, np.int32)
         tasks[:, :2] = 1
         by_task = eval_step(params_of(name), batch | {"tasks": tasks})
@@ -166,8 +173,7 @@ def test_sums_by_task_are_those_of_the_pairs_of_each_task(split, reference, pack
 
 def test_against_itself_a_model_has_no_margin(packed):
     _, batch = packed
-    graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(shape_of("dpo"), rngs=nnx.Rngs(0))))
-    found = jax.jit(make_likelihood_step(graph, N_SEGMENTS))(params_of("dpo"), batch)
+    found = jax.jit(make_likelihood_step(graph_of("dpo"), N_SEGMENTS))(params_of("dpo"), batch)
     _, sums = mean_loss_and_gradient("dpo")(params_of("dpo"), batch | {"reference": found})
     assert found.shape == (4, N_SEGMENTS) and (found[:3, :2] < 0).all()
     np.testing.assert_allclose(sums["loss"] / sums["normalizer"], np.log(2), rtol=1e-6)
@@ -210,13 +216,11 @@ def test_devices_and_micro_batches_of_unequal_counts_change_nothing(
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), many_params, params)
 
 
-def test_bfloat16_gives_nearly_the_same(packed):
+@pytest.mark.parametrize("name", ["dpo", "reward"])
+def test_bfloat16_gives_nearly_the_same(packed, name):
     _, batch = packed
-    for name in ("dpo", "reward"):
-        graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(shape_of(name), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))  # noqa: B023
-        sums = jax.jit(lambda params, batch: OBJECTIVES[name].sums(nnx.merge(graph, params), batch))(  # noqa: B023
-            params_of(name), batch
-        )
-        _, exact = mean_loss_and_gradient(name)(params_of(name), batch)
-        np.testing.assert_allclose(sums["loss"], exact["loss"], rtol=0.03)
-        assert sums["loss"] != exact["loss"]
+    graph = graph_of(name, dtype=jnp.bfloat16)
+    sums = jax.jit(lambda params, batch: OBJECTIVES[name].sums(nnx.merge(graph, params), batch))(params_of(name), batch)
+    _, exact = mean_loss_and_gradient(name)(params_of(name), batch)
+    np.testing.assert_allclose(sums["loss"], exact["loss"], rtol=0.03)
+    assert sums["loss"] != exact["loss"]

@@ -8,7 +8,7 @@ import pytest
 from runs import assert_same_bits, losses, mesh_of, stop_at, tiny_config
 
 from tinysft_jax import export
-from tinysft_jax.checkpoints import is_reward_model, load_model, open_model
+from tinysft_jax.checkpoints import load_description, load_model, open_model
 from tinysft_jax.console import Interrupted, RunError, UserError
 from tinysft_jax.data import prepare
 from tinysft_jax.data.mixture import open_parts
@@ -142,7 +142,7 @@ def test_settings_of_dpo_belong_to_a_run(finished, pair_data):
 
 def test_a_reward_model_is_no_language_model(finished, chat_data, pair_data, tmp_path):
     objective, _, workdir = finished
-    assert is_reward_model(workdir) == is_reward_model(workdir / "model") == (objective == "reward")
+    assert load_description(workdir / "model").config.scalar_head == (objective == "reward")
     if objective == "dpo":
         with pytest.raises(UserError, match=r"is a language model; give a reward model$"):
             load_model(workdir, reward=True)

@@ -15,7 +15,7 @@ from tiny_model import OTHERS, family, random_params
 from tinysft_jax import accelerator
 from tinysft_jax.attention import backends
 from tinysft_jax.data.batches import BatchSource
-from tinysft_jax.data.packing import PackingPlan, plan_epoch
+from tinysft_jax.data.packing import Packing, PackingPlan
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.model import GPT
@@ -71,7 +71,7 @@ def assert_trees_close(one, other, **tolerance):
 @pytest.fixture(scope="module")
 def packed_and_alone(split):
     """Four packed rows, and their conversations a row each; both with rows of padding, so that they have one shape."""
-    plan = plan_epoch(split.lengths, 128)
+    plan = Packing(split.lengths, 128).epoch()
     packed = BatchSource(split, plan, 4, 128)[0]
     members = plan.order[: int(packed["segment_ids"].max(axis=1).sum())]
     alone = BatchSource(split, PackingPlan(members, np.arange(len(members) + 1)), len(members), 128)[0]
@@ -112,7 +112,7 @@ def test_layers_recomputed_or_one_by_one_have_the_same_loss_and_gradients(packed
 @pytest.mark.parametrize("name", ["default", *slow("everything")])
 def test_accumulated_micro_batches_equal_one_batch(split, name):
     """With unequal numbers of supervised tokens, and one micro-batch without any."""
-    batch = BatchSource(split, plan_epoch(split.lengths, 128), 8, 128)[0]
+    batch = BatchSource(split, Packing(split.lengths, 128).epoch(), 8, 128)[0]
     batch["weights"][1::4] = 0
     batch["weights"][0, 40:] = 0
     whole_state, whole = step_of(name)(first_state(name), batch)
@@ -125,7 +125,7 @@ def test_accumulated_micro_batches_equal_one_batch(split, name):
 
 
 def test_a_batch_without_targets_is_harmless(split):
-    batch = BatchSource(split, plan_epoch(split.lengths, 128), 8, 128)[0]
+    batch = BatchSource(split, Packing(split.lengths, 128).epoch(), 8, 128)[0]
     batch["weights"][:] = 0
     state, metrics = step_of()(first_state(), batch)
     assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
@@ -137,7 +137,7 @@ def losses_on(
 ) -> tuple[list[float], list[int]]:
     """Losses of the first steps of a run on a mesh, and how often the train and evaluation step were compiled."""
     mesh, config = mesh_of(*mesh_sizes), family(name)
-    source = BatchSource(split, plan_epoch(split.lengths, 128), 8, 128)
+    source = BatchSource(split, Packing(split.lengths, 128).epoch(), 8, 128)
     with jax.set_mesh(mesh):
         schedule = warmup_cosine(1e-3, 2, 40)
         optimizer = make_optimizer(schedule, 0.01, 0.9, 0.95, 1.0)
@@ -320,7 +320,7 @@ def get(tree, path):
 
 def test_the_average_follows_the_parameters(split):
     """By the formula, with a growing memory first and then the decay asked for."""
-    batch = BatchSource(split, plan_epoch(split.lengths, 128), 8, 128)[0]
+    batch = BatchSource(split, Packing(split.lengths, 128).epoch(), 8, 128)[0]
     state, step = first_state(average=PARAMS), step_of(ema_decay=0.25)
     expected = np.asarray(PARAMS["ln_f"]["scale"])
     for decay in (2 / 11, 0.25, 0.25):
@@ -340,7 +340,7 @@ def poisoned(batch):
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_step_without_a_finite_loss_changes_nothing(split, accumulation):
     """Neither parameters, moments, counts nor the average; the next one is as if it had not been."""
-    source = BatchSource(split, plan_epoch(split.lengths, 128), 8, 128)
+    source = BatchSource(split, Packing(split.lengths, 128).epoch(), 8, 128)
     step = step_of(accumulation=accumulation, ema_decay=0.25)
     before, metrics = step(first_state(average=PARAMS), source[0])
     assert not metrics["skipped"]
@@ -352,7 +352,7 @@ def test_a_step_without_a_finite_loss_changes_nothing(split, accumulation):
 
 def test_a_gradient_beyond_float32_changes_nothing(split):
     """With a finite loss, and on several devices, whose state is donated."""
-    source = BatchSource(split, plan_epoch(split.lengths, 128), 8, 128)
+    source = BatchSource(split, Packing(split.lengths, 128).epoch(), 8, 128)
     mesh = mesh_of(2, 2, 2)
     with jax.set_mesh(mesh):
         model = nnx.eval_shape(lambda: GPT(CONFIG, rngs=nnx.Rngs(0)))

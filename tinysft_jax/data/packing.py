@@ -95,11 +95,6 @@ class Packing:
         return PackingPlan(order, row_starts)
 
 
-def plan_epoch(lengths: Int[np.ndarray, " n"], seq_len: int, seed: int = 0, epoch: int = 0) -> PackingPlan:
-    """The rows of one epoch; see `Packing`."""
-    return Packing(lengths, seq_len).epoch(seed, epoch)
-
-
 # The search ends when the rows exceed the lower bound by at most this share.
 TOLERANCE = 0.002
 

@@ -172,7 +172,6 @@ class RunStatus:
     skipped_steps: tuple[int, ...] | list[int] = (0, 0)  # in the run, and in a row up to now
 
 
-OTHER_SAMPLE = "the validation sample is not what it was: the search for the best model starts over"
 FORMAT_VERSION = 2  # of a checkpoint; version 1 had queries, keys and their moments interleaved
 _TWO_COUNTS: Kind = ("two whole numbers", lambda value: isinstance(value, list) and [*map(type, value)] == [int, int])
 _STATUS: Schema = {  # `RunStatus`, but for the step
@@ -253,8 +252,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise UserError(f"{workdir} has done {self.newest} steps already, more than {total_steps}")
         notes = [f"resuming with changes: {changes}"] if changes else []
         if any(content["run"].get(key) != identity.get(key) for key in ("data", "packing", "seed")):
-            content["best_loss"] = None
-            notes.append(OTHER_SAMPLE)
+            content["eval_rows"] = 0  # of another sample
         if before < total_steps:
             notes.append(_effect_of_more_steps(config, before, total_steps, self.newest))
         model = ModelDescription.from_json(content["model"], where)

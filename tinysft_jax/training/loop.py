@@ -166,7 +166,7 @@ def log_metrics(run: Run, step: int, metrics: Metrics) -> None:
     total, in_a_row = (total + 1, in_a_row + 1) if values["skipped"] else (total, 0)
     run.status.skipped_steps = total, in_a_row
     is_due = step % run.config.train.log_interval == 0 or step in (1, run.batches.total_steps)
-    run.log.step(step, values, run.batches.rows_until(step), total, is_due)
+    run.log.step(step, values, run.batches.rows_until(step) if is_due else {}, total, is_due)
     if values["skipped"] and distributed.is_first():
         run.log.say(logs.write_skipped(run.workdir, step, values, run.batches.conversations(step)))
     if in_a_row >= most:

@@ -11,7 +11,7 @@ from tinysft_jax.data.mixture import Part, open_parts
 from tinysft_jax.export import check_exports
 from tinysft_jax.parameters import Params
 from tinysft_jax.sharding import process_part
-from tinysft_jax.training.checkpoints import OTHER_SAMPLE, Checkpoints, RunStatus, run_identity
+from tinysft_jax.training.checkpoints import Checkpoints, RunStatus, run_identity
 from tinysft_jax.training.config import check_run
 from tinysft_jax.training.evaluate import Evaluator, evaluation_rows, n_evaluations
 from tinysft_jax.training.log import RunLog
@@ -99,9 +99,9 @@ def _settle_evaluation(
 ) -> int:
     """Sets the rows of the periodic evaluations; returns those of the final one."""
     eval_rows, final_rows = evaluation_rows(config, total_steps, evaluator.n_rows, status.eval_rows)
-    if status.step and eval_rows != status.eval_rows and OTHER_SAMPLE not in notes:
+    if status.step and eval_rows != status.eval_rows:
         status.best_loss = None
-        notes.append(OTHER_SAMPLE)
+        notes.append("the validation sample is not what it was: the search for the best model starts over")
     status.eval_rows = eval_rows
     if n_rows := evaluator.n_rows:
         sample = f"{eval_rows:,} of {n_rows:,} rows, {n_evaluations(total_steps, config.train.eval_interval):,} times"

@@ -104,6 +104,16 @@ def test_of_settings_and_losses_only_what_can_be_is_told(workdir, tmp_path):
     assert '"init_from": "7"' in text and "step 20," in text and "val_loss" not in text
 
 
+def test_the_figures_are_those_of_the_runs_objective(workdir):
+    config = json.loads((workdir / "config.json").read_text())
+    config["config"]["objective"] = "dpo"
+    (workdir / "config.json").write_text(json.dumps(config))
+    figures = {"dpo/val_loss": 0.5, "dpo/val_accuracy": 0.8, "sft/val_loss": 3.0}
+    (workdir / "metrics.jsonl").write_text(json.dumps({"step": 20, **figures}) + "\n")
+    run = read_run(workdir)
+    assert run.loss == 0.5 and run.metrics == {"dpo/val_loss": 0.5, "dpo/val_accuracy": 0.8}
+
+
 def test_of_an_unknown_run_nothing_is_said(tmp_path):
     text = card(tmp_path / "folder", "m", load_description(make_model_directory(tmp_path / "model", "control")))
     assert "## Training" not in text and "## Data" not in text and "Evaluation" not in text

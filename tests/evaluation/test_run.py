@@ -221,6 +221,24 @@ def test_data_without_requests_are_refused(fixtures, tmp_path):
         run.main(["--checkpoint=x", f"--data={fixtures / 'data_version_1'}", f"--output={tmp_path / 'out'}"])
 
 
+def test_several_data_sets_are_reported_one_by_one(models, chat_data, tmp_path):
+    """Under their directories' names; the weights don't matter."""
+    chats = chat_data.parent / "chats.jsonl"
+    options = ["--bpe_ranks=256", "--max_tokens=64", "--valid_fraction=0.5", "--workers=1", "--limit=20"]
+    prepare.main([f"--input={chats}", f"--output={tmp_path / 'few'}", *options])
+    (tmp_path / "many").symlink_to(chat_data)
+    data = f"{tmp_path / 'few'}=1,{tmp_path / 'many'}=5"
+    run.main([f"--checkpoint={models / 'ends'}", f"--data={data}", f"--output={tmp_path / 'out'}", "--cases=3"])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["settings"]["data"] == data and [*report["tasks"]] == ["few/chat", "many/chat"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [line["data"] for line in lines] == ["few"] * 3 + ["many"] * 3 and {line["task"] for line in lines} == {
+        "chat"
+    }
+    cases = draw_cases(PreparedData(tmp_path / "few"), 3)
+    assert [line["ground_truth"] for line in lines[:3]] == [case.ground_truth for case in cases]
+
+
 def test_an_existing_output_is_refused_before_any_work(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=r"out exists; choose another --output or add --overwrite$"):

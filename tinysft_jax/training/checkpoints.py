@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -111,6 +112,15 @@ def _matching(directory: Path, names: str) -> list[Path]:
     if not directory.is_dir():
         return []
     return [path for path in directory.iterdir() if re.fullmatch(names, path.name) and path.is_dir()]
+
+
+def _remove(directory: Path) -> None:
+    """Removes a directory; orbax's threads may still write there when one of them has failed."""
+    for _ in range(100):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.05)
 
 
 def data_hash(data: PreparedData) -> str:
@@ -271,7 +281,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         newer = [self._path(step) for step in self._steps() if step > self.newest]
         unfinished = r"\.[0-9]+\.(partial|old).*"  # orbax appends to the name while it writes
         for path in [*newer, *_matching(self._directory, unfinished)]:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
     def save(self, state: TrainState, status: RunStatus) -> None:
         """Starts to write; returns once the state, which may then be donated, is copied to the host.

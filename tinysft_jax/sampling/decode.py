@@ -18,8 +18,8 @@ from tinysft_jax.console import UserError
 from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.model import GPT, LayerCache, cached_hidden, fuse_projections, head_logits
 from tinysft_jax.parameters import Params
-from tinysft_jax.sampling.filters import Knobs, SamplingOptions, draw, penalize
-from tinysft_jax.sampling.kept_cache import KeptCache
+from tinysft_jax.sampling.filters import Knobs, SamplingOptions, draw, log_probabilities, penalize
+from tinysft_jax.sampling.kept_cache import KeptCache, lengthen
 from tinysft_jax.sharding import batch_sharding, batch_shards
 
 Prompt = Sequence[int] | np.ndarray
@@ -30,6 +30,8 @@ CHUNK, STREAM_CHUNK = 64, 8
 ACCELERATOR_CHUNK = 16
 # Lengths are rounded up to powers of two, from this one on.
 SHORTEST_BUCKET = 32
+# A batch that rows have left is halved, down to this many: fewer are hardly faster, and each number is compiled.
+FEWEST_ROWS = 8
 # A stream's prompt is fed in pieces of two lengths: as many of the long ones as it fills, then short ones. That
 # compiles little and pads little.
 PIECES = (256, SHORTEST_BUCKET)
@@ -103,7 +105,14 @@ def prefill(
     return state._replace(cache=cache, hidden=last, positions=state.positions + lengths)
 
 
-@functools.partial(jax.jit, static_argnames=("top_k", "config", "all_steps"), donate_argnames="state")
+class Drawn(NamedTuple):
+    """An answer as it was drawn, with the stop id that ended it."""
+
+    ids: list[int]
+    log_probs: list[float]  # of each id: of the softmax of logits over temperature, without what is forbidden
+
+
+@functools.partial(jax.jit, static_argnames=("top_k", "config", "all_steps", "log_probs"), donate_argnames="state")
 def advance(
     params: Params,
     state: DecodeState,
@@ -112,8 +121,11 @@ def advance(
     top_k: int,
     config: GPTConfig,
     all_steps: int = 0,
-) -> tuple[DecodeState, Int32[Array, "B chunk"]]:
+    log_probs: bool = False,
+) -> tuple[DecodeState, tuple[Int32[Array, "B chunk"], Float[Array, "B chunk"] | None]]:
     """Draws up to `n_steps` (at most `CHUNK`) tokens a row; returns the state and the tokens, padded with -1.
+
+    The tokens include the stop id; with `log_probs`, their log-probabilities come with them.
 
     A token is fed as soon as it is drawn, so the cache always holds all that was returned. A row that draws a stop id
     is finished. The loop ends when all rows are; but with `all_steps` it makes that many steps, in place of `n_steps`:
@@ -130,7 +142,8 @@ def advance(
         logits = jnp.where(knobs.forbidden[None], -jnp.inf, logits)
         # Random numbers belong to a row and a position: neither chunks nor buckets change what is drawn.
         token = draw(logits, jax.vmap(jax.random.fold_in)(row_keys, state.positions), knobs, top_k)
-        active = (state.positions < state.limits) & ~(token[:, None] == knobs.stop_ids[None]).any(axis=1)
+        unfinished = state.positions < state.limits
+        active = unfinished & ~(token[:, None] == knobs.stop_ids[None]).any(axis=1)
         hidden, cache = cached_hidden(params, token[:, None], state.positions[:, None], state.cache, config)
         state = state._replace(
             cache=cache,
@@ -139,13 +152,17 @@ def advance(
             limits=jnp.where(active, state.limits, state.positions),
             seen=state.seen.at[jnp.arange(len(token)), token].set(True, unique_indices=True),
         )
-        return state, new.at[:, i].set(jnp.where(active, token, -1))
+        ids, log_p = new
+        if log_probs:
+            log_p = log_p.at[:, i].set(log_probabilities(logits, token, knobs.temperature))
+        return state, (ids.at[:, i].set(jnp.where(unfinished, token, -1)), log_p)
 
     def unfinished(carry):
         i, state, _ = carry
         return (i < n_steps) & (state.positions < state.limits).any()
 
-    new = jnp.full((len(state.positions), CHUNK), -1, jnp.int32)
+    shape = (len(state.positions), CHUNK)
+    new = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32) if log_probs else None
     if all_steps:
         return jax.lax.fori_loop(0, all_steps, lambda i, carry: step(i, *carry), (state, new))
     carry = jnp.int32(0), state, new
@@ -189,24 +206,67 @@ class Decoder:
 
         A prompt's random numbers depend on its row; `first_row` is that of the first prompt, in a larger task.
         """
+        drawn = self._draw(prompts, options, batch_size, first_row)
+        return [_without_stop(answer.ids, options) for answer in drawn]
+
+    def sample(self, prompts: Sequence[Prompt], options: SamplingOptions, batch_size: int = 32) -> list[Drawn]:
+        """As `generate`, with the stop id and all log-probabilities.
+
+        The options are without top-k, top-p and min-p, for which the log-probabilities don't hold; the temperature is
+        above 0.
+        """
+        return self._draw(prompts, options, batch_size, log_probs=True)
+
+    def _draw(
+        self,
+        prompts: Sequence[Prompt],
+        options: SamplingOptions,
+        batch_size: int,
+        first_row: int = 0,
+        log_probs: bool = False,
+    ) -> list[Drawn]:
+        """The answers, in batches of prompts of about the same length.
+
+        Rows that have ended leave a batch, and its cache grows as it is needed. That changes no answer.
+        """
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
         length = self.max_length(options)
         prompts = [check_prompt(prompt, f"prompt {row}", self.config, length) for row, prompt in enumerate(prompts)]
-        answers, knobs = [[] for _ in prompts], self._knobs(options)
+        answers, knobs = [Drawn([], []) for _ in prompts], self._knobs(options)
         by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # neighbours share a bucket
         for first in range(0, len(prompts), batch_size):
             rows = by_length[first : first + batch_size]
-            n_rows = -(-_bucket(len(rows)) // self._shards) * self._shards
-            filled = rows + (n_rows - len(rows)) * rows[-1:]  # the last one again
+            filled = rows + (self._n_rows(len(rows)) - len(rows)) * rows[-1:]  # the last one again
             batch = [prompts[row] for row in filled]
-            state = self._begin(batch, [first_row + row for row in filled], options)
-            state, unfinished = self._feed(state, batch, self._slots(max(map(len, batch)))), True
-            while unfinished:
-                state, new, unfinished = self._advance(state, knobs, options.top_k, CHUNK)
-                for row, ids in zip(rows, new, strict=False):
-                    answers[row] += ids
+            size = self._slots(max(map(len, batch)))
+            state = self._begin(batch, [first_row + row for row in filled], options, n_steps=CHUNK)
+            state = self._feed(state, batch, size)
+            while rows:
+                state, new, is_unfinished = self._advance(state, knobs, options.top_k, CHUNK, log_probs)
+                for row, (ids, values) in zip(rows, new, strict=False):
+                    answers[row].ids.extend(ids)
+                    answers[row].log_probs.extend(values)
+                rows, state = self._without_finished(rows, state, is_unfinished)
         return answers
+
+    def _without_finished(
+        self, rows: list[int], state: DecodeState, is_unfinished: np.ndarray
+    ) -> tuple[list[int], DecodeState]:
+        """A smaller batch, if it has room for the rows that are unfinished; and a cache with room for their next step.
+
+        A row that stays although it is finished is not `unfinished` for long: it draws nothing more.
+        """
+        places = np.flatnonzero(is_unfinished[: len(rows)])
+        if not len(places):
+            return [], state
+        n_rows = max(self._n_rows(len(places)), self._n_rows(FEWEST_ROWS))
+        if n_rows <= len(state.positions) // 2:
+            rows = [rows[place] for place in places]
+            state = _select(state, np.pad(places, (0, n_rows - len(places)), mode="edge"))
+            state = jax.device_put(state, self._sharding(n_rows))
+        end = np.minimum(*jax.device_get((state.positions + CHUNK, state.limits))).max()
+        return rows, state._replace(cache=lengthen(state.cache, self._cache_slots(int(end))))
 
     def stream(
         self, prompt: Prompt, options: SamplingOptions, kept: KeptCache | None = None, row: int = 0
@@ -237,7 +297,8 @@ class Decoder:
         n_steps, unfinished = 1, True
         while unfinished:
             kept.ids, kept.layers = [], []  # the buffers are about to be overwritten
-            state, (new, *_), unfinished = self._advance(state, knobs, options.top_k, n_steps)
+            state, ((drawn, _), *_), (unfinished,) = self._advance(state, knobs, options.top_k, n_steps)
+            new = _without_stop(drawn, options)
             ids = ids + new
             kept.layers, kept.ids = state.cache, ids
             n_steps = STREAM_CHUNK
@@ -275,9 +336,18 @@ class Decoder:
         return Knobs(*map(np.float32, scalars), np.uint32(options.seed), stop_ids, forbidden)
 
     def _begin(
-        self, prompts: Sequence[Prompt], rows: list[int], options: SamplingOptions, start: int = 0, cache: Any = ()
+        self,
+        prompts: Sequence[Prompt],
+        rows: list[int],
+        options: SamplingOptions,
+        start: int = 0,
+        cache: Any = (),
+        n_steps: int | None = None,
     ) -> DecodeState:
-        """The state of these rows before their prompts' tokens from `start` on; a new cache if none is given."""
+        """The state of these rows before their prompts' tokens from `start` on.
+
+        If no cache is given, a new one, with room for the prompts and `n_steps` (None: all) of their answers.
+        """
         n_rows, config = len(rows), self.config
         limits = [self._limit(len(prompt), options) for prompt in prompts]
         seen = np.zeros((n_rows, config.padded_vocab_size), bool)
@@ -285,7 +355,8 @@ class Decoder:
             row[prompt] = True
         seen[:, [id_ for id_ in options.stop_ids if 0 <= id_ < config.vocab_size]] = False
         if not cache:
-            shape = (n_rows, config.n_kv_heads, self._cache_slots(max(limits)), config.head_dim)
+            ends = limits if n_steps is None else map(min, limits, (len(prompt) + n_steps for prompt in prompts))
+            shape = (n_rows, config.n_kv_heads, self._cache_slots(max(ends)), config.head_dim)
             empty = functools.partial(jnp.zeros, shape, self._dtype, device=self._sharding(n_rows))
             cache = [(empty(), empty()) for _ in range(config.n_layers)]
         hidden = np.zeros((n_rows, config.dim), self._dtype)
@@ -302,16 +373,27 @@ class Decoder:
         return prefill(self._params, state, tokens, lengths, self.config)
 
     def _advance(
-        self, state: DecodeState, knobs: Knobs, top_k: int, n_steps: int
-    ) -> tuple[DecodeState, list[list[int]], bool]:
-        """Draws up to `n_steps` tokens: the new state, each row's new ids, and whether any row is unfinished."""
+        self, state: DecodeState, knobs: Knobs, top_k: int, n_steps: int, log_probs: bool = False
+    ) -> tuple[DecodeState, list[tuple[list[int], list[float]]], Bool[np.ndarray, " B"]]:
+        """Draws up to `n_steps` tokens: the new state, each row's new ids with log-probabilities, and what is
+        unfinished.
+        """
         top_k = top_k if top_k < self.config.vocab_size else 0
         all_steps = 0
         if accelerator.is_present():  # one length to read along, and one for batches: each is compiled by itself
             all_steps = STREAM_CHUNK if n_steps <= STREAM_CHUNK else ACCELERATOR_CHUNK
-        state, new = advance(self._params, state, np.int32(n_steps), knobs, top_k, self.config, all_steps)
-        new, positions, limits = jax.device_get((new, state.positions, state.limits))
-        return state, [row[row >= 0].tolist() for row in new], bool((positions < limits).any())
+        state, new = advance(self._params, state, np.int32(n_steps), knobs, top_k, self.config, all_steps, log_probs)
+        (ids, log_p), positions, limits = jax.device_get((new, state.positions, state.limits))
+        log_p = log_p if log_probs else np.zeros((len(ids), 0), np.float32)
+        found = [
+            (row[row >= 0].tolist(), values[: np.sum(row >= 0)].tolist())
+            for row, values in zip(ids, log_p, strict=True)
+        ]
+        return state, found, positions < limits
+
+    def _n_rows(self, n: int) -> int:
+        """`n` rows, rounded up so that few numbers are compiled, to a multiple of the devices."""
+        return -(-_bucket(n) // self._shards) * self._shards
 
     def _sharding(self, n_rows: int) -> NamedSharding | None:
         """How rows are divided over the mesh; a stream's single one is not."""
@@ -334,3 +416,13 @@ class Decoder:
 def _bucket(n: int) -> int:
     """The first power of two that is at least `n`."""
     return 1 << (n - 1).bit_length()
+
+
+def _without_stop(ids: list[int], options: SamplingOptions) -> list[int]:
+    return ids[:-1] if ids and ids[-1] in options.stop_ids else ids
+
+
+@jax.jit
+def _select(state: DecodeState, places: Int32[Array, " n"]) -> DecodeState:
+    """The state of these rows."""
+    return jax.tree.map(lambda of_rows: of_rows[places], state)

@@ -87,6 +87,14 @@ def draw(logits: Float[Array, "B V"], keys: Key[Array, " B"], knobs: Knobs, top_
     return _draw_from_all(logits, keys, knobs)
 
 
+def log_probabilities(
+    logits: Float[Array, "B V"], tokens: Int32[Array, " B"], temperature: Float[Array, ""]
+) -> Float[Array, " B"]:
+    """Each row's log-probability of its token at a temperature, before top-k, top-p and min-p."""
+    log_p = jax.nn.log_softmax(logits / jnp.maximum(temperature, _TINY))
+    return jnp.take_along_axis(log_p, tokens[:, None], axis=1)[:, 0]
+
+
 def top_k_by_blocks(logits: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B k"], Int32[Array, "B k"]]:
     """`jax.lax.top_k` along a long row, ties included, but faster.
 

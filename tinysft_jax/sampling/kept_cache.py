@@ -32,6 +32,11 @@ class KeptCache:
                 break
             n_kept += 1
         self.ids, self.layers = [], []
-        if layers and (missing := n_slots - layers[0][0].shape[2]) > 0:
-            layers = jax.tree.map(lambda part: jnp.pad(part, ((0, 0), (0, 0), (0, missing), (0, 0))), layers)
-        return n_kept, layers
+        return n_kept, lengthen(layers, n_slots)
+
+
+def lengthen(layers: list[LayerCache], n_slots: int) -> list[LayerCache]:
+    """The cache with empty slots behind its own, if it has fewer than `n_slots`."""
+    if not layers or (missing := n_slots - layers[0][0].shape[2]) <= 0:
+        return layers
+    return jax.tree.map(lambda part: jnp.pad(part, ((0, 0), (0, 0), (0, missing), (0, 0))), layers)

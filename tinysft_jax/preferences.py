@@ -19,7 +19,7 @@ from tinysft_jax.data.store import SPLITS, PreparedData
 from tinysft_jax.evaluation.cases import Case, open_questions, read_case
 from tinysft_jax.evaluation.metrics import require_libraries
 from tinysft_jax.evaluation.run import load, make_decoder
-from tinysft_jax.rewards import DEFAULT_REWARDS, parse_weights, score
+from tinysft_jax.rewards.registry import DEFAULT_REWARDS, Answered, parse_weights, score
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.resumable import Lines, write_lines
@@ -131,7 +131,7 @@ def write_pairs(
 
     def sample(case: Case, ids: list[int]) -> Sample:
         text, stopped = tokenizer.decode(ids), not decoder.is_full(case.prompt, ids, options)
-        return Sample(text, stopped, *score(flags.rewards, case, text, stopped))
+        return Sample(text, stopped, *score(flags.rewards, Answered(case, text, stopped)))
 
     def ask(numbers: range) -> tuple[list[Record], int]:
         asked = [cases[number] for number in numbers for _ in range(n)]

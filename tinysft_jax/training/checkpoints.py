@@ -133,7 +133,7 @@ def run_identity(config: ConfigDict, parts: list[Part], packings: list[Packing],
     data = parts[0].data
     values, template = flat(config), data.description["chat_template"]
     sections = ("model.", "optimizer.") if config.init_from in ("", RANDOM) else ("optimizer.",)
-    sections += (f"{config.objective}.",)
+    sections += (f"{config.objective}.", *(("reward",) if config.objective == "grpo" else ()))  # and its rewards
     mixed = [f"{part.share} {part.name} " if part.name else "" for part in parts]
     return {
         # Not of runs from before there was a choice.

@@ -29,8 +29,9 @@ SETTINGS = {
     "seed": Setting(0, "of random weights, order of the data, validation sample", below=2**31),
     "objective": Setting(
         "sft",
-        "answers' likelihood (plain text's, too), or of pairs: direct preference optimization, a reward model",
-        choices=("sft", "dpo", "reward"),
+        "answers' likelihood (plain text's, too); of pairs: direct preference optimization, a reward model; rewards of "
+        "own answers",
+        choices=("sft", "dpo", "reward", "grpo"),
     ),
     "init_from": Setting(
         "",
@@ -51,6 +52,28 @@ SETTINGS = {
     "dpo.beta": Setting(0.1, "how much a log-likelihood ratio counts: the higher, the closer to the start", 1e-6),
     "dpo.length_normalized": Setting(False, "ratios of a token, not an answer; beta is then 100 times higher"),
     "dpo.sft_weight": Setting(0.0, "of the chosen answer's mean negative log-likelihood of a token, beside DPO's loss"),
+    "rewards": Setting(
+        "words:1,sentence:1,dialogue:1,moral:1,answer:1,ends:0.3,repetition:0.3,length:0.5,fluency:0.5",
+        "what answers are worth: names and weights; docs/alignment.md",
+    ),
+    "reward_model": Setting("", "for the reward preferred: a model trained with configs/reward.py"),
+    "grpo.prompts": Setting(8, "questions of a step", 1),
+    "grpo.group_size": Setting(8, "answers to each question", 2),
+    "grpo.tasks": Setting("", "whose questions are asked, with commas between; empty: all"),
+    "grpo.updates": Setting(1, "optimizer steps on the same answers", 1),
+    "grpo.clip": Setting(0.2, "how far from 1 the ratio of a token's probabilities has a gradient", 1e-6),
+    "grpo.kl": Setting(0.0, "weight of the divergence from the model at the start"),
+    "grpo.normalizer": Setting(
+        "constant",
+        "what the sum over tokens is divided by: the step's answers × their greatest length, or its answers' tokens",
+        choices=("constant", "tokens"),
+    ),
+    "grpo.by_deviation": Setting(False, "advantages are divided by the standard deviation of their group"),
+    "grpo.temperature": Setting(1.0, "of sampling, and of the probabilities that are trained", 1e-3),
+    "grpo.cut_off": Setting("wrong", "answers without room to end: worth 0 or left out", choices=("wrong", "masked")),
+    "grpo.max_gap": Setting(
+        0.1, "between sampler's and trainer's log-probability of a token, on average, beyond which a run stops"
+    ),
     "optimizer.learning_rate": Setting(2e-5, "peak, after warm-up; a tenth of pretraining's"),
     "optimizer.warmup_steps": Setting(500, "of linear warm-up, before a cosine to 0 at the last step"),
     "optimizer.weight_decay": Setting(0.01, "of AdamW, times the learning rate"),
@@ -61,7 +84,7 @@ SETTINGS = {
     "optimizer.ema_decay": Setting(0.0, "of a moving average of the parameters, to evaluate and keep; 0: off", below=1),
     "train.max_steps": Setting(10_000, "optimizer steps", 1),
     "train.num_epochs": Setting(None, "if set, replaces max_steps", 1),
-    "train.batch_size": Setting(4, "packed rows of an optimizer step, over all devices", 1),
+    "train.batch_size": Setting(4, "packed rows of an optimizer step (of grpo: computed together), all devices'", 1),
     "train.grad_accumulation_steps": Setting(1, "micro-batches of a step", 1),
     "train.log_interval": Setting(10, "steps between lines of metrics", 1),
     "train.eval_interval": Setting(500, "steps between evaluations; both ends of the run have one too", 1),
@@ -191,16 +214,18 @@ def check_run(config: ConfigDict, total_steps: int, max_tokens: int, per_item: i
     objective needs other data than items of `per_item` conversations.
     """
     warmup, seq_len = config.optimizer.warmup_steps, config.data.seq_len
-    if per_item == 1 and config.objective != "sft":
+    if per_item == 1 and config.objective in ("dpo", "reward"):
         raise UserError(
             f"objective {config.objective} learns from pairs, and data.path holds none; prepare them with --format "
             "preference-jsonl"
         )
-    if per_item == 2 and config.objective == "sft":
+    if per_item == 2 and config.objective in ("sft", "grpo"):
         raise UserError(
-            "data.path holds pairs, and objective sft learns from conversations; use --config=configs/dpo.py or "
-            "configs/reward.py"
+            f"data.path holds pairs, and objective {config.objective} learns from conversations; use "
+            "--config=configs/dpo.py or configs/reward.py"
         )
+    if config.objective == "grpo":
+        check_updates(config, total_steps)
     if warmup > total_steps:
         raise UserError(f"optimizer.warmup_steps {warmup} is longer than the run of {total_steps} steps")
     if seq_len < max_tokens:
@@ -208,6 +233,16 @@ def check_run(config: ConfigDict, total_steps: int, max_tokens: int, per_item: i
             f"data.seq_len {seq_len} is below the data's max_tokens {max_tokens}; raise data.seq_len or prepare with "
             f"--max_tokens {seq_len}"
         )
+
+
+def check_updates(config: ConfigDict, total_steps: int) -> None:
+    """Raises: UserError, if a run could end, be saved or be cut into micro-batches amid the steps on its answers."""
+    updates = config.grpo.updates
+    for key, steps in (("train.max_steps", total_steps), ("train.save_interval", config.train.save_interval)):
+        if steps % updates:
+            raise UserError(f"{key} {steps} is not a multiple of grpo.updates {updates}; choose one")
+    if config.train.grad_accumulation_steps != 1:
+        raise UserError("objective grpo takes train.batch_size rows at a time; leave train.grad_accumulation_steps 1")
 
 
 def check_model(seq_len: int, max_seq_len: int, n_heads: int, tensor: int) -> None:

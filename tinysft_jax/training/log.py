@@ -26,6 +26,7 @@ MetricLine = dict[str, int | float]  # a line of metrics.jsonl: "step", and what
 # Names of metrics, before which metrics.jsonl has the objective's name: "sft/val_loss".
 TRAIN, VAL = "train_", "val_"  # figures of a step, and of the validation sample
 VAL_LOSS = f"{VAL}loss"  # over all tasks; with "/<task>" appended, over one of them
+REWARD = f"{TRAIN}reward"  # of GRPO, the mean of a step's answers
 FINAL = "final_"  # before the name of what is measured of the kept model, at the end
 FINAL_ROWS = f"{FINAL}{VAL}rows"  # of the sample that it was evaluated on
 
@@ -68,25 +69,25 @@ def peak_flops() -> float | None:
     return peak * jax.device_count() if peak else None
 
 
-def loss_unit(objective: str) -> str:
-    """What the loss of an objective is measured in."""
-    return "nats per supervised token" if objective == "sft" else "nats per pair"
+def title(objective: str) -> str:
+    """What is shown of a run: the loss with its unit; of GRPO, whose loss means nothing, the reward."""
+    return {"sft": "loss (nats per supervised token)", "grpo": "reward"}.get(objective, "loss (nats per pair)")
 
 
 class Rates:
     """Tokens per second since the last report, over the time spent on training alone."""
 
-    def __init__(self, config: GPTConfig, batch_size: int, seq_len: int):
-        self._config, self._batch_size, self._seq_len = config, batch_size, seq_len
+    def __init__(self, config: GPTConfig, seq_len: int):
+        self._config, self._seq_len = config, seq_len
         self.started: float | None = None  # when the first step, which includes compilation, was done
-        self._totals = np.zeros(3)  # steps, tokens, supervised tokens
+        self._totals = np.zeros(3)  # positions, tokens, supervised tokens
 
-    def count(self, tokens: int | float, supervised_tokens: int | float) -> None:
+    def count(self, positions: int | float, tokens: int | float, supervised_tokens: int | float) -> None:
         """Adds a finished step; the first one starts the clock and is not counted."""
         if self.started is None:
             self.started = time.perf_counter()
         else:
-            self._totals += 1, tokens, supervised_tokens
+            self._totals += positions, tokens, supervised_tokens
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -98,15 +99,15 @@ class Rates:
 
     def report(self) -> dict[str, float]:
         """The rates since the last report; empty if no step was counted."""
-        steps, tokens, supervised = self._totals.tolist()
-        if not steps or self.started is None:
+        positions, tokens, supervised = self._totals.tolist()
+        if not positions or self.started is None:
             return {}
         now = time.perf_counter()
         seconds, self.started, self._totals = now - self.started, now, np.zeros(3)
         rates = {
             "tokens_per_second": tokens / seconds,
             "supervised_tokens_per_second": supervised / seconds,
-            "padding_fraction": 1 - tokens / (steps * self._batch_size * self._seq_len),
+            "padding_fraction": 1 - tokens / positions,
         }
         if peak := peak_flops():
             rates["mfu"] = train_flops(self._config, tokens, supervised, self._seq_len) / seconds / peak
@@ -118,7 +119,7 @@ class RunLog(contextlib.ExitStack):
 
     def __init__(self, config: ConfigDict, workdir: Path, shape: GPTConfig, total_steps: int):
         super().__init__()
-        self.rates = Rates(shape, config.train.batch_size, config.data.seq_len)
+        self.rates = Rates(shape, config.data.seq_len)
         self._workdir, self._prefix, self._rate = workdir, f"{config.objective}/", ""
         self._file, self._wandb = None, None
         self._progress = Progress("step", total_steps, quiet=not distributed.is_first())
@@ -150,17 +151,18 @@ class RunLog(contextlib.ExitStack):
 
         `more` is logged beside them.
         """
-        self.rates.count(values["tokens"], values["supervised_tokens"])
+        self.rates.count(*(values[name] for name in ("positions", "tokens", "supervised_tokens")))
         line = {"skipped_steps": skipped_steps}
         is_due = is_due and not values["skipped"]
         if is_due:
-            others = ("skipped", "tokens", "supervised_tokens", "grad_norm", "lr")
+            others = ("skipped", "positions", "tokens", "supervised_tokens", "grad_norm", "lr")
             line |= {TRAIN + key: value for key, value in values.items() if key not in others}
             line |= {key: values[key] for key in ("grad_norm", "lr")}
             line |= more | self.rates.report()
             if rate := line.get("supervised_tokens_per_second"):
                 self._rate = f"  {rate:,.0f} supervised tokens/s"
-        self._progress.update(step, f"loss {values['loss']:.4f}  lr {values['lr']:.2e}{self._rate}", always=is_due)
+        watched = f"reward {line[REWARD]:.3f}" if REWARD in line else f"loss {values['loss']:.4f}"
+        self._progress.update(step, f"{watched}  lr {values['lr']:.2e}{self._rate}", always=is_due)
         if is_due or values["skipped"]:
             self.write(step, line)
 
@@ -214,22 +216,24 @@ def write_skipped(workdir: Path, step: int, values: dict[str, float], conversati
     return f"step {step:,} skipped: its loss is {loss}, its gradient norm {norm}; conversations {shown}, … (see {path})"
 
 
-def plot_loss(workdir: Path, lines: list[MetricLine], unit: str) -> None:
-    """Draws training and validation loss over steps into `loss.png`."""
+def plot_loss(workdir: Path, lines: list[MetricLine], objective: str) -> None:
+    """Draws training and validation loss, or of GRPO the reward, over steps into `loss.png`."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    steps, losses = _series(lines, f"{TRAIN}loss")
+    axes, name = figure.subplots(), "reward" if objective == "grpo" else "loss"
+    steps, losses = _series(lines, TRAIN + name)
     if steps:
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
         axes.plot(steps, _running_mean(losses), color="tab:blue", label="training (smoothed)")
-    if any(VAL_LOSS in line for line in lines):
-        axes.plot(*_series(lines, VAL_LOSS), color="black", marker="o", markersize=4, label="validation")
-    for key in sorted({key for line in lines for key in line if key.startswith(f"{VAL_LOSS}/")}):
-        axes.plot(*_series(lines, key), linewidth=1, linestyle="--", label=key.removeprefix(f"{VAL_LOSS}/"))
-    axes.set(xlabel="step", ylabel=f"loss ({unit})", yscale="log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    if any(VAL + name in line for line in lines):
+        axes.plot(*_series(lines, VAL + name), color="black", marker="o", markersize=4, label="validation")
+    for key in sorted({key for line in lines for key in line if key.startswith(f"{VAL}{name}/")}):
+        axes.plot(*_series(lines, key), linewidth=1, linestyle="--", label=key.removeprefix(f"{VAL}{name}/"))
+    axes.set(xlabel="step", ylabel=title(objective))
+    if name == "loss":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
     if axes.lines:
         axes.legend(fontsize="small")
@@ -247,14 +251,17 @@ def _running_mean(values: list[float]) -> np.ndarray:
     return np.convolve(values, window)[:n] / np.convolve(np.ones(n), window)[:n]
 
 
-def print_summary(lines: list[MetricLine], best_step: int, unit: str) -> None:
-    """Prints the validation loss by task, and other figures: before training, at the best step, of the kept model."""
+def print_summary(lines: list[MetricLine], best_step: int, objective: str) -> None:
+    """Prints the validation loss by task, or the reward by its parts, and other figures.
+
+    Before training, at the best step, and of the kept model.
+    """
     evaluated = {line["step"]: line for line in lines if VAL_LOSS in line}
     if not {0, best_step} <= evaluated.keys():
         return
     final = next((line for line in lines if FINAL_ROWS in line), {})
     columns = [(evaluated[0], VAL), (evaluated[best_step], VAL), (final, FINAL + VAL)]
-    table = Table("task", title=f"validation loss ({unit})", min_width=44)
+    table = Table("task", title=f"validation {title(objective)}", min_width=44)
     for name in ("before", f"step {best_step:,}", f"kept model, {final.get(FINAL_ROWS, 0):,} rows"):
         table.add_column(name, justify="right")
     names = {key.removeprefix(prefix) for line, prefix in columns for key in line if key.startswith(prefix)} - {"rows"}

@@ -16,8 +16,8 @@ from tinysft_jax.sharding import batch_shards, global_batch, make_mesh
 from tinysft_jax.training import log as logs
 from tinysft_jax.training.checkpoints import locked, move_other_run, save_best
 from tinysft_jax.training.config import check_batch, check_config, parse_window, resolved
-from tinysft_jax.training.log import FINAL, FINAL_ROWS, VAL, VAL_LOSS, loss_unit
-from tinysft_jax.training.reference import fingerprint, use_reference
+from tinysft_jax.training.log import FINAL, FINAL_ROWS, VAL, VAL_LOSS
+from tinysft_jax.training.reference import fingerprint, use_reference, use_start
 from tinysft_jax.training.run import Run, open_run
 from tinysft_jax.training.step import Metrics, TrainState
 from tinysft_jax.training.stop import StopRequest
@@ -50,9 +50,7 @@ def train(config: ConfigDict, workdir: Path, accept_changes: bool = False, verif
                     run.log.say(text)
                 state = train_steps(run, state)
                 finish(run, state)
-            distributed.on_first(
-                lambda: logs.print_summary(run.log.lines(), run.status.best_step, loss_unit(config.objective))
-            )
+            distributed.on_first(lambda: logs.print_summary(run.log.lines(), run.status.best_step, config.objective))
     except OSError as error:
         raise RunError(f"can't write {workdir}: {error.strerror or error}") from None
     except jax.errors.JaxRuntimeError as error:
@@ -68,10 +66,12 @@ def first_state(run: Run, params: Params | None) -> TrainState:
     """The state that training goes on from; of a new run, with these parameters."""
     config, status, steps, is_new = run.config, run.status, run.steps, run.checkpoints.newest < 0
     state = steps.create(params, config.seed) if is_new else None
+    if config.objective in ("dpo", "grpo") and is_new:
+        status.reference = fingerprint(status.model.config, params, config.seed)
     if config.objective == "dpo":
-        if is_new:
-            status.reference = fingerprint(status.model.config, params, config.seed)
         use_reference(run, state and state["params"])
+    if config.objective == "grpo":
+        use_start(run, params)
     return state or run.checkpoints.restore(steps.shapes, steps.shardings)
 
 
@@ -101,6 +101,7 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
     """
     status, stop, train = run.status, run.stop, run.config.train
     total_steps, window = run.batches.total_steps, parse_window(run.config.profile)
+    per_sample = run.batches.per_sample  # steps, amid which a run neither stops nor is saved
     first_traced = max(window.start, status.step)  # a run may resume within the window
     pending: tuple[int, Metrics] | None = None  # of the step before, read while the devices compute the next one
 
@@ -111,7 +112,7 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
         evaluate(run, state)
     with contextlib.closing(run.batches), contextlib.ExitStack() as profiler:
         batch, failure = next_batch(run, state)
-        while batch is not None and not stop.agreed():
+        while batch is not None and (status.step % per_sample or not stop.agreed()):
             if status.step == first_traced and status.step in window:
                 profiler.enter_context(jax.profiler.trace(run.workdir / "profile"))
             if status.step == window.stop:
@@ -125,7 +126,7 @@ def train_steps(run: Run, state: TrainState) -> TrainState:
                 log_metrics(run, *pending)
             pending = status.step, metrics
             evaluates, saves = is_due(train.eval_interval), is_due(train.save_interval)
-            if evaluates or saves or status.step == 1:
+            if evaluates or saves or status.step == 1 or not run.batches.is_ahead:
                 log_metrics(run, *pending)
                 pending = None
             with run.log.rates.paused():
@@ -166,7 +167,12 @@ def log_metrics(run: Run, step: int, metrics: Metrics) -> None:
     total, in_a_row = (total + 1, in_a_row + 1) if values["skipped"] else (total, 0)
     run.status.skipped_steps = total, in_a_row
     is_due = step % run.config.train.log_interval == 0 or step in (1, run.batches.total_steps)
-    run.log.step(step, values, run.batches.rows_until(step) if is_due else {}, total, is_due)
+    if step % run.batches.per_sample == 1 % run.batches.per_sample and values.get("gap", 0) > run.config.grpo.max_gap:
+        raise RunError(
+            f"step {step:,}: the log-probabilities of sampler and trainer differ by {values['gap']:.3g} a token, more "
+            "than grpo.max_gap; use train.dtype=float32, or raise it"
+        )
+    run.log.step(step, values, run.batches.metrics(step) if is_due else {}, total, is_due)
     if values["skipped"] and distributed.is_first():
         run.log.say(logs.write_skipped(run.workdir, step, values, run.batches.conversations(step)))
     if in_a_row >= most:
@@ -184,19 +190,25 @@ def evaluate(run: Run, state: TrainState) -> None:
     if VAL_LOSS not in losses:  # there is no validation data, or the run was asked to stop
         return
     loss, status.evaluated_step = losses[VAL_LOSS], status.step
-    run.log.say(f"step {status.step:,}: validation loss {loss:.4f}")
+    run.log.say(f"step {status.step:,}: {_shown(losses)}")
     if status.step and loss < (math.inf if status.best_loss is None else status.best_loss):
         status.best_loss, status.best_step = loss, status.step
         save_best(run.workdir, status.step, params, status.model)
     run.log.write(status.step, losses)
     if distributed.is_first():
         lines = run.log.lines()
-        logs.plot_loss(run.workdir, lines, loss_unit(run.config.objective))
+        logs.plot_loss(run.workdir, lines, run.config.objective)
         if run.config.objective == "dpo" and is_falling([line[CHOSEN] for line in lines if CHOSEN in line]):
             run.log.say(
                 f"the chosen answers are less likely at each evaluation, now by {-losses[CHOSEN]:.1f} nats: DPO asks "
                 "for their lead alone; raise dpo.sft_weight or dpo.beta, or lower optimizer.learning_rate"
             )
+
+
+def _shown(losses: dict[str, float]) -> str:
+    """The figure by which the best model is chosen."""
+    name = "reward" if f"{VAL}reward" in losses else "loss"
+    return f"validation {name} {losses[VAL + name]:.4f}"
 
 
 def is_falling(values: list[float]) -> bool:
@@ -223,6 +235,6 @@ def finish(run: Run, state: TrainState) -> None:
         message = "stopped during the final evaluation; all steps are saved, run the same command to finish"
         raise Interrupted(message, run.stop.exit_code)
     if VAL_LOSS in losses:
-        run.log.say(f"kept model (step {status.best_step:,}): validation loss {losses[VAL_LOSS]:.4f}")
+        run.log.say(f"kept model (step {status.best_step:,}): {_shown(losses)}")
         final = {FINAL + key: value for key, value in losses.items()}
         run.log.write(status.step, final | {FINAL_ROWS: run.final_rows})

@@ -2,10 +2,11 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
@@ -18,6 +19,20 @@ from tinysft_jax.sharding import batch_axes
 # Larger ones make the head's products faster, and the last one emptier.
 CHUNK, LARGEST_CHUNK = 512, 4096
 SCOPE = "supervised_chunks"  # name of the loop over chunks in profiles and compiled programs
+
+
+class Softmax(NamedTuple):
+    """A distribution over the vocabulary, of logits with padding from `vocab_size` on."""
+
+    vocab_size: int
+    temperature: int | float = 1.0  # logits are divided by it; above 0
+    forbidden: tuple[int, ...] = ()  # ids without probability, as in `SamplingOptions`
+
+    def log_probs(self, logits: Float[Array, "c V"]) -> Float[Array, "c V"]:
+        if self.forbidden:
+            is_forbidden = np.isin(np.arange(logits.shape[1]), self.forbidden)
+            logits = jnp.where(is_forbidden[None], -jnp.inf, logits)
+        return jax.nn.log_softmax(logits if self.temperature == 1 else logits / self.temperature)
 
 
 def supervised_nll(
@@ -33,7 +48,8 @@ def supervised_nll(
     cost follows their number. The gradients are computed beside the loss, so the backward pass needs no logits.
     `embedding` is padded from row `vocab_size` on.
     """
-    return _over_batch_shards(functools.partial(_nll, vocab_size), "sum", hidden, embedding, targets, weights)
+    nll = functools.partial(_nll, Softmax(vocab_size))
+    return _over_batch_shards(nll, "sum", hidden, embedding, targets, weights)
 
 
 def token_nll(
@@ -41,13 +57,13 @@ def token_nll(
     embedding: Float[Array, "V D"],
     targets: Int32[Array, "B T"],
     weights: Float[Array, "B T"],
-    vocab_size: int,
+    softmax: Softmax,
 ) -> Float[Array, "B T"]:
     """Each position's weight · −log p(target), as in `supervised_nll`, for losses that are no sum over positions.
 
     Its gradient depends on what is made of the values, so the backward pass computes the logits once more.
     """
-    return _over_batch_shards(functools.partial(_token_nll, vocab_size), "batch", hidden, embedding, targets, weights)
+    return _over_batch_shards(functools.partial(_token_nll, softmax), "batch", hidden, embedding, targets, weights)
 
 
 def _over_batch_shards(
@@ -69,11 +85,11 @@ def _over_batch_shards(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nll(vocab_size: int, hidden, embedding, targets, weights):
-    return _nll_forward(vocab_size, hidden, embedding, targets, weights)[0]
+def _nll(softmax: Softmax, hidden, embedding, targets, weights):
+    return _nll_forward(softmax, hidden, embedding, targets, weights)[0]
 
 
-def _nll_forward(vocab_size: int, hidden, embedding, targets, weights):
+def _nll_forward(softmax: Softmax, hidden, embedding, targets, weights):
     """The loss, and as residuals its gradients by `hidden` and `embedding`."""
     n, order, size = weights.size, _supervised_first(weights), _chunk_size(weights.size)
     table = embedding.astype(hidden.dtype)  # once, not for each chunk
@@ -81,7 +97,7 @@ def _nll_forward(vocab_size: int, hidden, embedding, targets, weights):
     def add(carry, chunk):
         loss, d_embedding, d_hidden, start = carry
         h, _, _ = chunk
-        nll, d_logits = _chunk_nll(vocab_size, table, *chunk)
+        nll, d_logits = _chunk_nll(softmax, table, *chunk)
         d_logits = d_logits.astype(h.dtype)
         d_embedding += product("cv,cd->vd", d_logits, h, jnp.float32)
         d_h = product("cv,vd->cd", d_logits, table)
@@ -93,7 +109,7 @@ def _nll_forward(vocab_size: int, hidden, embedding, targets, weights):
     return loss, (d_hidden[_inverse(order)].reshape(hidden.shape), d_embedding.astype(embedding.dtype), weights)
 
 
-def _nll_backward(vocab_size: int, residuals, g):
+def _nll_backward(softmax: Softmax, residuals, g):
     d_hidden, d_embedding, weights = residuals
     return (g * d_hidden).astype(d_hidden.dtype), g * d_embedding, None, jnp.zeros_like(weights)
 
@@ -102,13 +118,13 @@ _nll.defvjp(_nll_forward, _nll_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_nll(vocab_size: int, hidden, embedding, targets, weights):
+def _token_nll(softmax: Softmax, hidden, embedding, targets, weights):
     n, order, size = weights.size, _supervised_first(weights), _chunk_size(weights.size)
     table = embedding.astype(hidden.dtype)
 
     def add(carry, chunk):
         values, start = carry
-        nll, _ = _chunk_nll(vocab_size, table, *chunk)
+        nll, _ = _chunk_nll(softmax, table, *chunk)
         return jax.lax.dynamic_update_slice(values, nll, (start,)), start + size
 
     values = jnp.zeros(-(-n // size) * size, jnp.float32)  # in the order of `order`
@@ -116,14 +132,14 @@ def _token_nll(vocab_size: int, hidden, embedding, targets, weights):
     return values[_inverse(order)].reshape(weights.shape)
 
 
-def _token_nll_forward(vocab_size: int, *arguments):
-    return _token_nll(vocab_size, *arguments), arguments
+def _token_nll_forward(softmax: Softmax, *arguments):
+    return _token_nll(softmax, *arguments), arguments
 
 
-def _token_nll_backward(vocab_size: int, arguments, g):
+def _token_nll_backward(softmax: Softmax, arguments, g):
     """The gradients of Σ g · weight · −log p."""
     hidden, embedding, targets, weights = arguments
-    _, (d_hidden, d_embedding, _) = _nll_forward(vocab_size, hidden, embedding, targets, g * weights)
+    _, (d_hidden, d_embedding, _) = _nll_forward(softmax, hidden, embedding, targets, g * weights)
     return d_hidden, d_embedding, None, jnp.zeros_like(weights)
 
 
@@ -168,10 +184,11 @@ def _over_chunks(add, carry, hidden, targets, weights):
         return jax.lax.fori_loop(0, (count + size - 1) // size, body, _varying(carry))
 
 
-def _chunk_nll(vocab_size: int, table, h, targets, weights) -> tuple[Float[Array, " c"], Float[Array, "c V"]]:
-    """Each position's weight · −log p(target), and its gradient by the logits: weight · (softmax − one-hot)."""
-    logits = head_logits(h, table, vocab_size)
-    log_p = jax.nn.log_softmax(logits)
+def _chunk_nll(softmax: Softmax, table, h, targets, weights) -> tuple[Float[Array, " c"], Float[Array, "c V"]]:
+    """Each position's weight · −log p(target), and its gradient by the logits: weight · (p − one-hot) / temperature."""
+    logits = head_logits(h, table, softmax.vocab_size)
+    log_p = softmax.log_probs(logits)
     is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
     nll = -(weights * jnp.sum(jnp.where(is_target, log_p, 0), axis=-1))
-    return nll, weights[:, None] * (jnp.exp(log_p) - is_target)
+    d_scores = weights[:, None] * (jnp.exp(log_p) - is_target)
+    return nll, d_scores if softmax.temperature == 1 else d_scores / softmax.temperature

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from tinysft_jax.linear import product
 from tinysft_jax.model import GPT
-from tinysft_jax.training.loss import supervised_nll, token_nll
+from tinysft_jax.training.loss import Softmax, supervised_nll, token_nll
 
 Batch = dict[str, jax.Array]
 # "loss", what is minimised, and further figures, each a sum that the sum "normalizer" divides; scalars, or by task.
@@ -26,6 +26,8 @@ class Objective(abc.ABC):
     """What `make_train_step` and `make_eval_step` need, for rows of at most `n_segments` segments."""
 
     n_segments: int
+
+    fills_all = True  # the batch; or some micro-batches are empty, and need no computing
 
     @abc.abstractmethod
     def values(self, model: GPT, batch: Batch) -> Sums:
@@ -121,9 +123,54 @@ class RewardModel(PairObjective):
         return values | {"chosen": chosen, "rejected": rejected}
 
 
+@dataclasses.dataclass(frozen=True)
+class GRPO(Objective):
+    """Group relative policy optimization (Shao et al. 2024, https://arxiv.org/abs/2402.03300, eq. 3).
+
+    PPO's clipped objective for each token, with an answer's advantage over its group in place of a value network:
+    −min(ratio · A, clip(ratio, 1 − `clip`, 1 + `clip`) · A), plus `kl` times (start / p − log(start / p) − 1), an
+    estimate of the divergence from the model at the start (eq. 4). ratio = p / (probability with which the sampler drew
+    the token), p under `softmax`.
+
+    `batch["weights"]` are the tokens' weights in the loss, times the number of trained tokens, which is the normalizer:
+    so the other figures are means over these tokens. Of each trained token, float32[B, T]: `batch["advantages"]`,
+    `batch["log_probs"]`, the sampler's, and if `kl`, `batch["start"]`, that model's log-probabilities.
+
+    Figures: clip, the share of tokens without a gradient because of the clipping; gap, the mean absolute difference of
+    log p and the sampler's; kl.
+    """
+
+    softmax: Softmax
+    clip: int | float = 0.2
+    kl: int | float = 0.0
+
+    fills_all = False
+
+    def values(self, model: GPT, batch: Batch) -> Sums:
+        is_trained = batch["weights"] != 0
+        log_p = token_log_probs(model, batch | {"weights": is_trained}, self.softmax)
+        difference, advantages = jnp.where(is_trained, log_p - batch["log_probs"], 0), batch["advantages"]
+        ratio = jnp.exp(difference)
+        gained, clipped = advantages * ratio, advantages * jnp.clip(ratio, 1 - self.clip, 1 + self.clip)
+        loss, figures = -jnp.minimum(gained, clipped), {"clip": clipped < gained, "gap": jnp.abs(difference)}
+        if self.kl:
+            rest = jnp.where(is_trained, batch["start"] - log_p, 0)
+            figures["kl"] = jnp.exp(rest) - rest - 1
+            loss += self.kl * figures["kl"]
+        values = {"loss": loss * batch["weights"], "normalizer": is_trained}
+        values |= {name: jnp.where(is_trained, of, 0) for name, of in figures.items()}
+        return {name: jnp.sum(of, axis=1, keepdims=True, dtype=jnp.float32) for name, of in values.items()}
+
+
+def token_log_probs(model: GPT, batch: Batch, softmax: Softmax) -> Float[Array, "B T"]:
+    """log p of each position's target where it has a weight, which counts 1; else 0."""
+    hidden, table, targets, weights = _head_inputs(model, batch)
+    return -token_nll(hidden, table, targets, (weights != 0).astype(jnp.float32), softmax)
+
+
 def answer_log_likelihoods(model: GPT, batch: Batch, n_segments: int) -> Float[Array, "B segments"]:
     """Σ weight · log p of each segment's supervised tokens, in nats."""
-    nll = token_nll(*_head_inputs(model, batch), model.config.vocab_size)
+    nll = token_nll(*_head_inputs(model, batch), Softmax(model.config.vocab_size))
     return -segment_sums(nll, batch, n_segments)
 
 
@@ -151,8 +198,13 @@ def _head_inputs(model: GPT, batch: Batch) -> tuple[jax.Array, ...]:
     return hidden, model.head_table(), batch["targets"], batch["weights"]
 
 
-def objective_of(config: ConfigDict, n_segments: int) -> Objective:
-    """The objective of a configuration, for rows of at most `n_segments` conversations."""
+def objective_of(config: ConfigDict, n_segments: int, softmax: Softmax | None = None) -> Objective:
+    """The objective of a configuration, for rows of at most `n_segments` conversations.
+
+    `softmax`: of GRPO, the distribution that answers are drawn from.
+    """
+    if config.objective == "grpo":
+        return GRPO(n_segments, softmax, config.grpo.clip, config.grpo.kl)
     if config.objective == "dpo":
         return DPO(n_segments, **config.dpo)
     return (RewardModel if config.objective == "reward" else SupervisedTokens)(n_segments)

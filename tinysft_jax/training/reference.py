@@ -1,6 +1,7 @@
-"""The reference of DPO: the log-likelihoods of all answers under the model that a run starts from.
+"""The model that a run starts from, with which DPO and GRPO compare.
 
-They are computed once, before the first step, and kept in the work directory. So no second model is in memory.
+DPO needs the log-likelihoods of all answers. They are computed once, before the first step, and kept in the work
+directory. So no second model is in memory. GRPO's answers are new at each step, so it keeps the model itself.
 """
 
 import hashlib
@@ -22,7 +23,9 @@ from tinysft_jax.parameters import Params
 from tinysft_jax.sharding import batch_shards, global_batch
 from tinysft_jax.training.checkpoints import data_hash
 from tinysft_jax.training.evaluate import packed_batches
+from tinysft_jax.training.rollout import Answerer
 from tinysft_jax.training.run import Run
+from tinysft_jax.training.state import RANDOM, starting_model
 
 DIRECTORY = "reference"  # in the work directory; a file there is named by the hashes of data and model
 # Split → of each conversation, the log-likelihood of its supervised tokens.
@@ -61,6 +64,24 @@ def use_reference(run: Run, params: Params | None) -> None:
     run.batches.source.n_segments = run.evaluator.n_segments
     for source, split in ((run.batches.source, "train"), (run.evaluator, "valid")):
         source.reference = [of[split] for of in found]
+
+
+def use_start(run: Run, params: Params | None) -> None:
+    """Gives a run of GRPO the model that it starts from, which judges answers.
+
+    `params` are that model's, of a new run; None: random ones. Raises: RunError, if one that resumes finds another.
+    """
+    config, status = run.config, run.status
+    if run.checkpoints.newest >= 0 and config.init_from not in ("", RANDOM):
+        model, params = starting_model(config.init_from, {}, run.parts[0].data)
+        if fingerprint(model.config, params, config.seed) != status.reference:
+            raise RunError(
+                f"{config.init_from} is not the model that the run started from, by which answers are judged; put it "
+                "back, or choose another --workdir"
+            )
+    start = run.steps.create(params, config.seed)["params"]
+    answerer = Answerer(config, run.parts[0].data, run.mesh, status.model, run.steps, start)
+    run.batches.answerer = run.evaluator.answerer = answerer
 
 
 def _compute(run: Run, params: Params, part: Part, name: str, packing: Packing) -> Float32[np.ndarray, " n"]:

@@ -7,7 +7,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tinysft_jax import distributed
+from tinysft_jax.console import UserError
 from tinysft_jax.data.mixture import Part, open_parts
+from tinysft_jax.data.store import PreparedData
 from tinysft_jax.export import check_exports
 from tinysft_jax.parameters import Params
 from tinysft_jax.sharding import process_part
@@ -16,6 +18,7 @@ from tinysft_jax.training.config import check_run
 from tinysft_jax.training.evaluate import Evaluator, evaluation_rows, n_evaluations
 from tinysft_jax.training.log import RunLog
 from tinysft_jax.training.objectives import objective_of
+from tinysft_jax.training.rollout import HeldOut, Rollouts, sampling_softmax
 from tinysft_jax.training.source import TrainingBatches
 from tinysft_jax.training.state import Steps, check_tokenizer, starting_model, steps_of
 from tinysft_jax.training.stop import StopRequest
@@ -30,8 +33,8 @@ class Run:
     mesh: Mesh
     stop: StopRequest
     parts: list[Part]
-    batches: TrainingBatches
-    evaluator: Evaluator
+    batches: TrainingBatches | Rollouts
+    evaluator: Evaluator | HeldOut
     final_rows: int  # of the final evaluation, that of the kept model
     checkpoints: Checkpoints
     status: RunStatus
@@ -52,7 +55,8 @@ def open_run(
     data = [part.data for part in parts]
     for each in data if verify else ():
         each.verify()
-    batches = TrainingBatches(config, parts, process_part(mesh))
+    is_grpo = config.objective == "grpo"
+    batches = Rollouts(config, _only(parts)) if is_grpo else TrainingBatches(config, parts, process_part(mesh))
     total_steps = batches.total_steps
     check_run(config, total_steps, max(each.description["max_tokens"] for each in data), data[0].per_item)
     identity = run_identity(config, parts, batches.packings, total_steps)
@@ -60,16 +64,28 @@ def open_run(
         {"the configuration": config.to_json(), "the data": identity["data"], "its packing": identity["packing"]}
     )
     distributed.check_shared(workdir)
-    evaluator = Evaluator(parts, config, mesh, max(packing.most_items for packing in batches.packings))
+    if is_grpo:
+        evaluator = HeldOut(config, data[0])
+    else:
+        evaluator = Evaluator(parts, config, mesh, max(packing.most_items for packing in batches.packings))
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     status, params, changes, notes = _start_or_resume(config, workdir, parts, checkpoints, identity, accept_changes)
     final_rows = _settle_evaluation(config, total_steps, evaluator, status, notes)
     check_exports(config.export, status.model)
-    objective = objective_of(config, evaluator.n_segments)
-    steps = steps_of(config, status.model.config, total_steps, evaluator.n_tasks, mesh, objective)
-    log = RunLog(config, workdir, status.model.config, total_steps)
+    shape = status.model.config
+    softmax = sampling_softmax(config, data[0], shape) if is_grpo else None
+    objective = objective_of(config, evaluator.n_segments, softmax)
+    steps = steps_of(config, shape, total_steps, evaluator.n_tasks, mesh, objective, batches.accumulation)
+    log = RunLog(config, workdir, shape, total_steps)
     what = config, workdir, mesh, stop, parts, batches, evaluator, final_rows, checkpoints, status, steps, log
     return Run(*what, changes, notes), params
+
+
+def _only(parts: list[Part]) -> PreparedData:
+    """The data set. Raises: UserError, if there are several."""
+    if len(parts) > 1:
+        raise UserError("objective grpo asks the questions of one data set; data.path gives several")
+    return parts[0].data
 
 
 def _start_or_resume(

@@ -70,6 +70,8 @@ class TrainingBatches(contextlib.AbstractContextManager):
     data don't depend on the parameters. Those of the following steps are built meanwhile.
     """
 
+    per_sample, accumulation, is_ahead = 1, None, True  # see `Rollouts`
+
     def __init__(self, config: ConfigDict, parts: list[Part], process_part: tuple[int, int]):
         batch_size, rows = config.train.batch_size, []
         self._parts, self._workers = parts, config.data.num_workers
@@ -109,8 +111,8 @@ class TrainingBatches(contextlib.AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def rows_until(self, step: int) -> dict[str, int]:
-        """Of a mixture, the rows of each part in the steps up to this one, as metrics."""
+    def metrics(self, step: int) -> dict[str, int]:
+        """Of a mixture, the rows of each part in the steps up to this one."""
         counts = self.schedule.rows_before(step * self._batch_size)
         return {f"rows/{part.name}": n for part, n in zip(self._parts, counts, strict=True) if part.name}
 

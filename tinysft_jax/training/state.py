@@ -125,6 +125,7 @@ class Steps(NamedTuple):
     create: Callable[[Params | None, int], TrainState]  # (host parameters or None: random ones, seed) -> step 0's state
     shapes: TrainState
     shardings: TrainState
+    graph: nnx.GraphDef  # of the model, which `nnx.merge` joins with its parameters
 
 
 def make_steps(
@@ -166,13 +167,22 @@ def make_steps(
     over_rows = functools.partial(jax.jit, in_shardings=(shardings["params"], rows), out_shardings=whole)
     eval_step = over_rows(make_eval_step(graph, n_tasks, objective))
     likelihood_step = over_rows(make_likelihood_step(graph, objective.n_segments))
-    return Steps(train_step, eval_step, likelihood_step, create, shapes, shardings)
+    return Steps(train_step, eval_step, likelihood_step, create, shapes, shardings, graph)
 
 
 def steps_of(
-    config: ConfigDict, shape: GPTConfig, total_steps: int, n_tasks: int, mesh: Mesh, objective: Objective = SFT
+    config: ConfigDict,
+    shape: GPTConfig,
+    total_steps: int,
+    n_tasks: int,
+    mesh: Mesh,
+    objective: Objective = SFT,
+    accumulation: int | None = None,
 ) -> Steps:
-    """The steps of a configuration. Raises: UserError, if the model does not fit it, or attention can't run here."""
+    """The steps of a configuration, with its number of micro-batches unless `accumulation` is given.
+
+    Raises: UserError, if the model does not fit it, or attention can't run here.
+    """
     check_model(config.data.seq_len, shape.max_seq_len, shape.n_heads, mesh.shape["tensor"])
     dtype = default_dtype() if config.train.dtype == "auto" else jnp.dtype(config.train.dtype)
     attention = choose_backend(config.train.attention, config.data.seq_len, shape.n_heads, shape.head_dim, dtype)
@@ -183,5 +193,5 @@ def steps_of(
     ema_decay = settings.pop("ema_decay")
     schedule = warmup_cosine(settings.pop("learning_rate"), settings.pop("warmup_steps"), total_steps)
     optimizer = make_optimizer(schedule, **settings)
-    accumulation = config.train.grad_accumulation_steps
+    accumulation = accumulation or config.train.grad_accumulation_steps
     return make_steps(mesh, model, optimizer, schedule, n_tasks, accumulation, ema_decay, objective)

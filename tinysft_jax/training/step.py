@@ -74,7 +74,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         params = state["params"]
         (_, sums), grads = _sum_over_micro_batches(
-            jax.value_and_grad(loss_and_sums, has_aux=True), params, batch, accumulation
+            jax.value_and_grad(loss_and_sums, has_aux=True), params, batch, accumulation, objective.fills_all
         )
         normalizer = sums.pop("normalizer")
         scale = 1 / jnp.where(normalizer > 0, normalizer, 1)
@@ -87,8 +87,9 @@ def make_train_step(
             "grad_norm": grad_norm,  # before clipping
             "skipped": ~finite,
             "lr": schedule(state["step"]),
-            "supervised_tokens": jnp.sum(batch["weights"]),
+            "supervised_tokens": jnp.sum(batch["weights"] != 0),
             "tokens": jnp.sum(batch["segment_ids"] > 0),
+            "positions": _n_computed(batch["segment_ids"], accumulation, objective.fills_all),
         }
         step, params = state["step"] + 1, optax.apply_updates(params, updates)
         new_state = {"params": params, "opt_state": opt_state, "step": step}
@@ -121,7 +122,13 @@ def make_likelihood_step(graph: nnx.GraphDef, n_segments: int) -> Callable[[Any,
     return likelihood_step
 
 
-def _sum_over_micro_batches(value_and_grad: Callable, params, batch, accumulation: int):
+def _n_computed(segment_ids: jax.Array, accumulation: int, fills_all: bool) -> jax.Array:
+    """The positions of all micro-batches; unless the objective `fills_all`, of those that are not empty."""
+    is_filled = (segment_ids > 0).reshape(-1, accumulation, segment_ids.shape[1]).any(axis=(0, 2))
+    return jnp.sum(is_filled | fills_all) * (segment_ids.size // accumulation)
+
+
+def _sum_over_micro_batches(value_and_grad: Callable, params, batch, accumulation: int, fills_all: bool):
     if accumulation == 1:
         return value_and_grad(params, batch)
 
@@ -131,7 +138,10 @@ def _sum_over_micro_batches(value_and_grad: Callable, params, batch, accumulatio
         return constrain(parts, None, "batch", None)
 
     def add(sums, micro_batch):
-        return jax.tree.map(jnp.add, sums, value_and_grad(params, micro_batch)), None
+        def larger():
+            return jax.tree.map(jnp.add, sums, value_and_grad(params, micro_batch))
+
+        return larger() if fills_all else jax.lax.cond(micro_batch["weights"].any(), larger, lambda: sums), None
 
     micro_batches = jax.tree.map(split, batch)
     first = jax.tree.map(lambda x: x[0], micro_batches)

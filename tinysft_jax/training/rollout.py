@@ -1,0 +1,336 @@
+"""GRPO's batches: the model's own answers to a data set's questions, what they are worth, and how it is watched."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Float64
+from ml_collections import ConfigDict
+
+from tinysft_jax.accelerator import default_dtype
+from tinysft_jax.checkpoints import open_model
+from tinysft_jax.console import UserError, shown
+from tinysft_jax.data.batches import Batch, make_batch
+from tinysft_jax.data.store import PreparedData
+from tinysft_jax.evaluation.cases import Case, open_questions, read_case
+from tinysft_jax.evaluation.likelihood import check_context
+from tinysft_jax.evaluation.metrics import repetition, require_libraries
+from tinysft_jax.gpt_config import GPTConfig
+from tinysft_jax.model import GPT
+from tinysft_jax.parameters import ModelDescription, Params
+from tinysft_jax.rewards.registry import REWARDS, Answered, parse_weights, score
+from tinysft_jax.sampling.decode import Decoder, Drawn
+from tinysft_jax.sampling.filters import SamplingOptions
+from tinysft_jax.sampling.text import text_options
+from tinysft_jax.sharding import state_sharding
+from tinysft_jax.training.log import TRAIN, VAL, VAL_LOSS, MetricLine
+from tinysft_jax.training.loss import Softmax
+from tinysft_jax.training.objectives import token_log_probs
+from tinysft_jax.training.packed import Given, PackedValues, pack, places, rows_of
+from tinysft_jax.training.state import Steps, check_tokenizer
+
+
+class Sampled(NamedTuple):
+    """An answer, with what it is worth."""
+
+    case: Case
+    drawn: Drawn
+    start: np.ndarray  # float32[tokens], log-probabilities under the model at the start, drawn from as `drawn`
+    answered: Answered
+    reward: float | None  # the weighted mean of its parts; None where none applies
+    parts: dict[str, float]  # the value of each reward that applies
+
+    def sequence(self) -> Given:
+        return [*self.case.prompt, *self.drawn.ids], len(self.case.prompt)
+
+
+def advantages(rewards: Sequence[float | None], group_size: int, by_deviation: bool) -> Float64[np.ndarray, " answers"]:
+    """Each answer's reward minus the mean of its group, divided by the group's deviation if asked for.
+
+    Consecutive answers are a group. One without a reward has the advantage 0, and does not count in the mean.
+    """
+    groups = np.ma.masked_invalid(np.array(rewards, np.float64).reshape(-1, group_size))
+    found = groups - groups.mean(axis=1, keepdims=True)
+    if by_deviation:
+        found /= groups.std(axis=1, keepdims=True) + 1e-4
+    found[np.ptp(groups, axis=1) < 1e-9] = 0  # equal but for round-off
+    return found.filled(0).reshape(-1)
+
+
+class Questions:
+    """The questions of a split that GRPO asks, in a random order for each epoch."""
+
+    def __init__(self, data: PreparedData, split: str, tasks: str, seed: int):
+        names = [task.strip() for task in tasks.split(",")] if tasks else data.tasks
+        if unknown := [task for task in names if task not in data.tasks]:
+            raise UserError(f"{data.directory} has no task {shown(unknown[0])}; choose from {', '.join(data.tasks)}")
+        self._data, self._split, self._seed = data, open_questions(data, split), seed
+        wanted = [data.tasks.index(task) for task in names]
+        self._members = np.flatnonzero(np.isin(self._split.tasks, wanted))
+        if not len(self):
+            raise UserError(f"{self._split.directory} has no question of {', '.join(names)}; choose other grpo.tasks")
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def numbers(self, places: range) -> list[int]:
+        """The conversations at these places of the endless sequence of epochs."""
+        orders = {epoch: self._order(epoch) for epoch in {place // len(self) for place in places}}
+        return [int(orders[place // len(self)][place % len(self)]) for place in places]
+
+    def read(self, numbers: Sequence[int]) -> list[Case]:
+        return [read_case(self._data, self._split, number) for number in numbers]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self._seed, epoch)).permutation(self._members)
+
+
+def sampling_options(config: ConfigDict, data: PreparedData, shape: GPTConfig) -> SamplingOptions:
+    """How answers are drawn: from the whole softmax, with the room that the data's conversations have."""
+    room = min(data.description["max_tokens"], config.data.seq_len, shape.max_seq_len)
+    options = SamplingOptions(room, config.grpo.temperature, top_k=0, max_length=room)
+    return text_options(options, data.tokenizer, shape)
+
+
+def sampling_softmax(config: ConfigDict, data: PreparedData, shape: GPTConfig) -> Softmax:
+    """The distribution that answers are drawn from."""
+    forbidden = sampling_options(config, data, shape).forbidden_ids
+    return Softmax(shape.vocab_size, config.grpo.temperature, forbidden)
+
+
+class Answerer:
+    """Samples answers, and lets the model at the start and the reward model say how good they are.
+
+    `start` are the run's first parameters, with the shardings of `steps`. Raises: UserError, if rewards can't be used.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        data: PreparedData,
+        mesh: Mesh,
+        description: ModelDescription,
+        steps: Steps,
+        start: Params,
+    ):
+        self._config, self._data, self._mesh, self._start = config, data, mesh, start
+        self._shape, self._trained_length = description.config, description.trained_length
+        self._weights, self.options = parse_weights(config.rewards), sampling_options(config, data, self._shape)
+        self._dtype = default_dtype() if config.train.dtype == "auto" else jnp.dtype(config.train.dtype)
+        softmax, n_rows = sampling_softmax(config, data, self._shape), config.train.batch_size
+        self._log_probs = PackedValues(
+            lambda model, batch: token_log_probs(model, batch, softmax),
+            steps.graph,
+            mesh,
+            steps.shardings["params"],
+            n_rows,
+            config.data.seq_len,
+        )
+        self._scores = self._open_reward_model(config.reward_model) if config.reward_model else None
+        self.seconds = {"sampling": 0.0, "scoring": 0.0}
+
+    def _open_reward_model(self, path: str) -> Callable[[Sequence[Given]], list[float]]:
+        """A function that gives the scores of whole conversations."""
+        description, params = open_model(path, reward=True)
+        check_tokenizer(description, self._data.tokenizer, path)
+        check_context(description, path, self.options.max_length)
+        shape, mesh = description.config, self._mesh
+        graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(shape, rngs=nnx.Rngs(0), dtype=self._dtype)))
+        shardings = state_sharding(mesh, params, shape.n_kv_heads)
+        seq_len = min(self._config.data.seq_len, shape.max_seq_len)
+        params = jax.device_put(params, shardings)
+
+        def scores(model: GPT, batch: dict[str, jax.Array]) -> jax.Array:
+            # One to the left: the last position that predicts has the score of the last token.
+            return jnp.roll(model.scores(batch["tokens"], batch["segment_ids"], batch["positions"]), -1, axis=1)
+
+        values = PackedValues(scores, graph, mesh, shardings, self._config.train.batch_size, seq_len)
+        return lambda sequences: [float(of[-1]) for of in values(params, sequences)]
+
+    def ask(self, params: Params, cases: Sequence[Case], n: int, seed: int, greedy: bool = False) -> list[Sampled]:
+        """`n` answers to each question, in the questions' order."""
+        begin, cases = time.perf_counter(), [case for case in cases for _ in range(n)]
+        options = dataclasses.replace(self.options, seed=seed)
+        if greedy:
+            options = dataclasses.replace(options, temperature=0.0)
+        mesh = self._mesh if self._mesh.size > 1 else None
+        decoder = Decoder(self._shape, params, self._dtype, self._trained_length, mesh)
+        drawn = decoder.sample([case.prompt for case in cases], options, self._config.train.eval_batch_size)
+        sampled = time.perf_counter()
+        found = self._score(cases, drawn)
+        self.seconds = {"sampling": sampled - begin, "scoring": time.perf_counter() - sampled}
+        return found
+
+    def _score(self, cases: Sequence[Case], drawn: Sequence[Drawn]) -> list[Sampled]:
+        sequences = [([*case.prompt, *of.ids], len(case.prompt)) for case, of in zip(cases, drawn, strict=True)]
+        start = self._log_probs(self._start, sequences)
+        leads = self._leads(cases, sequences) if self._scores else [None] * len(cases)
+        found, grpo = [], self._config.grpo
+        for case, of, log_p, lead in zip(cases, drawn, start, leads, strict=True):
+            stopped = of.ids[-1] in self.options.stop_ids
+            text = self._data.tokenizer.decode(of.ids[:-1] if stopped else of.ids)
+            answered = Answered(case, text, stopped, float(log_p.mean()), lead)
+            reward, parts = score(self._weights, answered)
+            if not stopped:
+                reward = None if grpo.cut_off == "masked" else 0.0
+            found.append(Sampled(case, of, log_p, answered, reward, parts))
+        return found
+
+    def _leads(self, cases: Sequence[Case], sequences: Sequence[Given]) -> list[float]:
+        """The answers' scores, minus those of the data's own answers."""
+        own = dict.fromkeys(((*case.prompt, *case.target), len(case.prompt)) for case in cases)
+        scores = dict(zip(own, self._scores(list(own)), strict=True))
+        others = [scores[(*case.prompt, *case.target), len(case.prompt)] for case in cases]
+        return [score - other for score, other in zip(self._scores(sequences), others, strict=True)]
+
+
+class Rollouts(contextlib.AbstractContextManager):
+    """A run's batches, as `TrainingBatches` gives them: here of answers, sampled from the parameters.
+
+    `per_sample` steps train on the same answers. A batch has room for all of them, in `accumulation` micro-batches of
+    `train.batch_size` packed rows; answers without an advantage are not trained on, and empty micro-batches come last.
+    Random numbers belong to a step and a row, so a run that resumes samples the same answers.
+
+    Raises: UserError, if the data hold no questions, rewards can't be used, or there are several processes.
+    """
+
+    packings = ()  # there is nothing to plan
+    is_ahead = False  # of the devices: the next batch waits for the parameters
+
+    def __init__(self, config: ConfigDict, data: PreparedData):
+        if jax.process_count() > 1:
+            raise UserError("objective grpo runs in one process, which may have several devices")
+        require_libraries()
+        if ("preferred" in parse_weights(config.rewards)) != bool(config.reward_model):
+            raise UserError("the reward preferred and reward_model=PATH need each other; give both or none")
+        self._config, grpo = config, config.grpo
+        self._questions = Questions(data, "train", grpo.tasks, config.seed)
+        self.per_sample = grpo.updates
+        self.accumulation = -(-grpo.prompts * grpo.group_size // config.train.batch_size)
+        epochs, per_epoch = config.train.num_epochs, -(-len(self._questions) // grpo.prompts) * grpo.updates
+        self.total_steps = config.train.max_steps if epochs is None else epochs * per_epoch
+        self.answerer: Answerer | None = None  # before the first batch
+        self._sample, self._batch, self._metrics = -1, {}, {}
+
+    def __call__(self, params: Params, step: int) -> Batch:
+        """The batch of a step, counted from 0; a sample's first one must be asked for first."""
+        begin = time.perf_counter()
+        jax.block_until_ready(params)
+        self._metrics.get(step, {})["seconds_training"] = time.perf_counter() - begin
+        sample, update = divmod(step, self.per_sample)
+        if sample != self._sample:
+            assert update == 0, "a run resumes at a sample's first step"
+            seed = np.random.SeedSequence((self._config.seed, sample)).generate_state(1)[0]
+            cases, n = self._questions.read(self.numbers(step)), self._config.grpo.group_size
+            answers = self.answerer.ask(params, cases, n, int(seed))
+            worth = advantages([each.reward for each in answers], n, self._config.grpo.by_deviation)
+            self._batch = self._make_batch(answers, worth)
+            self._metrics = {key: of for key, of in self._metrics.items() if key >= step - 1}
+            metrics = {TRAIN + name: value for name, value in figures(answers, worth, n).items()}
+            metrics |= {f"seconds_{name}": value for name, value in self.answerer.seconds.items()}
+            self._metrics |= {step + 1 + i: dict(metrics) for i in range(self.per_sample)}
+            self._sample = sample
+        return self._batch
+
+    def numbers(self, step: int) -> list[int]:
+        """The questions that a step's answers are to."""
+        first = step // self.per_sample * self._config.grpo.prompts
+        return self._questions.numbers(range(first, first + self._config.grpo.prompts))
+
+    def conversations(self, step: int) -> list[int]:
+        """Those of a step that is counted from 1, for messages."""
+        return self.numbers(step - 1)
+
+    def metrics(self, step: int) -> MetricLine:
+        """Of a step counted from 1: the figures of its answers, and where the time went."""
+        return self._metrics[step]
+
+    def _make_batch(self, answers: Sequence[Sampled], worth: np.ndarray) -> Batch:
+        """The packed rows of the answers that have a gradient; with `kl`, these are all that have a reward."""
+        config, has_reward = self._config, np.array([each.reward is not None for each in answers])
+        is_trained = has_reward if config.grpo.kl else worth != 0
+        trained = [(each, value) for each, value, keep in zip(answers, worth, is_trained, strict=True) if keep]
+        sequences = [each.sequence() for each, _ in trained]
+        plan, n_rows = pack(sequences, config.data.seq_len), self.accumulation * config.train.batch_size
+        rows = rows_of(sequences, plan)
+        batch = make_batch(rows + [[]] * (n_rows - len(rows)), config.data.seq_len)
+        names = ("advantages", "log_probs", *(("start",) if config.grpo.kl else ()))
+        batch |= {name: np.zeros(batch["weights"].shape, np.float32) for name in names}
+        for item, row, where in places(sequences, plan):
+            each, value = trained[item]
+            batch["advantages"][row, where] = value
+            batch["log_probs"][row, where] = each.drawn.log_probs
+            if config.grpo.kl:
+                batch["start"][row, where] = each.start
+        n_tokens = sum(len(each.drawn.ids) for each, has in zip(answers, has_reward, strict=True) if has)
+        normalizer = len(answers) * self.answerer.options.max_length
+        normalizer = n_tokens if config.grpo.normalizer == "tokens" else normalizer
+        batch["weights"] *= batch["weights"].sum() / max(normalizer, 1)
+        # Micro-batch i gets the rows i, i + k, …, and the full ones come first.
+        order = np.arange(n_rows).reshape(self.accumulation, -1).T.reshape(-1)
+        return {name: of[order] for name, of in batch.items()}
+
+    def close(self) -> None:
+        """Nothing is built in the background."""
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def figures(answers: Sequence[Sampled], worth: np.ndarray, group_size: int) -> dict[str, float]:
+    """What is watched of a step's answers, besides the objective's figures.
+
+    reward and its parts: means of the answers that they apply to. no_spread: the share of groups whose answers are all
+    worth the same. length: in tokens. cut_off: the share of answers that lacked room. fluency: mean log-likelihood of a
+    token under the model at the start, in nats; kl: the divergence from it, an estimate in nats a token.
+    """
+    rewards = [each.reward for each in answers if each.reward is not None]
+    parts = {name: [each.parts[name] for each in answers if name in each.parts] for name in REWARDS}
+    log_p = np.concatenate([each.drawn.log_probs for each in answers])
+    return {
+        "reward": fmean(rewards) if rewards else 0.0,
+        **{f"reward/{name}": fmean(values) for name, values in parts.items() if values},
+        "no_spread": float(np.mean(~(worth.reshape(-1, group_size) != 0).any(axis=1))),
+        "length": fmean(len(each.drawn.ids) for each in answers),
+        "cut_off": fmean(not each.answered.stopped for each in answers),
+        "repetition": fmean(repetition(each.answered.text) for each in answers),
+        "fluency": fmean(each.answered.fluency for each in answers),
+        "kl": float(np.mean(log_p - np.concatenate([each.start for each in answers]))),
+    }
+
+
+class HeldOut:
+    """Evaluates greedy answers to the first of the validation split's questions, in place of `Evaluator`'s rows."""
+
+    n_tasks, n_segments = 1, 1
+
+    def __init__(self, config: ConfigDict, data: PreparedData):
+        self._batch_size, self._questions, self.n_rows = config.train.eval_batch_size, None, 0
+        self.answerer: Answerer | None = None
+        if len(data.split("valid")):
+            self._questions = Questions(data, "valid", config.grpo.tasks, config.seed)
+            self.n_rows = len(self._questions)
+
+    def losses(
+        self, eval_step: Callable, params: Params, n_rows: int, should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
+        """The mean reward and its parts as metrics, and minus the reward as the loss; empty if `should_stop`."""
+        answers = []
+        for first in range(0, min(n_rows, self.n_rows), self._batch_size):
+            if should_stop():
+                return {}
+            numbers = self._questions.numbers(range(first, min(first + self._batch_size, n_rows, self.n_rows)))
+            answers += self.answerer.ask(params, self._questions.read(numbers), 1, seed=0, greedy=True)
+        if not answers:
+            return {}
+        found = figures(answers, np.zeros(len(answers)), 1)
+        kept = {name: value for name, value in found.items() if name not in ("no_spread", "kl")}
+        return {VAL_LOSS: -found["reward"], **{VAL + name: value for name, value in kept.items()}}

@@ -1,6 +1,7 @@
 """The command that samples answers to a data set's questions and writes the best and the worst of each as a pair."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from argparse import Namespace
@@ -17,14 +18,18 @@ from tinysft_jax.console import UserError, shown
 from tinysft_jax.data.forms import SIDES
 from tinysft_jax.data.store import SPLITS, PreparedData
 from tinysft_jax.evaluation.cases import Case, open_questions, read_case
+from tinysft_jax.evaluation.likelihood import Model
 from tinysft_jax.evaluation.metrics import require_libraries
 from tinysft_jax.evaluation.run import load, make_decoder
-from tinysft_jax.rewards.registry import DEFAULT_REWARDS, Answered, parse_weights, score
+from tinysft_jax.rewards.models import Judges, Preference, log_probs_under, placed
+from tinysft_jax.rewards.registry import DEFAULT_REWARDS, Answered, check_reward_model, parse_weights, score
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.resumable import Lines, write_lines
 from tinysft_jax.sampling.text import text_options
+from tinysft_jax.sharding import batch_shards, make_mesh
 from tinysft_jax.tokenizer import ChatTokenizer
+from tinysft_jax.training.loss import Softmax
 
 Record = dict[str, Any]
 
@@ -115,8 +120,25 @@ def _is_whole_prompt(case: Case, tokenizer: ChatTokenizer) -> bool:
         return False
 
 
+def open_judges(flags: Namespace, model: Model, data: PreparedData) -> Judges:
+    """The model that answers, as a judge of fluency, and the reward model, where the rewards need them."""
+    (description, params), mesh, dtype, log_probs = model, make_mesh(), accelerator.default_dtype(), None
+    n_rows, shape = batch_shards(mesh) * -(-flags.batch_size // batch_shards(mesh)), description.config
+    if "fluency" in flags.rewards:
+        function = log_probs_under(Softmax(shape.vocab_size))
+        values, params = placed(function, shape, params, mesh, dtype, n_rows, description.trained_length)
+        log_probs = functools.partial(values, params)
+    path = flags.reward_model
+    return Judges(log_probs, Preference(path, data, mesh, dtype, n_rows) if path else None)
+
+
 def write_pairs(
-    flags: Namespace, cases: Sequence[Case], decoder: Decoder, tokenizer: ChatTokenizer, options: SamplingOptions
+    flags: Namespace,
+    cases: Sequence[Case],
+    decoder: Decoder,
+    judges: Judges,
+    tokenizer: ChatTokenizer,
+    options: SamplingOptions,
 ) -> list[Record]:
     """Samples answers to the questions and writes the pairs: a record of each question, without texts.
 
@@ -127,17 +149,26 @@ def write_pairs(
     settings = {"format_version": 1, "model": decoder.fingerprint(), "questions": digest, **dataclasses.asdict(options)}
     settings |= {name: getattr(flags, name) for name in ("num_samples", "batch_size", "least_difference")}
     settings["rewards"] = list(flags.rewards.items())  # in their order, which is that of the reasons
+    settings |= {"reward_model": flags.reward_model} if flags.reward_model else {}
     options = text_options(options, tokenizer, decoder.config)
 
-    def sample(case: Case, ids: list[int]) -> Sample:
-        text, stopped = tokenizer.decode(ids), not decoder.is_full(case.prompt, ids, options)
-        return Sample(text, stopped, *score(flags.rewards, Answered(case, text, stopped)))
+    def judge(asked: list[Case], answers: list[list[int]]) -> list[Sample]:
+        stopped = [not decoder.is_full(case.prompt, ids, options) for case, ids in zip(asked, answers, strict=True)]
+        whole = [
+            ([*case.prompt, *ids, *case.target[-1:] * ended], len(case.prompt))
+            for case, ids, ended in zip(asked, answers, stopped, strict=True)
+        ]
+        answered = []
+        for case, ids, ended, log_p, lead in zip(asked, answers, stopped, *judges(asked, whole), strict=True):
+            fluency = None if log_p is None else float(log_p.mean())
+            answered.append(Answered(case, tokenizer.decode(ids), ended, fluency, lead))
+        return [Sample(each.text, each.stopped, *score(flags.rewards, each)) for each in answered]
 
     def ask(numbers: range) -> tuple[list[Record], int]:
         asked = [cases[number] for number in numbers for _ in range(n)]
         prompts = [case.prompt for case in asked]
         answers = decoder.generate(prompts, options, flags.batch_size, first_row=numbers.start * n)
-        samples = list(map(sample, asked, answers))
+        samples = judge(asked, answers)
         firsts = range(0, len(asked), n)
         pairs = [make_pair(asked[i], samples[i : i + n], tokenizer, flags.least_difference) for i in firsts]
         return pairs, sum(map(len, answers))
@@ -175,6 +206,7 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--num_samples", type=int, default=8, help="answers to each question")
     add("--rewards", type=parse_weights, default=DEFAULT_REWARDS, help="what scores them, with weights")
+    add("--reward_model", metavar="PATH", help="for the reward preferred: what configs/reward.py trained")
     add("--tasks", help="of the data, with commas (default: all)")
     add("--split", choices=SPLITS, default="train", help="which part of the data")
     add("--questions", type=int, default=0, help="how many to draw; 0: all")
@@ -193,6 +225,7 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
         raise UserError(f"--least_difference is {flags.least_difference}; it must be from 0 to 1")
     if flags.temperature == 0:
         raise UserError("--temperature is 0; it must be above 0, or all answers to a question are the same")
+    check_reward_model(flags.rewards, flags.reward_model)
     if not flags.output.parent.is_dir():
         raise UserError(f"there is no directory {flags.output.parent} for --output")
     return flags
@@ -211,8 +244,9 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator.keep_compiled()
     if load_tokenizer(flags.checkpoint).template is None:
         raise UserError(f"{flags.checkpoint} has no chat template: it has not learned to answer; fine-tune it first")
-    decoder = make_decoder(load(flags.checkpoint, cases, data))
-    outcomes = left_out + write_pairs(flags, cases, decoder, data.tokenizer, options)
+    model = load(flags.checkpoint, cases, data)
+    judges = open_judges(flags, model, data)
+    outcomes = left_out + write_pairs(flags, cases, make_decoder(model), judges, data.tokenizer, options)
     n_pairs = sum("left_out" not in record for record in outcomes)
     print(summary(outcomes), f"{flags.output}: {n_pairs:,} of {len(outcomes):,} questions have a pair", sep="\n")
 

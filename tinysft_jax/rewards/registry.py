@@ -78,6 +78,12 @@ def parse_weights(text: str) -> dict[str, float]:
     return weights
 
 
+def check_reward_model(weights: Mapping[str, float], path: str | None) -> None:
+    """Raises: UserError, if a reward lacks its model, or a model its reward."""
+    if ("preferred" in weights) != bool(path):
+        raise UserError("the reward preferred and reward_model=PATH need each other; give both or none")
+
+
 def score(weights: Mapping[str, float], answered: Answered) -> tuple[float | None, dict[str, float]]:
     """The weighted mean of the rewards that apply, from 0 to 1 (None if none does), and the value of each of them."""
     values = {name: REWARDS[name](answered) for name in weights}

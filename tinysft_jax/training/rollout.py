@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from statistics import fmean
@@ -10,32 +11,27 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float64
 from ml_collections import ConfigDict
 
 from tinysft_jax.accelerator import default_dtype
-from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import UserError, shown
 from tinysft_jax.data.batches import Batch, make_batch
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation.cases import Case, open_questions, read_case
-from tinysft_jax.evaluation.likelihood import check_context
 from tinysft_jax.evaluation.metrics import repetition, require_libraries
 from tinysft_jax.gpt_config import GPTConfig
-from tinysft_jax.model import GPT
 from tinysft_jax.parameters import ModelDescription, Params
-from tinysft_jax.rewards.registry import REWARDS, Answered, parse_weights, score
+from tinysft_jax.rewards.models import Judges, Preference, log_probs_under
+from tinysft_jax.rewards.packed import Given, PackedValues, pack, places, rows_of
+from tinysft_jax.rewards.registry import REWARDS, Answered, check_reward_model, parse_weights, score
 from tinysft_jax.sampling.decode import Decoder, Drawn
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.text import text_options
-from tinysft_jax.sharding import state_sharding
 from tinysft_jax.training.log import TRAIN, VAL, VAL_LOSS, MetricLine
 from tinysft_jax.training.loss import Softmax
-from tinysft_jax.training.objectives import token_log_probs
-from tinysft_jax.training.packed import Given, PackedValues, pack, places, rows_of
-from tinysft_jax.training.state import Steps, check_tokenizer
+from tinysft_jax.training.state import Steps
 
 
 class Sampled(NamedTuple):
@@ -121,39 +117,17 @@ class Answerer:
         steps: Steps,
         start: Params,
     ):
-        self._config, self._data, self._mesh, self._start = config, data, mesh, start
+        self._config, self._data, self._mesh = config, data, mesh
         self._shape, self._trained_length = description.config, description.trained_length
         self._weights, self.options = parse_weights(config.rewards), sampling_options(config, data, self._shape)
         self._dtype = default_dtype() if config.train.dtype == "auto" else jnp.dtype(config.train.dtype)
-        softmax, n_rows = sampling_softmax(config, data, self._shape), config.train.batch_size
-        self._log_probs = PackedValues(
-            lambda model, batch: token_log_probs(model, batch, softmax),
-            steps.graph,
-            mesh,
-            steps.shardings["params"],
-            n_rows,
-            config.data.seq_len,
-        )
-        self._scores = self._open_reward_model(config.reward_model) if config.reward_model else None
+        n_rows, function = config.train.batch_size, log_probs_under(sampling_softmax(config, data, self._shape))
+        of_params = mesh, steps.shardings["params"]
+        log_probs = PackedValues(function, steps.graph, *of_params, n_rows, config.data.seq_len)
+        path = config.reward_model
+        preference = Preference(path, data, mesh, self._dtype, n_rows) if path else None
+        self._judges = Judges(functools.partial(log_probs, start), preference)
         self.seconds = {"sampling": 0.0, "scoring": 0.0}
-
-    def _open_reward_model(self, path: str) -> Callable[[Sequence[Given]], list[float]]:
-        """A function that gives the scores of whole conversations."""
-        description, params = open_model(path, reward=True)
-        check_tokenizer(description, self._data.tokenizer, path)
-        check_context(description, path, self.options.max_length)
-        shape, mesh = description.config, self._mesh
-        graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(shape, rngs=nnx.Rngs(0), dtype=self._dtype)))
-        shardings = state_sharding(mesh, params, shape.n_kv_heads)
-        seq_len = min(self._config.data.seq_len, shape.max_seq_len)
-        params = jax.device_put(params, shardings)
-
-        def scores(model: GPT, batch: dict[str, jax.Array]) -> jax.Array:
-            # One to the left: the last position that predicts has the score of the last token.
-            return jnp.roll(model.scores(batch["tokens"], batch["segment_ids"], batch["positions"]), -1, axis=1)
-
-        values = PackedValues(scores, graph, mesh, shardings, self._config.train.batch_size, seq_len)
-        return lambda sequences: [float(of[-1]) for of in values(params, sequences)]
 
     def ask(self, params: Params, cases: Sequence[Case], n: int, seed: int, greedy: bool = False) -> list[Sampled]:
         """`n` answers to each question, in the questions' order."""
@@ -171,8 +145,7 @@ class Answerer:
 
     def _score(self, cases: Sequence[Case], drawn: Sequence[Drawn]) -> list[Sampled]:
         sequences = [([*case.prompt, *of.ids], len(case.prompt)) for case, of in zip(cases, drawn, strict=True)]
-        start = self._log_probs(self._start, sequences)
-        leads = self._leads(cases, sequences) if self._scores else [None] * len(cases)
+        start, leads = self._judges(cases, sequences)
         found, grpo = [], self._config.grpo
         for case, of, log_p, lead in zip(cases, drawn, start, leads, strict=True):
             stopped = of.ids[-1] in self.options.stop_ids
@@ -184,12 +157,41 @@ class Answerer:
             found.append(Sampled(case, of, log_p, answered, reward, parts))
         return found
 
-    def _leads(self, cases: Sequence[Case], sequences: Sequence[Given]) -> list[float]:
-        """The answers' scores, minus those of the data's own answers."""
-        own = dict.fromkeys(((*case.prompt, *case.target), len(case.prompt)) for case in cases)
-        scores = dict(zip(own, self._scores(list(own)), strict=True))
-        others = [scores[(*case.prompt, *case.target), len(case.prompt)] for case in cases]
-        return [score - other for score, other in zip(self._scores(sequences), others, strict=True)]
+
+def micro_batches(config: ConfigDict) -> int:
+    """How many have room for all answers, even if none shares a row."""
+    return -(-config.grpo.prompts * config.grpo.group_size // config.train.batch_size)
+
+
+def make_training_batch(
+    config: ConfigDict, answers: Sequence[Sampled], worth: Float64[np.ndarray, " answers"], longest: int
+) -> Batch:
+    """The packed rows of the answers that have a gradient, with what `GRPO` needs; `worth` are the advantages.
+
+    With `grpo.kl` these are all that have a reward. `longest` is the greatest length of an answer.
+    """
+    seq_len, has_kl, n_rows = config.data.seq_len, config.grpo.kl > 0, micro_batches(config) * config.train.batch_size
+    has_reward = [each.reward is not None for each in answers]
+    kept = [i for i in range(len(answers)) if (has_reward[i] if has_kl else worth[i] != 0)]
+    sequences = [answers[i].sequence() for i in kept]
+    plan = pack(sequences, seq_len)
+    rows = rows_of(sequences, plan)
+    batch = make_batch(rows + [[]] * (n_rows - len(rows)), seq_len)
+    names = ("advantages", "log_probs", *(("start",) if has_kl else ()))
+    batch |= {name: np.zeros((n_rows, seq_len), np.float32) for name in names}
+    for item, row, where in places(sequences, plan):
+        answer = answers[kept[item]]
+        batch["advantages"][row, where] = worth[kept[item]]
+        batch["log_probs"][row, where] = answer.drawn.log_probs
+        if has_kl:
+            batch["start"][row, where] = answer.start
+    normalizer = len(answers) * longest
+    if config.grpo.normalizer == "tokens":
+        normalizer = sum(len(answer.drawn.ids) for answer, has in zip(answers, has_reward, strict=True) if has)
+    batch["weights"] *= batch["weights"].sum() / max(normalizer, 1)
+    # Micro-batch i gets the rows i, i + k, …, and the full ones come first.
+    order = np.arange(n_rows).reshape(micro_batches(config), -1).T.reshape(-1)
+    return {name: of[order] for name, of in batch.items()}
 
 
 class Rollouts(contextlib.AbstractContextManager):
@@ -209,12 +211,11 @@ class Rollouts(contextlib.AbstractContextManager):
         if jax.process_count() > 1:
             raise UserError("objective grpo runs in one process, which may have several devices")
         require_libraries()
-        if ("preferred" in parse_weights(config.rewards)) != bool(config.reward_model):
-            raise UserError("the reward preferred and reward_model=PATH need each other; give both or none")
+        check_reward_model(parse_weights(config.rewards), config.reward_model)
         self._config, grpo = config, config.grpo
         self._questions = Questions(data, "train", grpo.tasks, config.seed)
         self.per_sample = grpo.updates
-        self.accumulation = -(-grpo.prompts * grpo.group_size // config.train.batch_size)
+        self.accumulation = micro_batches(config)
         epochs, per_epoch = config.train.num_epochs, -(-len(self._questions) // grpo.prompts) * grpo.updates
         self.total_steps = config.train.max_steps if epochs is None else epochs * per_epoch
         self.answerer: Answerer | None = None  # before the first batch
@@ -232,7 +233,7 @@ class Rollouts(contextlib.AbstractContextManager):
             cases, n = self._questions.read(self.numbers(step)), self._config.grpo.group_size
             answers = self.answerer.ask(params, cases, n, int(seed))
             worth = advantages([each.reward for each in answers], n, self._config.grpo.by_deviation)
-            self._batch = self._make_batch(answers, worth)
+            self._batch = make_training_batch(self._config, answers, worth, self.answerer.options.max_length)
             self._metrics = {key: of for key, of in self._metrics.items() if key >= step - 1}
             metrics = {TRAIN + name: value for name, value in figures(answers, worth, n).items()}
             metrics |= {f"seconds_{name}": value for name, value in self.answerer.seconds.items()}
@@ -252,31 +253,6 @@ class Rollouts(contextlib.AbstractContextManager):
     def metrics(self, step: int) -> MetricLine:
         """Of a step counted from 1: the figures of its answers, and where the time went."""
         return self._metrics[step]
-
-    def _make_batch(self, answers: Sequence[Sampled], worth: np.ndarray) -> Batch:
-        """The packed rows of the answers that have a gradient; with `kl`, these are all that have a reward."""
-        config, has_reward = self._config, np.array([each.reward is not None for each in answers])
-        is_trained = has_reward if config.grpo.kl else worth != 0
-        trained = [(each, value) for each, value, keep in zip(answers, worth, is_trained, strict=True) if keep]
-        sequences = [each.sequence() for each, _ in trained]
-        plan, n_rows = pack(sequences, config.data.seq_len), self.accumulation * config.train.batch_size
-        rows = rows_of(sequences, plan)
-        batch = make_batch(rows + [[]] * (n_rows - len(rows)), config.data.seq_len)
-        names = ("advantages", "log_probs", *(("start",) if config.grpo.kl else ()))
-        batch |= {name: np.zeros(batch["weights"].shape, np.float32) for name in names}
-        for item, row, where in places(sequences, plan):
-            each, value = trained[item]
-            batch["advantages"][row, where] = value
-            batch["log_probs"][row, where] = each.drawn.log_probs
-            if config.grpo.kl:
-                batch["start"][row, where] = each.start
-        n_tokens = sum(len(each.drawn.ids) for each, has in zip(answers, has_reward, strict=True) if has)
-        normalizer = len(answers) * self.answerer.options.max_length
-        normalizer = n_tokens if config.grpo.normalizer == "tokens" else normalizer
-        batch["weights"] *= batch["weights"].sum() / max(normalizer, 1)
-        # Micro-batch i gets the rows i, i + k, …, and the full ones come first.
-        order = np.arange(n_rows).reshape(self.accumulation, -1).T.reshape(-1)
-        return {name: of[order] for name, of in batch.items()}
 
     def close(self) -> None:
         """Nothing is built in the background."""

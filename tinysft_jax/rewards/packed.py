@@ -18,6 +18,7 @@ from tinysft_jax.training.objectives import Batch
 
 # Token ids, and how many of them are given, at least 1; the others are predicted.
 Given = tuple[Sequence[int] | np.ndarray, int]
+Function = Callable[[GPT, Batch], jax.Array]  # to float32[B, T]
 
 
 def pack(sequences: Sequence[Given], seq_len: int) -> PackingPlan:
@@ -48,13 +49,7 @@ class PackedValues:
     """
 
     def __init__(
-        self,
-        function: Callable[[GPT, Batch], jax.Array],
-        graph: nnx.GraphDef,
-        mesh: Mesh,
-        shardings: Params,
-        n_rows: int,
-        seq_len: int,
+        self, function: Function, graph: nnx.GraphDef, mesh: Mesh, shardings: Params, n_rows: int, seq_len: int
     ):
         self._mesh, self._n_rows, self._seq_len = mesh, n_rows, seq_len
         whole = NamedSharding(mesh, PartitionSpec())

@@ -1,22 +1,27 @@
 """Pairs of a tiny model's own answers: which they are, what is left out, and runs that are interrupted."""
 
+import dataclasses
 import itertools
 import json
 import signal
 from argparse import Namespace
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from tiny_model import make_decoder, make_model_directory, make_tokenizer
+from tiny_model import make_decoder, make_model_directory, make_tokenizer, save_model
 
 from tinysft_jax import console, preferences
+from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import Interrupted, UserError
 from tinysft_jax.data import prepare
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation import metrics
 from tinysft_jax.evaluation.cases import Case
+from tinysft_jax.parameters import make_model
 from tinysft_jax.preferences import Sample, draw_questions, make_pair
-from tinysft_jax.rewards import DEFAULT_REWARDS, parse_weights, score
+from tinysft_jax.rewards.registry import DEFAULT_REWARDS, Answered, parse_weights, score
 from tinysft_jax.sampling import resumable
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
@@ -81,7 +86,10 @@ def test_pairs_are_the_best_and_the_worst_of_answers_that_the_rows_numbers_decid
     for number, case in enumerate(cases):
         rows = decoder.generate([case.prompt] * SAMPLES, options, SAMPLES, first_row=number * SAMPLES)
         texts = [tokenizer.decode(ids) for ids in rows]
-        scored = [(*score(weights, case, text, len(text) < LENGTH), text) for text in texts]  # a token is a byte
+        scored = []
+        for text in texts:
+            answered = Answered(case, text, len(text) < LENGTH)  # a token is a byte
+            scored.append((*score(weights, answered), text))
         ended = [each for each in scored if len(each[2]) < LENGTH]
         best = next((each for each in ended if each[0] == max(value for value, _, _ in ended)), scored[0])
         worst = next(each for each in scored if each[0] == min(value for value, _, _ in scored))
@@ -348,7 +356,7 @@ def test_an_existing_output_is_replaced_only_when_told_and_only_at_the_end(flags
         ("--temperature=-1", "temperature is -1.0"),
         ("--top_p=2", "top_p is 2.0"),
         ("--top_k=-1", "top_k is -1"),
-        ("--rewards=word:1", "--rewards can't take 'word:1'"),
+        ("--rewards=word:1", "rewards can't be 'word:1'"),
         ("--tasks=words,poem", "has no task 'poem'; choose from summary, "),
         ("--tasks=", "has no task ''"),
         ("--tasks=moral", "train has no question of moral that can be asked$"),
@@ -382,3 +390,39 @@ def test_a_missing_library_is_said_before_the_work(flags, monkeypatch, tmp_path)
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs simplemma; pip install -e '.\[eval\]'"):
         preferences.main([*flags, f"--output={tmp_path / 'out'}"])
+
+
+def test_models_judge_answers(flags, data, model, tmp_path):
+    """Fluency and a reward model's scores, against those of each answer by itself."""
+    reward = tmp_path / "reward"
+    description, params = open_model(model)
+    params = params | {"score": np.random.default_rng(0).normal(size=description.config.dim).astype(np.float32)}
+    config = dataclasses.replace(description.config, scalar_head=True)
+    save_model(reward, params, dataclasses.replace(description, config=config))
+    output = tmp_path / "pairs.jsonl"
+    preferences.main([*flags, "--rewards=fluency:1,preferred:3", f"--reward_model={reward}", f"--output={output}"])
+    language, judge = make_model(description.config, params), make_model(config, params)
+    cases = {case.question: case for case in draw_questions(arguments(questions=QUESTIONS), PreparedData(data))[0]}
+    tokenizer = make_tokenizer("control")
+
+    def ending(answer: str) -> list[int]:
+        return [tokenizer.eot_id] if len(answer) < LENGTH else []
+
+    def last_score(ids) -> float:
+        return float(judge.scores(jnp.array([ids]))[0, -1])
+
+    def mean_log_p(case, ids) -> float:
+        log_p = jax.nn.log_softmax(language(jnp.array([ids]))[0])
+        return np.mean([log_p[i - 1, ids[i]] for i in range(len(case.prompt), len(ids))])
+
+    assert len(lines_of(output)) > 2
+    for line in lines_of(output)[:3]:
+        case = cases[line["prompt"][0]["content"]]
+        own = last_score([*case.prompt, *case.target])
+        for side in ("chosen", "rejected"):
+            answer = line[side][0]["content"]
+            ids = [*case.prompt, *tokenizer.encode_text(answer), *ending(answer)]
+            difference = mean_log_p(case, ids) - mean_log_p(case, [*case.prompt, *case.target])
+            reasons = line[f"{side}_reasons"]
+            assert reasons["fluency"] == pytest.approx(min(np.exp(difference), 1), rel=1e-4)
+            assert reasons["preferred"] == pytest.approx(1 / (1 + np.exp(own - last_score(ids))), rel=1e-4)

@@ -1,7 +1,6 @@
 """The command that samples answers to a data set's questions and writes the best and the worst of each as a pair."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 from argparse import Namespace
@@ -21,8 +20,8 @@ from tinysft_jax.evaluation.cases import Case, open_questions, read_case
 from tinysft_jax.evaluation.likelihood import Model
 from tinysft_jax.evaluation.metrics import require_libraries
 from tinysft_jax.evaluation.run import load, make_decoder
-from tinysft_jax.rewards.models import Judges, Preference, log_probs_under, placed
-from tinysft_jax.rewards.registry import DEFAULT_REWARDS, Answered, check_reward_model, parse_weights, score
+from tinysft_jax.rewards.models import Judges, log_probs_under, open_reward_model, values_of
+from tinysft_jax.rewards.registry import DEFAULT_REWARDS, check_reward_model, parse_weights, score
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.resumable import Lines, write_lines
@@ -126,10 +125,9 @@ def open_judges(flags: Namespace, model: Model, data: PreparedData) -> Judges:
     n_rows, shape = batch_shards(mesh) * -(-flags.batch_size // batch_shards(mesh)), description.config
     if "fluency" in flags.rewards:
         function = log_probs_under(Softmax(shape.vocab_size))
-        values, params = placed(function, shape, params, mesh, dtype, n_rows, description.trained_length)
-        log_probs = functools.partial(values, params)
+        log_probs = values_of(function, shape, params, mesh, dtype, n_rows, description.trained_length)
     path = flags.reward_model
-    return Judges(log_probs, Preference(path, data, mesh, dtype, n_rows) if path else None)
+    return Judges(log_probs, open_reward_model(path, data, mesh, dtype, n_rows) if path else None)
 
 
 def write_pairs(
@@ -158,10 +156,10 @@ def write_pairs(
             ([*case.prompt, *ids, *case.target[-1:] * ended], len(case.prompt))
             for case, ids, ended in zip(asked, answers, stopped, strict=True)
         ]
-        answered = []
-        for case, ids, ended, log_p, lead in zip(asked, answers, stopped, *judges(asked, whole), strict=True):
-            fluency = None if log_p is None else float(log_p.mean())
-            answered.append(Answered(case, tokenizer.decode(ids), ended, fluency, lead))
+        answered = [
+            judgement.answered(case, tokenizer.decode(ids), ended)
+            for case, ids, ended, judgement in zip(asked, answers, stopped, judges(asked, whole), strict=True)
+        ]
         return [Sample(each.text, each.stopped, *score(flags.rewards, each)) for each in answered]
 
     def ask(numbers: range) -> tuple[list[Record], int]:

@@ -18,6 +18,7 @@ class Answered(NamedTuple):
     text: str
     stopped: bool  # whether it ended by itself, not for lack of room
     fluency: float | None = None  # mean log-likelihood of a token under a model that is not trained, in nats
+    usual: float | None = None  # that of the data's own answer
     lead: float | None = None  # a reward model's score, minus that of the data's own answer
 
 
@@ -44,6 +45,14 @@ def _length(answered: Answered) -> float:
     return min(1, words / (LEAST_LENGTH * usual), GREATEST_LENGTH * usual / words)
 
 
+def _fluency(answered: Answered) -> float | None:
+    """1 where a token is as likely as in the data's own answer, or likelier, else the ratio of the probabilities.
+
+    More would be won by what is likeliest: stories that are all the same.
+    """
+    return None if answered.fluency is None else math.exp(min(answered.fluency - answered.usual, 0))
+
+
 REWARDS: dict[str, Reward] = {
     "words": _first_of(metrics.words_used_inflected),
     "sentence": _first_of(metrics.sentence_included),
@@ -55,8 +64,7 @@ REWARDS: dict[str, Reward] = {
     "ends": lambda answered: float(answered.stopped),
     "repetition": lambda answered: 1 - metrics.repetition(answered.text),  # the fraction that is new
     "length": _length,
-    # The geometric mean of the tokens' probabilities.
-    "fluency": lambda answered: None if answered.fluency is None else math.exp(answered.fluency),
+    "fluency": _fluency,
     # By Bradley and Terry's model, the probability that it is preferred to the data's own answer.
     "preferred": lambda answered: None if answered.lead is None else 1 / (1 + math.exp(min(-answered.lead, 700))),
 }

@@ -23,7 +23,7 @@ from tinysft_jax.evaluation.cases import Case, open_questions, read_case
 from tinysft_jax.evaluation.metrics import repetition, require_libraries
 from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params
-from tinysft_jax.rewards.models import Judges, Preference, log_probs_under
+from tinysft_jax.rewards.models import Judges, log_probs_under, open_reward_model
 from tinysft_jax.rewards.packed import Given, PackedValues, pack, places, rows_of
 from tinysft_jax.rewards.registry import REWARDS, Answered, check_reward_model, parse_weights, score
 from tinysft_jax.sampling.decode import Decoder, Drawn
@@ -48,7 +48,9 @@ class Sampled(NamedTuple):
         return [*self.case.prompt, *self.drawn.ids], len(self.case.prompt)
 
 
-def advantages(rewards: Sequence[float | None], group_size: int, by_deviation: bool) -> Float64[np.ndarray, " answers"]:
+def advantages(
+    rewards: Sequence[float | int | None], group_size: int, by_deviation: bool
+) -> Float64[np.ndarray, " answers"]:
     """Each answer's reward minus the mean of its group, divided by the group's deviation if asked for.
 
     Consecutive answers are a group. One without a reward has the advantage 0, and does not count in the mean.
@@ -125,8 +127,8 @@ class Answerer:
         of_params = mesh, steps.shardings["params"]
         log_probs = PackedValues(function, steps.graph, *of_params, n_rows, config.data.seq_len)
         path = config.reward_model
-        preference = Preference(path, data, mesh, self._dtype, n_rows) if path else None
-        self._judges = Judges(functools.partial(log_probs, start), preference)
+        scores = open_reward_model(path, data, mesh, self._dtype, n_rows) if path else None
+        self._judges = Judges(functools.partial(log_probs, start), scores)
         self.seconds = {"sampling": 0.0, "scoring": 0.0}
 
     def ask(self, params: Params, cases: Sequence[Case], n: int, seed: int, greedy: bool = False) -> list[Sampled]:
@@ -145,16 +147,15 @@ class Answerer:
 
     def _score(self, cases: Sequence[Case], drawn: Sequence[Drawn]) -> list[Sampled]:
         sequences = [([*case.prompt, *of.ids], len(case.prompt)) for case, of in zip(cases, drawn, strict=True)]
-        start, leads = self._judges(cases, sequences)
         found, grpo = [], self._config.grpo
-        for case, of, log_p, lead in zip(cases, drawn, start, leads, strict=True):
+        for case, of, judgement in zip(cases, drawn, self._judges(cases, sequences), strict=True):
             stopped = of.ids[-1] in self.options.stop_ids
             text = self._data.tokenizer.decode(of.ids[:-1] if stopped else of.ids)
-            answered = Answered(case, text, stopped, float(log_p.mean()), lead)
+            answered = judgement.answered(case, text, stopped)
             reward, parts = score(self._weights, answered)
             if not stopped:
                 reward = None if grpo.cut_off == "masked" else 0.0
-            found.append(Sampled(case, of, log_p, answered, reward, parts))
+            found.append(Sampled(case, of, judgement.log_probs, answered, reward, parts))
         return found
 
 

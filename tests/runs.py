@@ -87,7 +87,8 @@ def latest_checkpoint(workdir: Path) -> dict[str, np.ndarray]:
 def assert_same_bits(workdir: Path, other: Path) -> None:
     """Two runs logged the same losses, and ended with the same state and the same best model."""
     # Of the steps since the last report, the first after a start left out.
-    rates = ("/tokens_per_second", "/supervised_tokens_per_second", "/padding_fraction", "/mfu")
+    rates = ("tokens_per_second", "supervised_tokens_per_second", "padding_fraction", "mfu")
+    rates += ("seconds_sampling", "seconds_scoring", "seconds_training")
     lines = [
         [{key: value for key, value in line.items() if not key.endswith(rates)} for line in read_metrics(each)]
         for each in (workdir, other)

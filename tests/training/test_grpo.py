@@ -187,7 +187,7 @@ def test_answers_that_are_worth_the_same_change_nothing():
 
 
 def test_advantages():
-    rewards = [1, 0, 0.5, 0.5, 0.3, 0.3 + 1e-12, 0.3, 0.3, None, 1, 0, None, None, None, None, None]
+    rewards = [1.0, 0.0, 0.5, 0.5, 0.3, 0.3 + 1e-12, 0.3, 0.3, None, 1.0, 0.0, None, None, None, None, None]
     expected = [0.5, -0.5, 0, 0, 0, 0, 0, 0, 0, 0.5, -0.5, 0, 0, 0, 0, 0]
     np.testing.assert_allclose(advantages(rewards, 4, by_deviation=False), expected, atol=1e-15)
     deviations = np.repeat([np.sqrt(1 / 8), 1, 0.5, 1], 4) + 1e-4
@@ -198,7 +198,7 @@ def test_advantages():
 def test_the_samplers_log_probabilities_are_the_trainers(temperature):
     """Over rows that end at different times, with ids that are forbidden in both."""
     params, draws = random_params(SHAPE), np.random.default_rng(0)
-    forbidden, stop = tuple(range(200, 260)), tuple(range(30))
+    forbidden, stop = tuple(range(200, 260)), tuple(range(10))
     options = SamplingOptions(60, temperature, top_k=0, seed=3, stop_ids=stop, forbidden_ids=forbidden)
     prompts = [draws.integers(0, 200, n) for n in draws.integers(3, 30, 24)]
     drawn = Decoder(SHAPE, params, np.dtype("float32")).sample(prompts, options)

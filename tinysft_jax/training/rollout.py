@@ -48,9 +48,7 @@ class Sampled(NamedTuple):
         return [*self.case.prompt, *self.drawn.ids], len(self.case.prompt)
 
 
-def advantages(
-    rewards: Sequence[float | int | None], group_size: int, by_deviation: bool
-) -> Float64[np.ndarray, " answers"]:
+def advantages(rewards: Sequence[float | None], group_size: int, by_deviation: bool) -> Float64[np.ndarray, " answers"]:
     """Each answer's reward minus the mean of its group, divided by the group's deviation if asked for.
 
     Consecutive answers are a group. One without a reward has the advantage 0, and does not count in the mean.
@@ -205,7 +203,6 @@ class Rollouts(contextlib.AbstractContextManager):
     Raises: UserError, if the data hold no questions, rewards can't be used, or there are several processes.
     """
 
-    packings = ()  # there is nothing to plan
     is_ahead = False  # of the devices: the next batch waits for the parameters
 
     def __init__(self, config: ConfigDict, data: PreparedData):
@@ -215,7 +212,7 @@ class Rollouts(contextlib.AbstractContextManager):
         check_reward_model(parse_weights(config.rewards), config.reward_model)
         self._config, grpo = config, config.grpo
         self._questions = Questions(data, "train", grpo.tasks, config.seed)
-        self.per_sample = grpo.updates
+        self.packings, self.per_sample = [], grpo.updates  # there is nothing to plan
         self.accumulation = micro_batches(config)
         epochs, per_epoch = config.train.num_epochs, -(-len(self._questions) // grpo.prompts) * grpo.updates
         self.total_steps = config.train.max_steps if epochs is None else epochs * per_epoch

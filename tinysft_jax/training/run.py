@@ -111,7 +111,7 @@ def _start_or_resume(
 
 
 def _settle_evaluation(
-    config: ConfigDict, total_steps: int, evaluator: Evaluator, status: RunStatus, notes: list[str]
+    config: ConfigDict, total_steps: int, evaluator: Evaluator | HeldOut, status: RunStatus, notes: list[str]
 ) -> int:
     """Sets the rows of the periodic evaluations; returns those of the final one."""
     eval_rows, final_rows = evaluation_rows(config, total_steps, evaluator.n_rows, status.eval_rows)

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from tinysft_jax.bpe import TOKENIZER_JSON
-from tinysft_jax.console import RunError, UserError, reason, shown
+from tinysft_jax.console import RunError, UserError, named, reason, shown
 from tinysft_jax.conversion import gguf_tokenizer, tokenizer_files
 from tinysft_jax.conversion.families import FAMILIES, family_of, read_config, write_config
 from tinysft_jax.conversion.gguf_file import StoredTensor, import_gguf, read_gguf_file
 from tinysft_jax.conversion.huggingface_tokenizer import recognise
-from tinysft_jax.conversion.names import OWN_KEY, Layout, gguf_layout, own_entries
+from tinysft_jax.conversion.names import OWN_KEY, gguf_layout, own_entries
 from tinysft_jax.gpt_config import GPTConfig, RopeScaling
 from tinysft_jax.model import rotary_steps
-from tinysft_jax.parameters import ModelDescription, Params, parse_trained_length
+from tinysft_jax.parameters import ModelDescription, Params, describe
 from tinysft_jax.tokenizer import ChatTokenizer
 
 # Names of `convert --dtype` → llama.cpp's.
@@ -50,23 +50,15 @@ _ROPE_FACTORS = "rope_freqs.weight"  # how much slower each pair of features tur
 
 def read_gguf(path: Path) -> tuple[ModelDescription, Params]:
     """Reads a GGUF file, as `checkpoints.open_model` does."""
-    try:
+    with named(path):
         pairs, tensors = read_gguf_file(path)
         own = _own_entries(pairs)
         config = _read_config(pairs, tensors, own)
-        length, tokenizer = parse_trained_length(own, config), _read_tokenizer(pairs, path)
-        if tokenizer and tokenizer.vocab_size > config.vocab_size:
-            raise UserError(f"its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
+        source = {"kind": "gguf", "file": path.resolve().name}
+        description = describe(config, _read_tokenizer(pairs, path), source, own)
         if config.rope_scaling:
             del tensors[_ROPE_FACTORS]
-        params = _layout(config, pairs["general.architecture"]).import_tensors(tensors, config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    source = {"kind": "gguf", "file": path.resolve().name}
-    if tokenizer is None:
-        return ModelDescription(config, None, None, source, length), params
-    model = ModelDescription(config, **tokenizer.description(), source=source, trained_length=length)
-    return dataclasses.replace(model, tokenizer_files=tokenizer.files), params
+        return description, gguf_layout(config, pairs["general.architecture"]).import_tensors(tensors, config)
 
 
 def read_gguf_tokenizer(path: Path) -> ChatTokenizer | None:
@@ -164,10 +156,6 @@ def _plain(value: Any) -> Any:
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _layout(config: GPTConfig, name: str) -> Layout:
-    return gguf_layout(config, interleaved=name == "llama")
-
-
 def write_gguf(path: Path, params: Params, description: ModelDescription, title: str, dtype: str = "float32") -> None:
     """Writes a model, its embedding padded or not, and its tokenizer, if it is known, as a file for llama.cpp.
 
@@ -240,7 +228,7 @@ def _config_pairs(config: GPTConfig, name: str) -> dict[str, Any]:
 
 def _tensors(params: Params, config: GPTConfig, name: str) -> dict[str, np.ndarray]:
     """The tensors of a file by name, float32."""
-    layout = _layout(config, name)
+    layout = gguf_layout(config, name)
     tensors = layout.export_tensors(params, config)
     if name == "stablelm":  # llama.cpp ties no head there
         tensors.setdefault(layout.head, tensors[layout.embedding])

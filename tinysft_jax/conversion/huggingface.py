@@ -13,12 +13,12 @@ import numpy as np
 
 from tinysft_jax import files
 from tinysft_jax.bpe import TOKENIZER_JSON
-from tinysft_jax.console import RunError, UserError, import_extra, reason, shown
+from tinysft_jax.console import RunError, UserError, import_extra, named, reason, shown
 from tinysft_jax.conversion import huggingface_tokenizer, tokenizer_files
 from tinysft_jax.conversion.families import read_config, write_config
 from tinysft_jax.conversion.huggingface_tokenizer import PAD
 from tinysft_jax.conversion.names import OWN_KEY, bare_name, huggingface_layout, own_entries
-from tinysft_jax.parameters import ModelDescription, Params, pad_vocabulary, parse_trained_length, trim_vocabulary
+from tinysft_jax.parameters import ModelDescription, Params, describe, pad_vocabulary, trim_vocabulary
 from tinysft_jax.tokenizer import KEPT, ChatTokenizer, write_files
 
 # What a folder holds, besides the model card; the first tells it from a work directory.
@@ -93,24 +93,16 @@ def _json_files(description: ModelDescription, dtype: str) -> dict[str, dict[str
 def read_huggingface(path: Path) -> tuple[ModelDescription, Params]:
     """Reads a Hugging Face folder, as `checkpoints.open_model` does."""
     content = _read_json(path / "config.json")
-    try:
+    with named(path):
         config, (tokenizer, pad_id) = read_config(content), read_folder_tokenizer(path)
-        if tokenizer and tokenizer.vocab_size > config.vocab_size:
-            raise UserError(f"its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
+        source = {"kind": "huggingface", "directory": path.resolve().name}
+        description = describe(config, tokenizer, source, own_entries(content))
         params = huggingface_layout(config).import_tensors(_open_tensors(path), config)
-        stated = own_entries(content)
-        length = parse_trained_length(stated, config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    source = {"kind": "huggingface", "directory": path.resolve().name}
-    if tokenizer is None:
-        template = "text" if stated.get("chat_template") == "text" else None
-        return ModelDescription(config, template, None, source, length), params
     if pad_id == config.vocab_size - 1:  # otherwise rows that were added elsewhere follow it
         config = dataclasses.replace(config, vocab_size=config.vocab_size - 1)
         params = pad_vocabulary(trim_vocabulary(params, config), config)
-    model = ModelDescription(config, **tokenizer.description(), source=source, trained_length=length)
-    return dataclasses.replace(model, tokenizer_files=tokenizer.files), params
+        description = dataclasses.replace(description, config=config)
+    return description, params
 
 
 def read_folder_tokenizer(path: Path) -> tuple[ChatTokenizer | None, int | None]:

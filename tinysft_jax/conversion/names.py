@@ -175,9 +175,9 @@ def huggingface_layout(config: GPTConfig) -> Layout:
     return Layout(_names(1, "model.layers.{}.", config), head="lm_head.weight", interleaved=False)
 
 
-def gguf_layout(config: GPTConfig, interleaved: bool) -> Layout:
-    """The tensors of a GGUF file that holds a model of this shape."""
-    return Layout(_names(2, "blk.{}.", config), head="output.weight", interleaved=interleaved)
+def gguf_layout(config: GPTConfig, architecture: str) -> Layout:
+    """The tensors of a GGUF file that holds a model of this shape, as one of llama.cpp's architectures."""
+    return Layout(_names(2, "blk.{}.", config), head="output.weight", interleaved=architecture == "llama")
 
 
 def own_entries(content: Mapping[Any, Any]) -> dict[str, Any]:

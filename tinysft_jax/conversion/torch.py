@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tinysft_jax.bpe import GPT2_RANKS
-from tinysft_jax.console import RunError, UserError, import_extra, reason, shown
+from tinysft_jax.console import RunError, UserError, import_extra, named, reason, shown
 from tinysft_jax.conversion.names import OWN_KEY, TORCH, bare_name, mlp_ratio, own_entries
 from tinysft_jax.gpt_config import LARGEST_SIZE, GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params, parse_trained_length
@@ -112,15 +112,13 @@ def _is_compressed(path: Path) -> bool:
 def read_torch_checkpoint(path: Path, n_heads: int | None = None) -> tuple[ModelDescription, Params]:
     """Reads a PyTorch checkpoint, as `checkpoints.open_model` does; it must not contradict itself or `n_heads`."""
     tensors, content = open_torch_file(path)
-    try:
+    with named(path):
         TORCH.check_names(_parameters(tensors), _n_layers(tensors))
         config, assumed = _infer_config(tensors, content, n_heads)
         description = _describe(path, content, config, assumed)
         # Views of the mapped file, if it is in float32.
         arrays = {name: tensor.detach().float().numpy() for name, tensor in _parameters(tensors).items()}
         return description, TORCH.import_tensors(arrays, config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def _describe(path: Path, content: dict[Any, Any], config: GPTConfig, assumed: dict[str, Any]) -> ModelDescription:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinysft_jax import chat
-from tinysft_jax.console import UserError
+from tinysft_jax.console import UserError, named
 from tinysft_jax.data.reading import TOO_LONG, read_json
 from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.sampling.decode import Decoder, check_prompt
@@ -45,12 +45,10 @@ def read_requests(
     try:
         with path.open("rb") as file:
             for place, number, line in read_json(file, path):
-                try:
+                with named(f"{path}:{place}"):
                     request = _parse_request(number, line, tokenizer, system)
                     check_prompt(request.ids, "the request", config, length)
                     requests.append(request)
-                except UserError as error:
-                    raise UserError(f"{path}:{place}: {error}") from None
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     if not requests:

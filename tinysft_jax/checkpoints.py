@@ -19,7 +19,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from tinysft_jax import distributed, files, parameters
-from tinysft_jax.console import RunError, UserError, reason
+from tinysft_jax.console import RunError, UserError, named, reason
 from tinysft_jax.conversion.gguf import read_gguf, read_gguf_tokenizer
 from tinysft_jax.conversion.gguf_file import MAGIC
 from tinysft_jax.conversion.huggingface import read_folder_tokenizer, read_huggingface
@@ -73,23 +73,22 @@ def _check_head(path: Path, is_reward: bool, reward: bool) -> None:
 def load_tokenizer(path: str | Path) -> ChatTokenizer:
     """The tokenizer of a prepared data set, or of a model at any path that `open_model` takes."""
     path = Path(path).expanduser()
-    readers = {"huggingface": lambda path: read_folder_tokenizer(path)[0], "gguf": read_gguf_tokenizer}
     kind = "data" if (path / "data.json").exists() else model_kind(path)
+    if kind in ("huggingface", "gguf"):
+        with named(path):
+            tokenizer = read_folder_tokenizer(path)[0] if kind == "huggingface" else read_gguf_tokenizer(path)
+            if tokenizer is None:
+                raise UserError("it has no tokenizer")
+            return tokenizer
     if kind == "data":
         content = files.read_json(path / "data.json", "a prepared data set", format_version=4)
         kept = read_files(path / FILES_DIRECTORY)
-    elif kind not in readers:
+    else:
         place = path / "model" if kind == "work" else path
         description = open_model(path)[0] if kind == "torch" else load_description(place)
         content, kept = description.to_json(), description.tokenizer_files
-    try:
-        if kind not in readers:
-            return ChatTokenizer.from_description(content, kept)
-        if tokenizer := readers[kind](path):
-            return tokenizer
-        raise UserError("it has no tokenizer")
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    with named(path):
+        return ChatTokenizer.from_description(content, kept)
 
 
 def model_kind(path: Path) -> str:

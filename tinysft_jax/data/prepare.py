@@ -50,7 +50,6 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
     )
     source.add_argument("--embedded", type=int, metavar="N", help="that many stories of the embedded corpus")
     source.add_argument("--hub", metavar="REPOSITORY", help="roneneldan/TinyStoriesInstruct from the Hugging Face Hub")
-    add("--revision", help="commit, branch or tag of the --hub repository instead of a known commit")
     add("--output", type=console.path, metavar="DIR", required=True, help="the data set to write")
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--format", choices=("auto", *FORMATS), default="auto", help="of the input; auto tells it by the content")
@@ -75,8 +74,6 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
         raise UserError("--tokenizer takes the model's chat template and vocabulary; leave out --template, --bpe_ranks")
     if flags.limit is not None and flags.embedded is not None:
         raise UserError("--limit is for files; --embedded itself says how many stories to make")
-    if flags.revision is not None and flags.hub is None:
-        raise UserError("--revision is for --hub")
     return flags
 
 
@@ -84,7 +81,7 @@ def _open_source(flags: Namespace) -> Source:
     if flags.embedded is not None:
         return open_embedded(flags.embedded, flags.format, flags.seed)
     if flags.hub is not None:
-        return open_hub(flags.hub, flags.revision, flags.format, flags.valid_fraction, flags.limit)
+        return open_hub(flags.hub, flags.format, flags.valid_fraction, flags.limit)
     return open_input(flags.input, flags.format, flags.valid_fraction, flags.limit)
 
 

@@ -24,7 +24,7 @@ from tinysft_jax.tasks.records import SEPARATOR, clean_record, parse_record
 FORMATS = ("tinystories-instruct", "text", *FORMS)
 # The embedded corpus has one story for validation to this many for training.
 EMBEDDED_TRAIN_PER_VALID = 20
-# Data sets on the Hub: the names of their files, and the default --revision.
+# Data sets on the Hub: the names of their files, and the commit.
 HUB_DATA_SETS = {
     "roneneldan/TinyStoriesInstruct": ("TinyStories-Instruct-{}.txt", "ee050ed1f8720795be342921335e821856a2b42e"),
     "roneneldan/TinyStories": ("TinyStoriesV2-GPT4-{}.txt", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"),
@@ -228,16 +228,13 @@ def _first_lines(file: BufferedIOBase, path: Path) -> Iterator[Any]:
                 yield json.loads(content or b"")
 
 
-def open_hub(
-    repository: str, revision: str | None, format: str, valid_fraction: float, limit: int | None
-) -> FileSource:
-    """One of HUB_DATA_SETS, at a commit, branch or tag; see `open_files`. Raises: UserError, if the download fails."""
+def open_hub(repository: str, format: str, valid_fraction: float, limit: int | None) -> FileSource:
+    """One of HUB_DATA_SETS; see `open_files`. Raises: UserError, if the download fails."""
     if repository not in HUB_DATA_SETS:
         raise UserError(
             f"--hub knows {' and '.join(HUB_DATA_SETS)}, not {repository}; download its files and give them to --input"
         )
-    name, pinned = HUB_DATA_SETS[repository]
-    revision = revision or pinned
+    name, revision = HUB_DATA_SETS[repository]
     names = [name.format(split) for split in SPLITS]
     url = f"https://huggingface.co/datasets/{repository}/tree/{revision}"
     by_hand = f"download {' and '.join(names)} from {url} into a directory and give it to --input"
@@ -251,5 +248,4 @@ def open_hub(
     except (OSError, ValueError, HTTPError) as error:
         raise UserError(f"the download failed ({reason(error)}); try again, or {by_hand}") from None
     files = list(zip(map(Path, paths), SPLITS, strict=True))
-    hub = {"repository": repository, "commit": files[0][0].parent.name}  # the cache has .../snapshots/<commit>/<name>
-    return open_files(files, format, valid_fraction, limit, hub=hub)
+    return open_files(files, format, valid_fraction, limit, hub={"repository": repository, "commit": revision})

@@ -49,6 +49,15 @@ def named(where: object) -> Iterator[None]:
         raise UserError(f"{where}: {error}") from None
 
 
+@contextlib.contextmanager
+def explained(failure: str, kind: type[Exception] = UserError) -> Iterator[None]:
+    """Raises an error that names the failure, "can't read PATH", and its cause in place of an OSError of the block."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{failure}: {error.strerror}") from None
+
+
 class _ShortRepr(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         # `repr` raises an error above 4,300 digits.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinysft_jax.console import UserError, shown
+from tinysft_jax.console import UserError, explained, shown
 from tinysft_jax.locks import remove_abandoned, try_lock
 
 MAX_TEXT_BYTES = 64 << 20
@@ -75,14 +75,12 @@ def new_directory(path: Path, overwrite: bool = False, content: Sequence[str] = 
     """
     check_output(path, overwrite, content)
     partial = _beside(path)
-    try:
+    with explained(f"can't write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         # A process may have been killed between the two renames: keep the old directory until there is a new one.
         kinds = "partial|old" if path.exists() else "partial"
         remove_abandoned(path.parent, rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.({kinds})")
         partial.mkdir()
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}") from None
     lock = try_lock(partial)
     try:
         yield partial
@@ -102,11 +100,9 @@ def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yields where to write a file that becomes `path` at the end of the block, and is removed if the block fails."""
     check_output(path, overwrite, content=())
     with atomic(path) as partial:
-        try:
+        with explained(f"can't write {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.touch()
-        except OSError as error:
-            raise UserError(f"can't write {path}: {error.strerror}") from None
         yield partial
         check_output(path, overwrite, content=())  # again: another process may have written it meanwhile
 

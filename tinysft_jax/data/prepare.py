@@ -16,7 +16,7 @@ from rich.console import Console
 
 from tinysft_jax import chat, console, files
 from tinysft_jax.bpe import GPT2_RANKS
-from tinysft_jax.console import Progress, RunError, UserError
+from tinysft_jax.console import Progress, RunError, UserError, explained
 from tinysft_jax.data.encode import BAD_ITEMS, Encoder
 from tinysft_jax.data.ledger import Ledger
 from tinysft_jax.data.sources import FORMATS, Item, Source, open_embedded, open_hub, open_input
@@ -105,31 +105,28 @@ def prepare(
     full. Then nothing is written.
     """
     ledger, start = Ledger(), time.monotonic()
-    try:
-        with files.new_directory(output, overwrite, CONTENT) as directory:
-            dtype = token_dtype(encoder.tokenizer.vocab_size)
-            writers = {split: ShardWriter(directory / split, dtype=dtype) for split in SPLITS}
-            blocks = map_in_order(encoder.encode, _blocks_of(source), workers)
-            with contextlib.closing(blocks), Progress("preparing", source.size, percent=True) as bar:
-                for encoded, part in blocks:
-                    ledger.add(part)
-                    for split, writer in writers.items():
-                        writer.add(encoded[split])
-                    tokens = sum(writer.totals["tokens"] for writer in writers.values())
-                    rate = tokens / max(time.monotonic() - start, 1e-3)
-                    bar.update(source.position, f"{tokens:,} tokens, {rate:,.0f} tokens/s")
-            for writer in writers.values():
-                writer.close()
-            if not ledger.kept:
-                nothing = f"no conversation could be made of {ledger.read.total():,} records"
-                raise UserError(f"nothing is left to learn from: {', '.join(ledger.reasons()) or nothing}")
-            totals = {split: writer.totals for split, writer in writers.items()}
-            write_files(directory / FILES_DIRECTORY, encoder.tokenizer.files)
-            files.write_json(directory / "data.json", _description(source, encoder, ledger, totals))
-            files.write_json(directory / "ledger.json", ledger.to_json(SPLITS, encoder.task_names))
-            files.write_manifest(directory)
-    except OSError as error:
-        raise RunError(f"can't write {output}: {error.strerror}") from None
+    with explained(f"can't write {output}", RunError), files.new_directory(output, overwrite, CONTENT) as directory:
+        dtype = token_dtype(encoder.tokenizer.vocab_size)
+        writers = {split: ShardWriter(directory / split, dtype=dtype) for split in SPLITS}
+        blocks = map_in_order(encoder.encode, _blocks_of(source), workers)
+        with contextlib.closing(blocks), Progress("preparing", source.size, percent=True) as bar:
+            for encoded, part in blocks:
+                ledger.add(part)
+                for split, writer in writers.items():
+                    writer.add(encoded[split])
+                tokens = sum(writer.totals["tokens"] for writer in writers.values())
+                rate = tokens / max(time.monotonic() - start, 1e-3)
+                bar.update(source.position, f"{tokens:,} tokens, {rate:,.0f} tokens/s")
+        for writer in writers.values():
+            writer.close()
+        if not ledger.kept:
+            nothing = f"no conversation could be made of {ledger.read.total():,} records"
+            raise UserError(f"nothing is left to learn from: {', '.join(ledger.reasons()) or nothing}")
+        totals = {split: writer.totals for split, writer in writers.items()}
+        write_files(directory / FILES_DIRECTORY, encoder.tokenizer.files)
+        files.write_json(directory / "data.json", _description(source, encoder, ledger, totals))
+        files.write_json(directory / "ledger.json", ledger.to_json(SPLITS, encoder.task_names))
+        files.write_manifest(directory)
     return ledger, totals
 
 

@@ -12,7 +12,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinysft_jax.console import UserError, reason
+from tinysft_jax.console import UserError, explained, reason
 from tinysft_jax.corpus.stories import embedded_stories, record_text
 from tinysft_jax.data.forms import FORMS, PREFERENCE, format_of, forms_of, prompt_of
 from tinysft_jax.data.parquet import Rows, is_parquet
@@ -96,15 +96,12 @@ class FileSource(Source):
     def __iter__(self) -> Iterator[Item]:
         before, what_decides = 0, prompt_of if self.format == PREFERENCE else str  # pairs of one prompt stay together
         for path, split in self.files:
-            try:
-                with path.open("rb") as file:
-                    rows = Rows(file, path, self.format) if is_parquet(path) else None
-                    texts = rows or (self._values if forms_of(self.format) else self._records)(file, path)
-                    for where, text, flaw in itertools.islice(texts, self.limit):
-                        self.position = before + (rows or file).tell()
-                        yield Item(split or split_of(what_decides(text), self.valid_fraction), where, text, flaw)
-            except OSError as error:
-                raise UserError(f"can't read {path}: {error.strerror}") from None
+            with explained(f"can't read {path}"), path.open("rb") as file:
+                rows = Rows(file, path, self.format) if is_parquet(path) else None
+                texts = rows or (self._values if forms_of(self.format) else self._records)(file, path)
+                for where, text, flaw in itertools.islice(texts, self.limit):
+                    self.position = before + (rows or file).tell()
+                    yield Item(split or split_of(what_decides(text), self.valid_fraction), where, text, flaw)
             self.position = before = before + path.stat().st_size
 
     def rates(self) -> Rates:
@@ -206,17 +203,14 @@ def _pair_in(directory: Path) -> list[tuple[Path, str]]:
 def _find_format(path: Path, format: str) -> str:
     """The format, guessed where it is "auto". Raises: UserError, if a parquet file lacks the columns of it."""
     ending = path.suffix.lower()
-    try:
-        with path.open("rb") as file:
-            if is_parquet(path):
-                return Rows(file, path, format).format
-            if format != "auto":
-                return format
-            if ending in _LINES_OF_JSON or is_json(file, named_so=ending == ".json"):
-                return format_of(_first_lines(file, path))
-            start = clean_record(file.read(_BYTES_TO_GUESS_FROM).decode("utf-8", "ignore"))
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from None
+    with explained(f"can't read {path}"), path.open("rb") as file:
+        if is_parquet(path):
+            return Rows(file, path, format).format
+        if format != "auto":
+            return format
+        if ending in _LINES_OF_JSON or is_json(file, named_so=ending == ".json"):
+            return format_of(_first_lines(file, path))
+        start = clean_record(file.read(_BYTES_TO_GUESS_FROM).decode("utf-8", "ignore"))
     return "tinystories-instruct" if _STORY_HEADER.search(start) else "text"
 
 

@@ -53,21 +53,16 @@ def open_model(path: str | Path, n_heads: int | None = None, reward: bool = Fals
     kind = model_kind(path)
     if n_heads is not None and kind != "torch":
         raise UserError(f"--n_heads is for .pt files that don't say; {path} does")
-    if kind in ("model", "work"):
-        return _read_model_directory(path / "model" if kind == "work" else path, reward)
-    _check_head(path, is_reward=False, reward=reward)
     if kind == "torch":
-        return read_torch_checkpoint(path, n_heads)
-    return {"huggingface": read_huggingface, "gguf": read_gguf}[kind](path)
-
-
-def _check_head(path: Path, is_reward: bool, reward: bool) -> None:
-    """Raises: UserError, if a model is not of the kind that is wanted."""
-    if is_reward != reward:
-        found = (
-            "reward model: it scores answers, and gives none" if is_reward else "language model; give a reward model"
-        )
-        raise UserError(f"{path} is a {found}")
+        description, params = read_torch_checkpoint(path, n_heads)
+    else:
+        readers = {"huggingface": read_huggingface, "gguf": read_gguf}
+        description, params = readers.get(kind, _read_model_directory)(path / "model" if kind == "work" else path)
+    if reward and not description.config.scalar_head:
+        raise UserError(f"{path} is a language model; give a reward model")
+    if description.config.scalar_head and not reward:
+        raise UserError(f"{path} is a reward model: it scores answers, and gives none")
+    return description, params
 
 
 def load_tokenizer(path: str | Path) -> ChatTokenizer:
@@ -147,10 +142,9 @@ def _read_model_json(path: Path) -> tuple[ModelDescription, int]:
     return dataclasses.replace(description, tokenizer_files=kept), content["format_version"]
 
 
-def _read_model_directory(path: Path, reward: bool) -> tuple[ModelDescription, Params]:
+def _read_model_directory(path: Path) -> tuple[ModelDescription, Params]:
     """Each process reads for itself."""
     description, format_version = _read_model_json(path)
-    _check_head(path, description.config.scalar_head, reward)
     params = _read_params(path, description.config)
     if format_version == 1:
         params = parameters.from_interleaved(params, description.config)

@@ -45,6 +45,13 @@ _EPSILON = {
     "layer": {"layer_norm_eps": "attention.layer_norm_epsilon"},
     "rms": {"rms_norm_eps": "attention.layer_norm_rms_epsilon"},
 }
+# All that a file may say of these, if anything.
+_FIXED = {
+    "rope.scaling.type": "none",
+    "rope.scaling.factor": 1.0,
+    "rope.scale_linear": 1.0,
+    "attention.causal": True,
+}
 _ROPE_FACTORS = "rope_freqs.weight"  # how much slower each pair of features turns; llama.cpp reads it in llama models
 
 
@@ -109,23 +116,13 @@ def _read_config(pairs: dict[str, Any], tensors: dict[str, StoredTensor], own: d
         "partial_rotary_factor": 1.0,
     }
     config = read_config(stated | content)
-    for key, wanted in _fixed(config).items():
+    sizes = dict.fromkeys(("rope.dimension_count", "attention.value_length"), config.head_dim)
+    for key, wanted in (_FIXED | sizes).items():
         if (value := values.get(f"{name}.{key}")) not in (None, wanted):
             raise UserError(f"its {name}.{key} is {shown(value)}, not {wanted}; this program's GPT can't be that")
     if (stored := tensors.get(_ROPE_FACTORS)) and name == "llama":
         return _with_rope_factors(config, np.asarray(stored), own)
     return config
-
-
-def _fixed(config: GPTConfig) -> dict[str, Any]:
-    """What a file may only say of a model of this shape, if anything."""
-    sizes = {"rope.dimension_count": config.head_dim, "attention.value_length": config.head_dim}
-    return sizes | {
-        "rope.scaling.type": "none",
-        "rope.scaling.factor": 1.0,
-        "rope.scale_linear": 1.0,
-        "attention.causal": True,
-    }
 
 
 def _with_rope_factors(config: GPTConfig, factors: np.ndarray, own: dict[str, Any]) -> GPTConfig:

@@ -19,7 +19,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from tinysft_jax import distributed, files, parameters
-from tinysft_jax.console import RunError, UserError, named, reason
+from tinysft_jax.console import RunError, UserError, explained, named
 from tinysft_jax.conversion.gguf import read_gguf, read_gguf_tokenizer
 from tinysft_jax.conversion.gguf_file import MAGIC
 from tinysft_jax.conversion.huggingface import read_folder_tokenizer, read_huggingface
@@ -93,8 +93,12 @@ def model_kind(path: Path) -> str:
             f"{path} does not exist; give a work directory, a model directory, a .pt or .gguf file or a Hugging Face "
             "folder"
         )
+    if path.suffix == ".gguf" and not path.is_dir():
+        return "gguf"
     if not path.is_dir():
-        return "gguf" if path.suffix == ".gguf" or _begins_with(path, MAGIC) else "torch"
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            return "gguf" if file.read(len(MAGIC)) == MAGIC else "torch"  # Ollama's GGUF files have no suffix
+        return "torch"
     if (path / "model.json").exists():
         return "model"
     if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):  # pickled weights are refused when they are read
@@ -109,21 +113,10 @@ def model_kind(path: Path) -> str:
     return "work"
 
 
-def _begins_with(path: Path, magic: bytes) -> bool:
-    """Whether a file's first bytes are these; Ollama's GGUF files have no suffix."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(magic)) == magic
-    except OSError:
-        return False
-
-
 def write_model(directory: Path, params: Params, description: ModelDescription) -> None:
     """Writes a model directory into an empty one. With several processes, all call it."""
-    try:
+    with explained(f"can't write {directory}", RunError, (ValueError, OSError)):
         ocp.save(directory.resolve() / "params", parameters.trim_vocabulary(params, description.config))
-    except (ValueError, OSError) as error:
-        raise RunError(f"can't write {directory}: {reason(error)}") from None
     if distributed.is_first():
         write_files(directory / FILES_DIRECTORY, description.tokenizer_files)
         files.write_json(directory / "model.json", description.to_json())
@@ -155,18 +148,15 @@ def _read_params(path: Path, config: GPTConfig) -> Params:
     """What is in `params/`, as it is stored."""
     directory = path.resolve() / "params"
     wanted = parameters.trim_vocabulary(parameters.model_parameter_shapes(config), config)
-    try:
-        with quiet_orbax(), alone():
-            if not ocp.is_orbax_checkpoint(directory):
-                raise UserError(f"{path} has no readable params/; convert or copy the model again")
-            stored = ocp.metadata(directory).metadata
-            have, want = _shapes(stored), _shapes(wanted)
-            if differing := [key for key in sorted(have | want) if have.get(key) != want.get(key)]:
-                parts = [f"{key} is {have.get(key, 'missing')}, not {want.get(key, 'expected')}" for key in differing]
-                raise UserError(f"{directory} does not fit model.json: {'; '.join(parts[:5])}")
-            return ocp.load(directory, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
-    except ORBAX_ERRORS as error:
-        raise UserError(f"can't read {directory}: {reason(error)}") from None
+    with explained(f"can't read {directory}", causes=ORBAX_ERRORS), quiet_orbax(), alone():
+        if not ocp.is_orbax_checkpoint(directory):
+            raise UserError(f"{path} has no readable params/; convert or copy the model again")
+        stored = ocp.metadata(directory).metadata
+        have, want = _shapes(stored), _shapes(wanted)
+        if differing := [key for key in sorted(have | want) if have.get(key) != want.get(key)]:
+            parts = [f"{key} is {have.get(key, 'missing')}, not {want.get(key, 'expected')}" for key in differing]
+            raise UserError(f"{directory} does not fit model.json: {'; '.join(parts[:5])}")
+        return ocp.load(directory, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
 
 
 def _shapes(tree: Params) -> dict[str, str]:

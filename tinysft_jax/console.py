@@ -50,12 +50,14 @@ def named(where: object) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(failure: str, kind: type[Exception] = UserError) -> Iterator[None]:
-    """Raises an error that names the failure, "can't read PATH", and its cause in place of an OSError of the block."""
+def explained(
+    failure: str, kind: Callable[[str], Exception] = UserError, causes: tuple[type[Exception], ...] = (OSError,)
+) -> Iterator[None]:
+    """In place of an error that is one of the causes, raises one that names the failure, "can't read PATH", and why."""
     try:
         yield
-    except OSError as error:
-        raise kind(f"{failure}: {error.strerror}") from None
+    except causes as error:
+        raise kind(f"{failure}: {getattr(error, 'strerror', None) or reason(error)}") from None
 
 
 class _ShortRepr(reprlib.Repr):

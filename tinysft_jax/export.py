@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinysft_jax import files
 from tinysft_jax.checkpoints import open_model, write_model
-from tinysft_jax.console import RunError, UserError, named, reason
+from tinysft_jax.console import RunError, UserError, explained, named
 from tinysft_jax.conversion import gguf, huggingface
 from tinysft_jax.conversion.families import family_of
 from tinysft_jax.conversion.model_card import CARD_CONTENT, RunRecord, read_run, write_card
@@ -75,10 +75,8 @@ def write(
         gguf.write_gguf(path, params, description, title.removesuffix(".gguf"), dtype)
     else:
         huggingface.write_huggingface(path, params, description, dtype)
-        try:
+        with explained(f"can't write {path}", RunError):
             write_card(path, title, description, run, report)
-        except OSError as error:
-            raise RunError(f"can't write {path}: {reason(error)}") from None
 
 
 def parse_export(names: str) -> tuple[str, ...]:

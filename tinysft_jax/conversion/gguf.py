@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tinysft_jax.bpe import TOKENIZER_JSON
-from tinysft_jax.console import RunError, UserError, named, reason, shown
+from tinysft_jax.console import RunError, UserError, explained, named, shown
 from tinysft_jax.conversion import gguf_tokenizer, tokenizer_files
 from tinysft_jax.conversion.families import FAMILIES, family_of, read_config, write_config
 from tinysft_jax.conversion.gguf_file import StoredTensor, import_gguf, read_gguf_file
@@ -181,13 +181,12 @@ def write_gguf(path: Path, params: Params, description: ModelDescription, title:
 
 def _write(writer: Any, path: Path) -> None:
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        read_gguf_file(path)  # NumPy does not tell when the end of a small tensor could not be written
-    except (OSError, UserError) as error:
-        raise RunError(f"can't write {path}: {reason(error)}") from None
+        with explained(f"can't write {path}", RunError, (OSError, UserError)):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            read_gguf_file(path)  # NumPy does not tell when the end of a small tensor could not be written
     finally:
         with contextlib.suppress(OSError):
             writer.close()

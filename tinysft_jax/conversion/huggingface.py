@@ -13,7 +13,7 @@ import numpy as np
 
 from tinysft_jax import files
 from tinysft_jax.bpe import TOKENIZER_JSON
-from tinysft_jax.console import RunError, UserError, import_extra, named, reason, shown
+from tinysft_jax.console import RunError, UserError, explained, import_extra, named, reason, shown
 from tinysft_jax.conversion import huggingface_tokenizer, tokenizer_files
 from tinysft_jax.conversion.families import read_config, write_config
 from tinysft_jax.conversion.huggingface_tokenizer import PAD
@@ -48,7 +48,7 @@ def write_huggingface(directory: Path, params: Params, description: ModelDescrip
         for name in tensors.keys() & {layout.embedding, layout.head}:
             mean = tensors[name].mean(axis=0, keepdims=True, dtype=np.float64)
             tensors[name] = np.concatenate([tensors[name], mean.astype(DTYPES[dtype])])
-    try:
+    with explained(f"can't write {directory}", RunError, (OSError, safetensors.SafetensorError)):
         for name, content in _json_files(description, dtype).items():
             files.write_json(directory / name, content)
         if description.tokenizer_files:
@@ -56,8 +56,6 @@ def write_huggingface(directory: Path, params: Params, description: ModelDescrip
         # The metadata tells transformers that kernels have PyTorch's layout.
         safetensors.numpy.save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
         shutil.copymode(directory / "config.json", directory / _WEIGHTS)  # safetensors lets only the owner read
-    except (OSError, safetensors.SafetensorError) as error:
-        raise RunError(f"can't write {directory}: {reason(error)}") from None
 
 
 def rounded(params: Params, dtype: str) -> Params:

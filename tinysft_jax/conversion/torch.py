@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tinysft_jax.bpe import GPT2_RANKS
-from tinysft_jax.console import RunError, UserError, import_extra, named, reason, shown
+from tinysft_jax.console import RunError, UserError, explained, import_extra, named, shown
 from tinysft_jax.conversion.names import OWN_KEY, TORCH, bare_name, mlp_ratio, own_entries
 from tinysft_jax.gpt_config import LARGEST_SIZE, GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params, parse_trained_length
@@ -265,11 +265,9 @@ def write_torch_checkpoint(path: Path, params: Params, description: ModelDescrip
         **({"model_type": "sft"} if is_chat else {}),
         **({OWN_KEY: stated} if stated else {}),
     }
-    try:
-        with path.open("wb") as file:  # given a path, torch.save would put its name into the file
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # the errors of torch's archive writer are RuntimeErrors
-        raise RunError(f"can't write {path}: {reason(error)}") from None
+    # The errors of torch's archive writer are RuntimeErrors. Given a path, torch.save would put its name into the file.
+    with explained(f"can't write {path}", RunError, (OSError, RuntimeError)), path.open("wb") as file:
+        torch.save(content, file)
 
 
 def _state_dict(params: Params, config: GPTConfig) -> Tensors:

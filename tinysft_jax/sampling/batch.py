@@ -56,10 +56,8 @@ def read_requests(
 def _parse_request(number: int, line: bytes | None, tokenizer: ChatTokenizer, system: str | None) -> Request:
     if line is None:
         raise UserError(TOO_LONG)
-    try:
+    with explained("not valid JSON", causes=(ValueError, RecursionError)):
         record = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON: {error}") from None
     if not isinstance(record, dict) or not ("messages" in record or isinstance(record.get("prompt"), str)):
         raise UserError('a line must be an object with "messages", or with a "prompt" that is text')
     if tokenizer.template is None:

@@ -40,14 +40,11 @@ def load_model(path: str | Path, reward: bool = False, **options) -> GPT:
 
 
 def open_model(path: str | Path, n_heads: int | None = None, reward: bool = False) -> tuple[ModelDescription, Params]:
-    """Reads a model in any form: a work directory (its best so far), a model directory, a `.pt` or GGUF file, a Hugging
-    Face folder.
+    """Reads a work directory (its best model so far), a model directory, a `.pt` or GGUF file or a Hugging Face folder.
 
     `n_heads`, the number of attention heads, is for a `.pt` file that does not say. With `reward`, it must be a reward
-    model, else a language model.
-
-    Returns:
-      The description, and the parameters as float32 NumPy arrays in host memory, the embedding padded.
+    model, else a language model. Returns the description, and the parameters as float32 NumPy arrays in host memory,
+    the embedding padded.
     """
     path = Path(path).expanduser()
     kind = model_kind(path)
@@ -140,7 +137,7 @@ def _read_model_directory(path: Path) -> tuple[ModelDescription, Params]:
     description, format_version = _read_model_json(path)
     params = _read_params(path, description.config)
     if format_version == 1:
-        params = parameters.from_interleaved(params, description.config)
+        params = parameters.reorder_heads(params, description.config, interleave=False)
     return description, parameters.pad_vocabulary(params, description.config)
 
 

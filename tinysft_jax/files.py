@@ -154,14 +154,10 @@ def read_json(path: Path, what: str, format_version: int | None) -> dict[str, An
 
     The object must have a `format_version` up to this one; None: it needs none.
     """
-    try:
+    with explained(f"can't read {path}"), explained(f"{path} is not valid JSON", causes=(ValueError, RecursionError)):
+        if not path.exists():
+            raise UserError(f"{path.parent} is not {what}: it has no {path.name}")
         content = json.loads(read_text(path))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is not {what}: it has no {path.name}") from None
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
     if _is_deeper(content, MAX_DEPTH):
         raise UserError(f"{path} is nested more than {MAX_DEPTH} levels deep")
     if not isinstance(content, dict):

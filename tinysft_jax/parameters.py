@@ -16,7 +16,7 @@ from tinysft_jax.gpt_config import GPTConfig, RopeScaling
 from tinysft_jax.model import GPT
 from tinysft_jax.tokenizer import ChatTokenizer, parse_template
 
-# Version 1 had queries and keys interleaved, see `from_interleaved`; versions 1 and 2 only the PyTorch project's model;
+# Version 1 had queries and keys interleaved, see `reorder_heads`; versions 1 and 2 only the PyTorch project's model;
 # versions 1 to 3 no reward models.
 FORMAT_VERSION = 4
 
@@ -143,21 +143,13 @@ def pad_vocabulary(params: Params, config: GPTConfig) -> Params:
     return params | {name: jax.tree.map(pad, params[name]) for name in TABLES if name in params}
 
 
-def from_interleaved(params: Params, config: GPTConfig) -> Params:
-    """Reorders queries and keys from RoPE on the features 2i and 2i + 1 of a head to RoPE on i and i + half, as here.
+def reorder_heads(params: Params, config: GPTConfig, interleave: bool) -> Params:
+    """Reorders queries and keys for RoPE on the features 2i and 2i + 1 of a head, or back for i and i + half, as here.
 
     Attention scores don't change, as both are reordered alike.
     """
-    return _reorder_heads(params, (-1, config.head_dim // 2, 2))
-
-
-def to_interleaved(params: Params, config: GPTConfig) -> Params:
-    """The inverse of `from_interleaved`."""
-    return _reorder_heads(params, (-1, 2, config.head_dim // 2))
-
-
-def _reorder_heads(params: Params, shape: tuple[int, int, int]) -> Params:
-    """Reorders the features of queries and keys: `shape` splits them, and its last two axes are swapped."""
+    half = config.head_dim // 2
+    shape = (-1, 2, half) if interleave else (-1, half, 2)
 
     def reorder(kernel: np.ndarray) -> np.ndarray:
         return kernel.reshape(*kernel.shape[:-1], *shape).swapaxes(-1, -2).reshape(kernel.shape)

@@ -176,20 +176,12 @@ def write_gguf(path: Path, params: Params, description: ModelDescription, title:
         if stored.dtype == np.float16 and not np.isfinite(stored).all():
             raise UserError(f"{tensor_name} has values above 65,504, which float16 can't hold")
         writer.add_tensor(tensor_name, stored, raw_dtype=encoding)
-    _write(writer, path)
-
-
-def _write(writer: Any, path: Path) -> None:
-    try:
-        with explained(f"can't write {path}", RunError, (OSError, UserError)):
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-            read_gguf_file(path)  # NumPy does not tell when the end of a small tensor could not be written
-    finally:
-        with contextlib.suppress(OSError):
-            writer.close()
+    with explained(f"can't write {path}", RunError, (OSError, UserError)), contextlib.closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        read_gguf_file(path)  # NumPy does not tell when the end of a small tensor could not be written
 
 
 def to_pairs(description: ModelDescription, title: str, dtype: str = "float32") -> dict[str, Any]:

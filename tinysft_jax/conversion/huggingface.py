@@ -13,7 +13,7 @@ import numpy as np
 
 from tinysft_jax import files
 from tinysft_jax.bpe import TOKENIZER_JSON
-from tinysft_jax.console import RunError, UserError, explained, import_extra, named, reason, shown
+from tinysft_jax.console import RunError, UserError, explained, import_extra, named, shown
 from tinysft_jax.conversion import huggingface_tokenizer, tokenizer_files
 from tinysft_jax.conversion.families import read_config, write_config
 from tinysft_jax.conversion.huggingface_tokenizer import PAD
@@ -134,7 +134,7 @@ def _open_tensors(path: Path) -> dict[str, _Stored]:
     safetensors = _safetensors()
     tensors: dict[str, _Stored] = {}
     for file_name in _weight_files(path):
-        try:
+        with explained(f"can't read {file_name} (copy it again)", causes=(OSError, safetensors.SafetensorError)):
             file = safetensors.safe_open(path / file_name, framework="np")
             for key in sorted(file.keys()):
                 part = file.get_slice(key)
@@ -145,8 +145,6 @@ def _open_tensors(path: Path) -> dict[str, _Stored]:
                     raise UserError(f"{name} is {part.get_dtype()}; only {', '.join(_READABLE)} are read")
                 if not _BUFFER.fullmatch(name):
                     tensors[name] = _Stored(file, key, tuple(part.get_shape()))
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"can't read {file_name}: {reason(error)}; copy it again") from None
     return tensors
 
 

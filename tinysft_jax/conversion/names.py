@@ -13,13 +13,7 @@ import numpy as np
 
 from tinysft_jax.console import UserError
 from tinysft_jax.gpt_config import GPTConfig
-from tinysft_jax.parameters import (
-    Params,
-    from_interleaved,
-    model_parameter_shapes,
-    to_interleaved,
-    trim_vocabulary,
-)
+from tinysft_jax.parameters import Params, model_parameter_shapes, reorder_heads, trim_vocabulary
 
 # The key in exported files for entries of `ModelDescription` that their format has no place for.
 OWN_KEY = "tinysft_jax"
@@ -74,7 +68,7 @@ class Layout:
         """The model's tensors as a file holds them, without a head that is the embedding."""
         params = jax.tree.map(np.asarray, trim_vocabulary(params, config))
         if self.interleaved:
-            params = to_interleaved(params, config)
+            params = reorder_heads(params, config, interleave=True)
         # Copied, because a view would be saved with all of the array behind it.
         return {name: np.array(view, dtype, order="C") for name, view in self.views(params, config.n_layers).items()}
 
@@ -103,7 +97,7 @@ class Layout:
         is_tied = self.head in tensors and self.head not in views
         if is_tied and not np.array_equal(tensors[self.head], views[self.embedding]):
             raise UserError(f"{self.head} differs from {self.embedding}: an untied head, where this model ties the two")
-        return from_interleaved(params, config) if self.interleaved else params
+        return reorder_heads(params, config, interleave=False) if self.interleaved else params
 
     def check_names(self, found: Collection[str], n_layers: int) -> None:
         """Raises: UserError, if a file lacks tensors of the model or holds others."""

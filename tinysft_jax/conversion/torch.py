@@ -29,12 +29,11 @@ LONGEST_CONTEXT = 16384
 
 
 def open_torch_file(path: Path) -> tuple[Tensors, dict[Any, Any]]:
-    """Opens a checkpoint, or a bare state dict of the model.
+    """Opens a checkpoint, or a bare state dict of the model; returns the state's tensors, and the file's content.
 
-    Returns:
-      The state's tensors, memory-mapped, by name without the names of wrappers: the parameters, and the buffers that
-      each block may have, `freqs_cis` (RoPE, complex64 `[max_seq_len, head_dim / 2]`) and `mask`. And the file's
-      content: state, `config`, `step`, `loss`, `model_type`, ...
+    The tensors are memory-mapped, and have names without those of wrappers: the parameters, and the buffers that each
+    block may have, `freqs_cis` (RoPE, complex64 `[max_seq_len, head_dim / 2]`) and `mask`. The content is the state,
+    `config`, `step`, `loss`, `model_type`, ...
     """
     content = _load(path)
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None

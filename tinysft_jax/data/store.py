@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32, Integer, UInt8
 
 from tinysft_jax import files
-from tinysft_jax.console import UserError, explained, shown
+from tinysft_jax.console import UserError, explained
 from tinysft_jax.data.forms import PREFERENCE
 from tinysft_jax.files import COUNT, NUMBER, SIZE, TEXT, TEXT_OR_NULL, Schema, check
 from tinysft_jax.tokenizer import FILES_DIRECTORY, ChatTokenizer, read_files
@@ -94,16 +94,15 @@ class PreparedData:
         where = self.directory / "data.json"
         self.description = files.read_json(where, "a prepared data set", FORMAT_VERSION)
         has_hash = self.description["format_version"] > 1
-        try:
+        with explained(str(where), _unusable, (UserError,)):
             check(self.description, _DESCRIPTION | _SINCE_VERSION_2 if has_hash else _DESCRIPTION)
             kept = read_files(self.directory / FILES_DIRECTORY)
             self.tokenizer = ChatTokenizer.from_description(self.description, kept)
-            said, found = self.description.get("tokenizer_hash"), self.tokenizer.fingerprint()
-            if has_hash and said != found:
-                wanted = f"{found!r}, that of the tokenizer it names"
-                raise UserError(f"tokenizer_hash is {shown(said)}; it must be {wanted}")
-        except UserError as error:
-            raise _unusable(f"{where}: {error}") from None
+            if has_hash:
+                found = self.tokenizer.fingerprint()
+                check(
+                    self.description, {"tokenizer_hash": (f"{found!r}, that of the tokenizer it names", found.__eq__)}
+                )
         self.tasks: list[str] = self.description["tasks"]  # their names; a task's id is its index
         self.per_item = _per_item(self.description)  # conversations, see `Split`
         self.verify(hashes=False)

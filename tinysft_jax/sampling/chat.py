@@ -43,7 +43,8 @@ def save_transcript(path: Path, messages: Messages, overwrite: bool = False) -> 
 
 def load_transcript(path: Path) -> Messages:
     """Reads a conversation with at least one answer, however its JSON is formatted; a UserError if there is none."""
-    try:
+    failure, causes = f"{path} is not one conversation in chat-jsonl", (UserError, ValueError, RecursionError)
+    with explained(f"can't read {path}"), explained(failure, causes=causes):
         found = json.loads(files.read_text(path, "utf-8-sig"))
         if isinstance(found, list) and len(found) == 1:
             found = found[0]
@@ -51,10 +52,6 @@ def load_transcript(path: Path) -> Messages:
         if all(message["role"] != "assistant" for message in messages):
             raise UserError("nothing is answered in it")
         return messages
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from None
-    except (UserError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not one conversation in chat-jsonl: {error}") from None
 
 
 class Session:

@@ -5,7 +5,9 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -245,21 +247,18 @@ class Shell:
         print(f"(saved {len(self._session.messages)} messages)")
 
     def _show(self, pieces: Iterator[str]) -> None:
-        """Prints an answer as it is generated, until it ends or, at a terminal, Ctrl-C is pressed."""
+        """Prints an answer as it is generated, until it ends or Ctrl-C is pressed."""
         session = self._session
         if session.forgotten > self._told_forgotten:
             print(f"(the context is full; oldest exchanges that the model no longer sees: {session.forgotten})")
         self._told_forgotten = session.forgotten
-        end = "\n"
-        try:
-            with contextlib.closing(pieces):  # which makes the session remember what was shown
-                for text in pieces:
-                    print(text, end="", flush=True)
-        except KeyboardInterrupt:
-            if not sys.stdin.isatty():
-                raise
-            end = " (stopped)\n"
-        print(end=end, flush=True)
+        # Closing the iterator makes the session remember what was shown.
+        with _ctrl_c_noted() as stopped, contextlib.closing(pieces):
+            for text in pieces:
+                print(text, end="", flush=True)
+                if stopped.is_set():
+                    break
+        print(" (stopped)" if stopped.is_set() else "", flush=True)
         if session.note:
             print(session.note, file=sys.stderr)
         if self._console.is_terminal and session.last:
@@ -272,6 +271,27 @@ def _path(name: str) -> Path:
     if not name:
         raise UserError("which file? Its name comes after the command")
     return Path(os.path.abspath(os.path.expanduser(name)))
+
+
+@contextlib.contextmanager
+def _ctrl_c_noted() -> Iterator[threading.Event]:
+    """At a terminal, Ctrl-C within the block sets the event; pressed again, it ends the block, and the block alone."""
+    noted, previous = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def note(*_) -> None:
+        if noted.is_set():
+            raise KeyboardInterrupt
+        noted.set()
+
+    if sys.stdin.isatty():
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    except KeyboardInterrupt:
+        if not noted.is_set():
+            raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _lines() -> Iterator[str]:

@@ -58,7 +58,7 @@ class Gpt2Bpe:
             raise UserError(f"the number of BPE ranks must be from 256 to {GPT2_RANKS}, not {shown(ranks)}")
         self.ranks = ranks
         self._encoding = _encoding(ranks)
-        self.token_bytes = [*_ranked(ranks), chat.END_OF_TEXT.encode()]
+        self.token_bytes = [*gpt2_tokens()[:ranks], chat.END_OF_TEXT.encode()]
         self.special_ids = {chat.END_OF_TEXT: ranks}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -77,7 +77,7 @@ class Gpt2Bpe:
 
     def identity(self) -> list[Any]:
         """What decides the ids of text, in JSON."""
-        return [_PATTERN, [token.hex() for token in _ranked(self.ranks)]]
+        return [_PATTERN, [token.hex() for token in gpt2_tokens()[: self.ranks]]]
 
 
 class FileBpe:
@@ -266,12 +266,12 @@ def read_merges(path: Path = MERGES_FILE) -> tuple[list[str], list[tuple[str, st
     return list(_alphabet()), merges
 
 
-def read_ranks(path: Path = MERGES_FILE) -> dict[bytes, int]:
-    """GPT-2's BPE: token → rank, which is its id."""
+@functools.lru_cache
+def gpt2_tokens(path: Path = MERGES_FILE) -> list[bytes]:
+    """GPT-2's tokens in the order of their ranks, which are their ids."""
     alphabet, merges = read_merges(path)
     byte_of = _alphabet()
-    tokens = [*alphabet, *map("".join, merges)]
-    return {bytes(byte_of[character] for character in token): rank for rank, token in enumerate(tokens)}
+    return [bytes(byte_of[character] for character in token) for token in (*alphabet, *map("".join, merges))]
 
 
 def _alphabet() -> dict[str, int]:
@@ -282,12 +282,6 @@ def _alphabet() -> dict[str, int]:
 
 
 @functools.lru_cache
-def _ranked(ranks: int) -> list[bytes]:
-    """GPT-2's tokens in the order of their ranks."""
-    return list(read_ranks())[:ranks]
-
-
-@functools.lru_cache
 def _encoding(ranks: int) -> tiktoken.Encoding:
-    tokens = {token: rank for rank, token in enumerate(_ranked(ranks))}
+    tokens = {token: rank for rank, token in enumerate(gpt2_tokens()[:ranks])}
     return tiktoken.Encoding("gpt2", pat_str=_PATTERN, mergeable_ranks=tokens, special_tokens={})

@@ -19,7 +19,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from tinysft_jax import distributed, files, parameters
-from tinysft_jax.console import RunError, UserError, reason
+from tinysft_jax.console import RunError, UserError, explained, named
 from tinysft_jax.conversion.gguf import read_gguf, read_gguf_tokenizer
 from tinysft_jax.conversion.gguf_file import MAGIC
 from tinysft_jax.conversion.huggingface import read_folder_tokenizer, read_huggingface
@@ -40,56 +40,47 @@ def load_model(path: str | Path, reward: bool = False, **options) -> GPT:
 
 
 def open_model(path: str | Path, n_heads: int | None = None, reward: bool = False) -> tuple[ModelDescription, Params]:
-    """Reads a model in any form: a work directory (its best so far), a model directory, a `.pt` or GGUF file, a Hugging
-    Face folder.
+    """Reads a work directory (its best model so far), a model directory, a `.pt` or GGUF file or a Hugging Face folder.
 
     `n_heads`, the number of attention heads, is for a `.pt` file that does not say. With `reward`, it must be a reward
-    model, else a language model.
-
-    Returns:
-      The description, and the parameters as float32 NumPy arrays in host memory, the embedding padded.
+    model, else a language model. Returns the description, and the parameters as float32 NumPy arrays in host memory,
+    the embedding padded.
     """
     path = Path(path).expanduser()
     kind = model_kind(path)
     if n_heads is not None and kind != "torch":
         raise UserError(f"--n_heads is for .pt files that don't say; {path} does")
-    if kind in ("model", "work"):
-        return _read_model_directory(path / "model" if kind == "work" else path, reward)
-    _check_head(path, is_reward=False, reward=reward)
     if kind == "torch":
-        return read_torch_checkpoint(path, n_heads)
-    return {"huggingface": read_huggingface, "gguf": read_gguf}[kind](path)
-
-
-def _check_head(path: Path, is_reward: bool, reward: bool) -> None:
-    """Raises: UserError, if a model is not of the kind that is wanted."""
-    if is_reward != reward:
-        found = (
-            "reward model: it scores answers, and gives none" if is_reward else "language model; give a reward model"
-        )
-        raise UserError(f"{path} is a {found}")
+        description, params = read_torch_checkpoint(path, n_heads)
+    else:
+        readers = {"huggingface": read_huggingface, "gguf": read_gguf}
+        description, params = readers.get(kind, _read_model_directory)(path / "model" if kind == "work" else path)
+    if reward and not description.config.scalar_head:
+        raise UserError(f"{path} is a language model; give a reward model")
+    if description.config.scalar_head and not reward:
+        raise UserError(f"{path} is a reward model: it scores answers, and gives none")
+    return description, params
 
 
 def load_tokenizer(path: str | Path) -> ChatTokenizer:
     """The tokenizer of a prepared data set, or of a model at any path that `open_model` takes."""
     path = Path(path).expanduser()
-    readers = {"huggingface": lambda path: read_folder_tokenizer(path)[0], "gguf": read_gguf_tokenizer}
     kind = "data" if (path / "data.json").exists() else model_kind(path)
+    if kind in ("huggingface", "gguf"):
+        with named(path):
+            tokenizer = read_folder_tokenizer(path)[0] if kind == "huggingface" else read_gguf_tokenizer(path)
+            if tokenizer is None:
+                raise UserError("it has no tokenizer")
+            return tokenizer
     if kind == "data":
         content = files.read_json(path / "data.json", "a prepared data set", format_version=4)
         kept = read_files(path / FILES_DIRECTORY)
-    elif kind not in readers:
+    else:
         place = path / "model" if kind == "work" else path
         description = open_model(path)[0] if kind == "torch" else load_description(place)
         content, kept = description.to_json(), description.tokenizer_files
-    try:
-        if kind not in readers:
-            return ChatTokenizer.from_description(content, kept)
-        if tokenizer := readers[kind](path):
-            return tokenizer
-        raise UserError("it has no tokenizer")
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    with named(path):
+        return ChatTokenizer.from_description(content, kept)
 
 
 def model_kind(path: Path) -> str:
@@ -99,8 +90,12 @@ def model_kind(path: Path) -> str:
             f"{path} does not exist; give a work directory, a model directory, a .pt or .gguf file or a Hugging Face "
             "folder"
         )
+    if path.suffix == ".gguf" and not path.is_dir():
+        return "gguf"
     if not path.is_dir():
-        return "gguf" if path.suffix == ".gguf" or _begins_with(path, MAGIC) else "torch"
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            return "gguf" if file.read(len(MAGIC)) == MAGIC else "torch"  # Ollama's GGUF files have no suffix
+        return "torch"
     if (path / "model.json").exists():
         return "model"
     if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):  # pickled weights are refused when they are read
@@ -115,21 +110,10 @@ def model_kind(path: Path) -> str:
     return "work"
 
 
-def _begins_with(path: Path, magic: bytes) -> bool:
-    """Whether a file's first bytes are these; Ollama's GGUF files have no suffix."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(magic)) == magic
-    except OSError:
-        return False
-
-
 def write_model(directory: Path, params: Params, description: ModelDescription) -> None:
     """Writes a model directory into an empty one. With several processes, all call it."""
-    try:
+    with explained(f"can't write {directory}", RunError, (ValueError, OSError)):
         ocp.save(directory.resolve() / "params", parameters.trim_vocabulary(params, description.config))
-    except (ValueError, OSError) as error:
-        raise RunError(f"can't write {directory}: {reason(error)}") from None
     if distributed.is_first():
         write_files(directory / FILES_DIRECTORY, description.tokenizer_files)
         files.write_json(directory / "model.json", description.to_json())
@@ -148,13 +132,12 @@ def _read_model_json(path: Path) -> tuple[ModelDescription, int]:
     return dataclasses.replace(description, tokenizer_files=kept), content["format_version"]
 
 
-def _read_model_directory(path: Path, reward: bool) -> tuple[ModelDescription, Params]:
+def _read_model_directory(path: Path) -> tuple[ModelDescription, Params]:
     """Each process reads for itself."""
     description, format_version = _read_model_json(path)
-    _check_head(path, description.config.scalar_head, reward)
     params = _read_params(path, description.config)
     if format_version == 1:
-        params = parameters.from_interleaved(params, description.config)
+        params = parameters.reorder_heads(params, description.config, interleave=False)
     return description, parameters.pad_vocabulary(params, description.config)
 
 
@@ -162,18 +145,15 @@ def _read_params(path: Path, config: GPTConfig) -> Params:
     """What is in `params/`, as it is stored."""
     directory = path.resolve() / "params"
     wanted = parameters.trim_vocabulary(parameters.model_parameter_shapes(config), config)
-    try:
-        with quiet_orbax(), alone():
-            if not ocp.is_orbax_checkpoint(directory):
-                raise UserError(f"{path} has no readable params/; convert or copy the model again")
-            stored = ocp.metadata(directory).metadata
-            have, want = _shapes(stored), _shapes(wanted)
-            if differing := [key for key in sorted(have | want) if have.get(key) != want.get(key)]:
-                parts = [f"{key} is {have.get(key, 'missing')}, not {want.get(key, 'expected')}" for key in differing]
-                raise UserError(f"{directory} does not fit model.json: {'; '.join(parts[:5])}")
-            return ocp.load(directory, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
-    except ORBAX_ERRORS as error:
-        raise UserError(f"can't read {directory}: {reason(error)}") from None
+    with explained(f"can't read {directory}", causes=ORBAX_ERRORS), quiet_orbax(), alone():
+        if not ocp.is_orbax_checkpoint(directory):
+            raise UserError(f"{path} has no readable params/; convert or copy the model again")
+        stored = ocp.metadata(directory).metadata
+        have, want = _shapes(stored), _shapes(wanted)
+        if differing := [key for key in sorted(have | want) if have.get(key) != want.get(key)]:
+            parts = [f"{key} is {have.get(key, 'missing')}, not {want.get(key, 'expected')}" for key in differing]
+            raise UserError(f"{directory} does not fit model.json: {'; '.join(parts[:5])}")
+        return ocp.load(directory, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
 
 
 def _shapes(tree: Params) -> dict[str, str]:

@@ -8,7 +8,7 @@ import reprlib
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,6 +38,26 @@ def reason(error: Exception) -> str:
     """The first line of a library's error. Long ones start with where it happened and end with what."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if len(line) <= 300 else f"{line[:100]} … {line[-190:]}"
+
+
+@contextlib.contextmanager
+def named(where: object) -> Iterator[None]:
+    """Begins the message of a UserError of the block with the place that it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+@contextlib.contextmanager
+def explained(
+    failure: str, kind: Callable[[str], Exception] = UserError, causes: tuple[type[Exception], ...] = (OSError,)
+) -> Iterator[None]:
+    """In place of an error that is one of the causes, raises one that names the failure, "can't read PATH", and why."""
+    try:
+        yield
+    except causes as error:
+        raise kind(f"{failure}: {getattr(error, 'strerror', None) or reason(error)}") from None
 
 
 class _ShortRepr(reprlib.Repr):

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tinysft_jax import files
-from tinysft_jax.console import RunError, UserError, reason
+from tinysft_jax.console import RunError, UserError, explained, reason
 
 # Seconds until a file shows on another node: network file systems cache directories.
 VISIBLE_WITHIN = 30
@@ -124,18 +124,10 @@ def _local_device_ids(environ: Mapping[str, str], launcher: _Launcher | None) ->
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
     """Joins the other processes of the run, if it has several (see `find_launch`). Call it before using JAX."""
     if launch := find_launch(os.environ, coordinator, num_processes, process_id):
-        try:
-            jax.distributed.initialize(
-                *launch,
-                cluster_detection_method="deactivate",
-                # The others wait for a process that fails: it must not wait long for them.
-                shutdown_timeout_seconds=20,
-            )
-        except (RuntimeError, ValueError) as error:
-            raise RunError(
-                f"process {launch.process_id} of {launch.num_processes} can't join the others at "
-                f"{launch.coordinator}: {reason(error)}"
-            ) from None
+        failure = f"process {launch.process_id} of {launch.num_processes} can't join the others at {launch.coordinator}"
+        with explained(failure, RunError, (RuntimeError, ValueError)):
+            # The others wait for a process that fails: it must not wait long for them.
+            jax.distributed.initialize(*launch, cluster_detection_method="deactivate", shutdown_timeout_seconds=20)
     check_devices()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinysft_jax import files
 from tinysft_jax.checkpoints import open_model, write_model
-from tinysft_jax.console import RunError, UserError, reason
+from tinysft_jax.console import RunError, UserError, explained, named
 from tinysft_jax.conversion import gguf, huggingface
 from tinysft_jax.conversion.families import family_of
 from tinysft_jax.conversion.model_card import CARD_CONTENT, RunRecord, read_run, write_card
@@ -75,10 +75,8 @@ def write(
         gguf.write_gguf(path, params, description, title.removesuffix(".gguf"), dtype)
     else:
         huggingface.write_huggingface(path, params, description, dtype)
-        try:
+        with explained(f"can't write {path}", RunError):
             write_card(path, title, description, run, report)
-        except OSError as error:
-            raise RunError(f"can't write {path}: {reason(error)}") from None
 
 
 def parse_export(names: str) -> tuple[str, ...]:
@@ -96,7 +94,7 @@ def parse_export(names: str) -> tuple[str, ...]:
 def check_exports(names: str, description: ModelDescription) -> None:
     """Raises: UserError, if one of the kinds that the setting `export` lists can't hold this model."""
     for kind in parse_export(names):
-        try:
+        with named(f"export={kind} can't be written"):
             if description.config.scalar_head:
                 raise UserError("a reward model is no language model")
             if kind == "torch":
@@ -105,8 +103,6 @@ def check_exports(names: str, description: ModelDescription) -> None:
                 gguf.to_pairs(description, title="")
             else:
                 family_of(description.config)
-        except UserError as error:
-            raise UserError(f"export={kind} can't be written: {error}") from None
 
 
 def export_run(workdir: Path, names: str) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinysft_jax.console import UserError, shown
+from tinysft_jax.console import UserError, explained, shown
 from tinysft_jax.locks import remove_abandoned, try_lock
 
 MAX_TEXT_BYTES = 64 << 20
@@ -75,14 +75,12 @@ def new_directory(path: Path, overwrite: bool = False, content: Sequence[str] = 
     """
     check_output(path, overwrite, content)
     partial = _beside(path)
-    try:
+    with explained(f"can't write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         # A process may have been killed between the two renames: keep the old directory until there is a new one.
         kinds = "partial|old" if path.exists() else "partial"
         remove_abandoned(path.parent, rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.({kinds})")
         partial.mkdir()
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}") from None
     lock = try_lock(partial)
     try:
         yield partial
@@ -102,11 +100,9 @@ def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yields where to write a file that becomes `path` at the end of the block, and is removed if the block fails."""
     check_output(path, overwrite, content=())
     with atomic(path) as partial:
-        try:
+        with explained(f"can't write {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.touch()
-        except OSError as error:
-            raise UserError(f"can't write {path}: {error.strerror}") from None
         yield partial
         check_output(path, overwrite, content=())  # again: another process may have written it meanwhile
 
@@ -158,14 +154,10 @@ def read_json(path: Path, what: str, format_version: int | None) -> dict[str, An
 
     The object must have a `format_version` up to this one; None: it needs none.
     """
-    try:
+    with explained(f"can't read {path}"), explained(f"{path} is not valid JSON", causes=(ValueError, RecursionError)):
+        if not path.exists():
+            raise UserError(f"{path.parent} is not {what}: it has no {path.name}")
         content = json.loads(read_text(path))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is not {what}: it has no {path.name}") from None
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
     if _is_deeper(content, MAX_DEPTH):
         raise UserError(f"{path} is nested more than {MAX_DEPTH} levels deep")
     if not isinstance(content, dict):

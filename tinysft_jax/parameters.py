@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tinysft_jax.console import UserError, shown
+from tinysft_jax.console import UserError, named, shown
 from tinysft_jax.files import check
 from tinysft_jax.gpt_config import GPTConfig, RopeScaling
 from tinysft_jax.model import GPT
 from tinysft_jax.tokenizer import ChatTokenizer, parse_template
 
-# Version 1 had queries and keys interleaved, see `from_interleaved`; versions 1 and 2 only the PyTorch project's model;
+# Version 1 had queries and keys interleaved, see `reorder_heads`; versions 1 and 2 only the PyTorch project's model;
 # versions 1 to 3 no reward models.
 FORMAT_VERSION = 4
 
@@ -52,24 +52,18 @@ class ModelDescription:
     @classmethod
     def from_json(cls, content: dict[str, Any], where: Path) -> "ModelDescription":
         """Raises: UserError, naming `where`, if a part is missing or invalid."""
-        try:
-            return cls._parse(content)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-
-    @classmethod
-    def _parse(cls, content: dict[str, Any]) -> "ModelDescription":
         content = {"source": {}, "tokenizer": None, "chat_template": None} | content
-        check(content, {"model": {}, "source": {}})
-        shape, source, template, tokenizer = (content[key] for key in ("model", "source", "chat_template", "tokenizer"))
-        assumed = source.get("assumed", {})
-        if not (isinstance(assumed, dict) and assumed.items() <= shape.items()):
-            raise UserError(f"'source.assumed' must be an object of entries of 'model', not {shown(assumed)}")
-        parse_template(template)
-        if not isinstance(tokenizer, dict | None):
-            raise UserError("'tokenizer' must be an object or null")
-        config = _parse_config(shape, content.get("format_version"))
-        return cls(config, template, tokenizer, source, parse_trained_length(content, config))
+        with named(where):
+            check(content, {"model": {}, "source": {}})
+            shape, source, template, tokenizer = map(content.get, ("model", "source", "chat_template", "tokenizer"))
+            assumed = source.get("assumed", {})
+            if not (isinstance(assumed, dict) and assumed.items() <= shape.items()):
+                raise UserError(f"'source.assumed' must be an object of entries of 'model', not {shown(assumed)}")
+            parse_template(template)
+            if not isinstance(tokenizer, dict | None):
+                raise UserError("'tokenizer' must be an object or null")
+            config = _parse_config(shape, content.get("format_version"))
+            return cls(config, template, tokenizer, source, parse_trained_length(content, config))
 
 
 def _parse_config(shape: dict[str, Any], format_version: Any) -> GPTConfig:
@@ -94,6 +88,24 @@ def parse_trained_length(content: dict[str, Any], config: GPTConfig) -> int | No
     if length is not None and (type(length) is not int or not 1 <= length <= context):
         raise UserError(f"trained_length is {shown(length)}; it must be from 1 to the context, {context}")
     return length
+
+
+def describe(
+    config: GPTConfig, tokenizer: ChatTokenizer | None, source: dict[str, Any], stated: Mapping[str, Any]
+) -> ModelDescription:
+    """The description of a model with this tokenizer, if it is known, in whose file this package `stated` more.
+
+    Raises: UserError, if the tokenizer has too many ids, or what is stated is invalid.
+    """
+    length = parse_trained_length(stated, config)
+    if tokenizer is None:
+        template = "text" if stated.get("chat_template") == "text" else None
+        return ModelDescription(config, template, None, source, length)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
+    return ModelDescription(
+        config, **tokenizer.description(), source=source, trained_length=length, tokenizer_files=tokenizer.files
+    )
 
 
 def make_model(config: GPTConfig, params: Params, **options) -> GPT:
@@ -131,21 +143,13 @@ def pad_vocabulary(params: Params, config: GPTConfig) -> Params:
     return params | {name: jax.tree.map(pad, params[name]) for name in TABLES if name in params}
 
 
-def from_interleaved(params: Params, config: GPTConfig) -> Params:
-    """Reorders queries and keys from RoPE on the features 2i and 2i + 1 of a head to RoPE on i and i + half, as here.
+def reorder_heads(params: Params, config: GPTConfig, interleave: bool) -> Params:
+    """Reorders queries and keys for RoPE on the features 2i and 2i + 1 of a head, or back for i and i + half, as here.
 
     Attention scores don't change, as both are reordered alike.
     """
-    return _reorder_heads(params, (-1, config.head_dim // 2, 2))
-
-
-def to_interleaved(params: Params, config: GPTConfig) -> Params:
-    """The inverse of `from_interleaved`."""
-    return _reorder_heads(params, (-1, 2, config.head_dim // 2))
-
-
-def _reorder_heads(params: Params, shape: tuple[int, int, int]) -> Params:
-    """Reorders the features of queries and keys: `shape` splits them, and its last two axes are swapped."""
+    half = config.head_dim // 2
+    shape = (-1, 2, half) if interleave else (-1, half, 2)
 
     def reorder(kernel: np.ndarray) -> np.ndarray:
         return kernel.reshape(*kernel.shape[:-1], *shape).swapaxes(-1, -2).reshape(kernel.shape)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int32
 from tinysft_jax import chat, files
 from tinysft_jax.bpe import GPT2_RANKS, TOKENIZER_JSON, FileBpe, Gpt2Bpe, make_bpe
 from tinysft_jax.chat_template import ChatTemplate
-from tinysft_jax.console import UserError, shown
+from tinysft_jax.console import UserError, explained, shown
 
 # A tokenizer that was read from files lies beside `model.json` or `data.json`, in this directory: what is kept of a
 # Hugging Face folder, and written again.
@@ -159,13 +159,11 @@ class ChatTokenizer:
 
 def read_files(directory: Path) -> dict[str, bytes]:
     """Name → content of a tokenizer's files; empty if there are none."""
-    try:
+    with explained(f"can't read {directory}"):
         found = [directory / name for name in KEPT if (directory / name).is_file()]
         if large := [path for path in found if path.stat().st_size > files.MAX_TEXT_BYTES]:
             raise UserError(f"{large[0]} is too large for a tokenizer's file")
         return {path.name: path.read_bytes() for path in found}
-    except OSError as error:
-        raise UserError(f"can't read {directory}: {error.strerror}") from None
 
 
 def write_files(directory: Path, content: Mapping[str, bytes]) -> None:

@@ -158,5 +158,5 @@ def test_safe_encoding_of_the_card_is_ours(tmp_path, chat_folder):
 
 def test_report_that_is_none_is_refused(tmp_path):
     description = load_description(make_model_directory(tmp_path / "model", "text"))
-    with pytest.raises(UserError, match=r"report\.md.*is .* an evaluation"):
+    with pytest.raises(UserError, match=r"is not an evaluation: can't read its report\.md"):
         card(tmp_path / "folder", "m", description, report=tmp_path)

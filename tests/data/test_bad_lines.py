@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tinysft_jax.bpe import read_ranks
+from tinysft_jax.bpe import gpt2_tokens
 from tinysft_jax.console import UserError
 from tinysft_jax.data import prepare as command
 from tinysft_jax.data.prepare import main
@@ -140,4 +140,4 @@ def test_a_story_far_too_long_costs_no_time(tmp_path: Path):
 
 
 def test_no_token_is_longer_than_what_is_left_out_unseen_is_judged_by():
-    assert max(map(len, read_ranks())) == ChatTokenizer().longest_token
+    assert max(map(len, gpt2_tokens())) == ChatTokenizer().longest_token

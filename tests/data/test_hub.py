@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from tinysft_jax.console import UserError
-from tinysft_jax.data.sources import open_hub
+from tinysft_jax.data.sources import HUB_DATA_SETS, open_hub
 
 REPOSITORY = "roneneldan/TinyStoriesInstruct"
 PINNED = "ee050ed1f8720795be342921335e821856a2b42e"
-NEWER = "0123456789abcdef0123456789abcdef01234567"
 RECORD = "Words: cat, hat\nSummary: A cat has hat {}.\nStory: \n\nOnce a cat had a hat. It was hat {}.\n<|endoftext|>\n"
 FILES = {
     f"TinyStories-Instruct-{split}.txt": "".join(RECORD.format(i, i) for i in range(n)).encode()
@@ -31,12 +30,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         *repository, revision, name = self.path.removeprefix("/datasets/").replace("/resolve/", "/").split("/")
-        known = "/".join(repository) == REPOSITORY and revision in (PINNED, "main") and name in FILES
+        known = "/".join(repository) == REPOSITORY and revision == PINNED and name in FILES
         content = FILES[name] if known else b""
         self.send_response(200 if known else 404)
         self.send_header("Content-Length", str(len(content)))
         if known:
-            self.send_header("X-Repo-Commit", NEWER if revision == "main" else revision)
+            self.send_header("X-Repo-Commit", revision)
             self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         else:
             self.send_header("X-Error-Code", "RevisionNotFound")
@@ -95,29 +94,26 @@ def test_without_a_network_one_line_says_how_to_download_by_hand(tmp_path: Path)
 
 
 def test_cached_files_are_not_downloaded_again(hub):
-    first = open_hub(REPOSITORY, None, "auto", 0.0, None)
+    first = open_hub(REPOSITORY, "auto", 0.0, None)
     assert [(path.read_bytes(), split) for path, split in first.files] == [
         (content, split) for content, split in zip(FILES.values(), ("train", "valid"), strict=True)
     ]
     hub.downloads.clear()
-    assert open_hub(REPOSITORY, None, "auto", 0.0, None) == first and not hub.downloads
+    assert open_hub(REPOSITORY, "auto", 0.0, None) == first and not hub.downloads
 
 
-def test_a_branch_is_resolved_to_its_commit(hub):
-    assert open_hub(REPOSITORY, "main", "auto", 0.0, None).description["hub"]["commit"] == NEWER
-
-
-def test_an_unknown_revision_is_one_line(hub):
+def test_a_commit_that_is_gone_is_one_line(hub, monkeypatch):
+    monkeypatch.setitem(HUB_DATA_SETS, REPOSITORY, ("TinyStories-Instruct-{}.txt", "0" * 40))
     with pytest.raises(UserError, match=r"the download failed \(404"):
-        open_hub(REPOSITORY, "no-such-branch", "auto", 0.0, None)
+        open_hub(REPOSITORY, "auto", 0.0, None)
 
 
 def test_other_repositories_are_refused():
     with pytest.raises(UserError, match="--hub knows"):
-        open_hub("someone/else", None, "auto", 0.0, None)
+        open_hub("someone/else", "auto", 0.0, None)
 
 
 def test_without_the_package_the_error_names_the_files(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"needs the package huggingface-hub; .*TinyStories-Instruct-valid\.txt"):
-        open_hub(REPOSITORY, None, "auto", 0.0, None)
+        open_hub(REPOSITORY, "auto", 0.0, None)

@@ -97,14 +97,14 @@ def supervised_runs(part: Segment) -> list[np.ndarray]:
 def test_all_of_the_text_is_there(data, capsys):
     """Without the marks, each segment reads as its conversation, a role a line."""
     prepared = PreparedData(data)
-    tokenizer = ChatTokenizer.from_description(prepared.description)
-    for index in range(0, len(prepared.split("train")), 9):
-        out = shown(capsys, f"--data={data}", f"--conversation={index}")
-        text = tokenizer.decode(prepared.split("train").conversation(index)[0])
-        title, rest = out.split("\n", 1)
-        assert title.startswith(f"── 1 · conversation {index} · ")
-        lines = rest.removesuffix("── end\n").replace("«", "").replace("»", "")
-        assert lines == re.sub(r"(?=<\|(user|assistant)\|>)", "\n", text) + "\n"
+    split, tokenizer = prepared.split("train"), ChatTokenizer.from_description(prepared.description)
+    packing = Packing(split.lengths, 1024)
+    for row in range(0, packing.n_rows, 3):
+        out = shown(capsys, f"--data={data}", f"--row={row}").replace("«", "").replace("»", "")
+        _, *parts = re.split(r"^── .*\n", out, flags=re.MULTILINE)
+        for part, segment in zip(parts[:-1], read_row(split, packing, row), strict=True):
+            text = tokenizer.decode(split.conversation(segment.conversation)[0])
+            assert part == re.sub(r"(?=<\|(user|assistant)\|>)", "\n", text) + "\n"
 
 
 def test_in_colour_styles_tell_it_all():
@@ -145,7 +145,7 @@ def test_plain_text_is_shown_too(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("A cat.<|endoftext|>\nA dog.", encoding="utf-8")
     flags = ["--format=text", "--bpe_ranks=256", "--workers=1", "--valid_fraction=0"]
     prepare.main([f"--input={tmp_path / 'text.txt'}", f"--output={tmp_path / 'data'}", *flags])
-    out = shown(capsys, f"--data={tmp_path / 'data'}", "--conversation=1")
+    out = shown(capsys, f"--data={tmp_path / 'data'}", "--seq_len=64")
     assert "A« dog.<|endoftext|>»\n" in out and "text" in out.splitlines()[0]
     with pytest.raises(UserError, match=r"the valid split of .* is empty"):
         main([f"--data={tmp_path / 'data'}", "--split=valid"])
@@ -156,12 +156,9 @@ def test_plain_text_is_shown_too(tmp_path, capsys):
     [
         (["--row=9999"], r"there is no row 9,999: the rows are from 0 to \d+$"),
         (["--row=-1"], "there is no row -1"),
-        (["--conversation=9999"], r"there is no conversation 9,999: the conversations are from 0 to \d+$"),
-        (["--conversation=-1"], "there is no conversation -1"),
         (["--seq_len=50"], r"seq_len is 50, but the longest conversation has \d+ tokens"),
         (["--seed=-1"], "--seed must be 0 or more, not -1"),
         (["--epoch=-2"], "--epoch must be 0 or more, not -2"),
-        (["--row=0", "--conversation=0"], "not allowed with"),
         (["--split=test"], "invalid choice"),
         (["--data=."], "not a prepared data set"),
     ],
@@ -171,14 +168,12 @@ def test_what_is_not_there_is_refused(data, flags, complaint):
         main([f"--data={data}", *flags])
 
 
-def test_the_last_row_and_the_last_conversation_are_there(data, capsys):
+def test_the_last_row_is_there(data, capsys):
     split = PreparedData(data).split("train")
     n_rows = Packing(split.lengths, 1024).n_rows
     assert f"row {n_rows - 1:,} of {n_rows:,}" in shown(capsys, f"--data={data}", f"--row={n_rows - 1}")
     with pytest.raises(UserError, match=f"from 0 to {n_rows - 1}$"):
         main([f"--data={data}", f"--row={n_rows}"])
-    last = len(split) - 1
-    assert f"conversation {last:,} " in shown(capsys, f"--data={data}", f"--conversation={last}")
 
 
 @pytest.mark.slow

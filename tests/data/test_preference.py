@@ -445,8 +445,6 @@ def test_a_row_of_pairs_is_shown(pairs, capsys):
         f"── {number} · pair {conversation // 2} · {('chosen', 'rejected')[conversation % 2]} · preference"
         for number, conversation in enumerate(source.segments_of(1).tolist(), 1)
     ]
-    inspect.main([f"--data={pairs.directory}", "--conversation=7"])
-    assert capsys.readouterr().out.startswith("── 1 · pair 3 · rejected · preference · tokens 0 to ")
     with pytest.raises(UserError, match=r"seq_len is 50, but the longest pair has \d+ tokens; raise it, or prepare"):
         inspect.main([f"--data={pairs.directory}", "--seq_len=50"])
 

@@ -305,7 +305,6 @@ def test_a_failed_run_keeps_what_it_would_have_replaced(tmp_path: Path):
         (["--bpe_ranks", "255"], "from 256 to 50256"),
         (["--template", "chatml"], "invalid choice"),
         (["--embedded", "3"], "not allowed with"),
-        (["--revision", "main"], "--revision is for --hub"),
         (["--output", "."], "exists"),
     ],
 )

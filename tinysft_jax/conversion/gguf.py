@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from tinysft_jax.bpe import TOKENIZER_JSON
-from tinysft_jax.console import RunError, UserError, reason, shown
+from tinysft_jax.console import RunError, UserError, explained, named, shown
 from tinysft_jax.conversion import gguf_tokenizer, tokenizer_files
 from tinysft_jax.conversion.families import FAMILIES, family_of, read_config, write_config
 from tinysft_jax.conversion.gguf_file import StoredTensor, import_gguf, read_gguf_file
 from tinysft_jax.conversion.huggingface_tokenizer import recognise
-from tinysft_jax.conversion.names import OWN_KEY, Layout, gguf_layout, own_entries
+from tinysft_jax.conversion.names import OWN_KEY, gguf_layout, own_entries
 from tinysft_jax.gpt_config import GPTConfig, RopeScaling
 from tinysft_jax.model import rotary_steps
-from tinysft_jax.parameters import ModelDescription, Params, parse_trained_length
+from tinysft_jax.parameters import ModelDescription, Params, describe
 from tinysft_jax.tokenizer import ChatTokenizer
 
 # Names of `convert --dtype` → llama.cpp's.
@@ -45,28 +45,27 @@ _EPSILON = {
     "layer": {"layer_norm_eps": "attention.layer_norm_epsilon"},
     "rms": {"rms_norm_eps": "attention.layer_norm_rms_epsilon"},
 }
+# All that a file may say of these, if anything.
+_FIXED = {
+    "rope.scaling.type": "none",
+    "rope.scaling.factor": 1.0,
+    "rope.scale_linear": 1.0,
+    "attention.causal": True,
+}
 _ROPE_FACTORS = "rope_freqs.weight"  # how much slower each pair of features turns; llama.cpp reads it in llama models
 
 
 def read_gguf(path: Path) -> tuple[ModelDescription, Params]:
     """Reads a GGUF file, as `checkpoints.open_model` does."""
-    try:
+    with named(path):
         pairs, tensors = read_gguf_file(path)
         own = _own_entries(pairs)
         config = _read_config(pairs, tensors, own)
-        length, tokenizer = parse_trained_length(own, config), _read_tokenizer(pairs, path)
-        if tokenizer and tokenizer.vocab_size > config.vocab_size:
-            raise UserError(f"its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
+        source = {"kind": "gguf", "file": path.resolve().name}
+        description = describe(config, _read_tokenizer(pairs, path), source, own)
         if config.rope_scaling:
             del tensors[_ROPE_FACTORS]
-        params = _layout(config, pairs["general.architecture"]).import_tensors(tensors, config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    source = {"kind": "gguf", "file": path.resolve().name}
-    if tokenizer is None:
-        return ModelDescription(config, None, None, source, length), params
-    model = ModelDescription(config, **tokenizer.description(), source=source, trained_length=length)
-    return dataclasses.replace(model, tokenizer_files=tokenizer.files), params
+        return description, gguf_layout(config, pairs["general.architecture"]).import_tensors(tensors, config)
 
 
 def read_gguf_tokenizer(path: Path) -> ChatTokenizer | None:
@@ -117,23 +116,13 @@ def _read_config(pairs: dict[str, Any], tensors: dict[str, StoredTensor], own: d
         "partial_rotary_factor": 1.0,
     }
     config = read_config(stated | content)
-    for key, wanted in _fixed(config).items():
+    sizes = dict.fromkeys(("rope.dimension_count", "attention.value_length"), config.head_dim)
+    for key, wanted in (_FIXED | sizes).items():
         if (value := values.get(f"{name}.{key}")) not in (None, wanted):
             raise UserError(f"its {name}.{key} is {shown(value)}, not {wanted}; this program's GPT can't be that")
     if (stored := tensors.get(_ROPE_FACTORS)) and name == "llama":
         return _with_rope_factors(config, np.asarray(stored), own)
     return config
-
-
-def _fixed(config: GPTConfig) -> dict[str, Any]:
-    """What a file may only say of a model of this shape, if anything."""
-    sizes = {"rope.dimension_count": config.head_dim, "attention.value_length": config.head_dim}
-    return sizes | {
-        "rope.scaling.type": "none",
-        "rope.scaling.factor": 1.0,
-        "rope.scale_linear": 1.0,
-        "attention.causal": True,
-    }
 
 
 def _with_rope_factors(config: GPTConfig, factors: np.ndarray, own: dict[str, Any]) -> GPTConfig:
@@ -164,10 +153,6 @@ def _plain(value: Any) -> Any:
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _layout(config: GPTConfig, name: str) -> Layout:
-    return gguf_layout(config, interleaved=name == "llama")
-
-
 def write_gguf(path: Path, params: Params, description: ModelDescription, title: str, dtype: str = "float32") -> None:
     """Writes a model, its embedding padded or not, and its tokenizer, if it is known, as a file for llama.cpp.
 
@@ -191,21 +176,12 @@ def write_gguf(path: Path, params: Params, description: ModelDescription, title:
         if stored.dtype == np.float16 and not np.isfinite(stored).all():
             raise UserError(f"{tensor_name} has values above 65,504, which float16 can't hold")
         writer.add_tensor(tensor_name, stored, raw_dtype=encoding)
-    _write(writer, path)
-
-
-def _write(writer: Any, path: Path) -> None:
-    try:
+    with explained(f"can't write {path}", RunError, (OSError, UserError)), contextlib.closing(writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
         read_gguf_file(path)  # NumPy does not tell when the end of a small tensor could not be written
-    except (OSError, UserError) as error:
-        raise RunError(f"can't write {path}: {reason(error)}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            writer.close()
 
 
 def to_pairs(description: ModelDescription, title: str, dtype: str = "float32") -> dict[str, Any]:
@@ -240,7 +216,7 @@ def _config_pairs(config: GPTConfig, name: str) -> dict[str, Any]:
 
 def _tensors(params: Params, config: GPTConfig, name: str) -> dict[str, np.ndarray]:
     """The tensors of a file by name, float32."""
-    layout = _layout(config, name)
+    layout = gguf_layout(config, name)
     tensors = layout.export_tensors(params, config)
     if name == "stablelm":  # llama.cpp ties no head there
         tensors.setdefault(layout.head, tensors[layout.embedding])

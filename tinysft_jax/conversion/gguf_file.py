@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinysft_jax.console import UserError, import_extra, reason, shown
+from tinysft_jax.console import UserError, explained, import_extra, shown
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -57,10 +57,8 @@ def read_gguf_file(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]
 
     Raises: UserError, if it can't be read, is damaged or cut short, or a tensor's encoding is unknown.
     """
-    try:
+    with explained("can't read it", causes=(OSError, ValueError)):  # a ValueError: it is empty
         data = np.memmap(path, np.uint8, "r")
-    except (OSError, ValueError) as error:  # it is empty
-        raise UserError(f"can't read it: {reason(error)}") from None
     parser = _Parser(data)
     if bytes(parser.take(4)) != MAGIC:
         raise UserError("it is not a GGUF file")

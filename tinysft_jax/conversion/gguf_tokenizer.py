@@ -21,9 +21,11 @@ from tinysft_jax.conversion.huggingface_tokenizer import (
 )
 from tinysft_jax.conversion.take_apart import PROBES, probe_conversations
 from tinysft_jax.conversion.tokenizer_files import SETTINGS, TEMPLATE, chat_template, special_tokens, to_write
+from tinysft_jax.files import TEXTS
 from tinysft_jax.tokenizer import ChatTokenizer
 
 _P = "tokenizer.ggml."
+_, _is_texts = TEXTS
 # What a token is, in `token_type`.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 # Names of special tokens in Hugging Face's files → keys here.
@@ -240,10 +242,6 @@ def _flag(pairs: Mapping[str, Any], name: str, default: bool) -> bool:
     if type(value) is not bool:
         raise UserError(f"its {_P}{name} is {shown(value)}, not true or false")
     return value
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _dump(content: Any) -> bytes:

@@ -13,12 +13,12 @@ import numpy as np
 
 from tinysft_jax import files
 from tinysft_jax.bpe import TOKENIZER_JSON
-from tinysft_jax.console import RunError, UserError, import_extra, reason, shown
+from tinysft_jax.console import RunError, UserError, explained, import_extra, named, shown
 from tinysft_jax.conversion import huggingface_tokenizer, tokenizer_files
 from tinysft_jax.conversion.families import read_config, write_config
 from tinysft_jax.conversion.huggingface_tokenizer import PAD
 from tinysft_jax.conversion.names import OWN_KEY, bare_name, huggingface_layout, own_entries
-from tinysft_jax.parameters import ModelDescription, Params, pad_vocabulary, parse_trained_length, trim_vocabulary
+from tinysft_jax.parameters import ModelDescription, Params, describe, pad_vocabulary, trim_vocabulary
 from tinysft_jax.tokenizer import KEPT, ChatTokenizer, write_files
 
 # What a folder holds, besides the model card; the first tells it from a work directory.
@@ -48,7 +48,7 @@ def write_huggingface(directory: Path, params: Params, description: ModelDescrip
         for name in tensors.keys() & {layout.embedding, layout.head}:
             mean = tensors[name].mean(axis=0, keepdims=True, dtype=np.float64)
             tensors[name] = np.concatenate([tensors[name], mean.astype(DTYPES[dtype])])
-    try:
+    with explained(f"can't write {directory}", RunError, (OSError, safetensors.SafetensorError)):
         for name, content in _json_files(description, dtype).items():
             files.write_json(directory / name, content)
         if description.tokenizer_files:
@@ -56,8 +56,6 @@ def write_huggingface(directory: Path, params: Params, description: ModelDescrip
         # The metadata tells transformers that kernels have PyTorch's layout.
         safetensors.numpy.save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
         shutil.copymode(directory / "config.json", directory / _WEIGHTS)  # safetensors lets only the owner read
-    except (OSError, safetensors.SafetensorError) as error:
-        raise RunError(f"can't write {directory}: {reason(error)}") from None
 
 
 def rounded(params: Params, dtype: str) -> Params:
@@ -93,24 +91,16 @@ def _json_files(description: ModelDescription, dtype: str) -> dict[str, dict[str
 def read_huggingface(path: Path) -> tuple[ModelDescription, Params]:
     """Reads a Hugging Face folder, as `checkpoints.open_model` does."""
     content = _read_json(path / "config.json")
-    try:
+    with named(path):
         config, (tokenizer, pad_id) = read_config(content), read_folder_tokenizer(path)
-        if tokenizer and tokenizer.vocab_size > config.vocab_size:
-            raise UserError(f"its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
+        source = {"kind": "huggingface", "directory": path.resolve().name}
+        description = describe(config, tokenizer, source, own_entries(content))
         params = huggingface_layout(config).import_tensors(_open_tensors(path), config)
-        stated = own_entries(content)
-        length = parse_trained_length(stated, config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    source = {"kind": "huggingface", "directory": path.resolve().name}
-    if tokenizer is None:
-        template = "text" if stated.get("chat_template") == "text" else None
-        return ModelDescription(config, template, None, source, length), params
     if pad_id == config.vocab_size - 1:  # otherwise rows that were added elsewhere follow it
         config = dataclasses.replace(config, vocab_size=config.vocab_size - 1)
         params = pad_vocabulary(trim_vocabulary(params, config), config)
-    model = ModelDescription(config, **tokenizer.description(), source=source, trained_length=length)
-    return dataclasses.replace(model, tokenizer_files=tokenizer.files), params
+        description = dataclasses.replace(description, config=config)
+    return description, params
 
 
 def read_folder_tokenizer(path: Path) -> tuple[ChatTokenizer | None, int | None]:
@@ -144,7 +134,7 @@ def _open_tensors(path: Path) -> dict[str, _Stored]:
     safetensors = _safetensors()
     tensors: dict[str, _Stored] = {}
     for file_name in _weight_files(path):
-        try:
+        with explained(f"can't read {file_name} (copy it again)", causes=(OSError, safetensors.SafetensorError)):
             file = safetensors.safe_open(path / file_name, framework="np")
             for key in sorted(file.keys()):
                 part = file.get_slice(key)
@@ -155,8 +145,6 @@ def _open_tensors(path: Path) -> dict[str, _Stored]:
                     raise UserError(f"{name} is {part.get_dtype()}; only {', '.join(_READABLE)} are read")
                 if not _BUFFER.fullmatch(name):
                     tensors[name] = _Stored(file, key, tuple(part.get_shape()))
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"can't read {file_name}: {reason(error)}; copy it again") from None
     return tensors
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinysft_jax import chat, files
-from tinysft_jax.console import UserError
+from tinysft_jax.console import UserError, explained
 from tinysft_jax.conversion.families import FAMILIES, family_of
 from tinysft_jax.parameters import ModelDescription, count_parameters
 
@@ -126,8 +126,6 @@ def _json_block(content: dict[str, Any]) -> str:
 
 def _evaluation(report: Path) -> str:
     """The report in Markdown, with each heading one level deeper."""
-    try:
+    with explained(f"{report} is not an evaluation: can't read its report.md"):
         text = (report / "report.md").read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"can't read {report / 'report.md'}: {error.strerror}; is {report} an evaluation?") from None
     return "\n".join(f"#{line}" if line.startswith("#") else line for line in text.splitlines())

@@ -13,13 +13,7 @@ import numpy as np
 
 from tinysft_jax.console import UserError
 from tinysft_jax.gpt_config import GPTConfig
-from tinysft_jax.parameters import (
-    Params,
-    from_interleaved,
-    model_parameter_shapes,
-    to_interleaved,
-    trim_vocabulary,
-)
+from tinysft_jax.parameters import Params, model_parameter_shapes, reorder_heads, trim_vocabulary
 
 # The key in exported files for entries of `ModelDescription` that their format has no place for.
 OWN_KEY = "tinysft_jax"
@@ -74,7 +68,7 @@ class Layout:
         """The model's tensors as a file holds them, without a head that is the embedding."""
         params = jax.tree.map(np.asarray, trim_vocabulary(params, config))
         if self.interleaved:
-            params = to_interleaved(params, config)
+            params = reorder_heads(params, config, interleave=True)
         # Copied, because a view would be saved with all of the array behind it.
         return {name: np.array(view, dtype, order="C") for name, view in self.views(params, config.n_layers).items()}
 
@@ -103,7 +97,7 @@ class Layout:
         is_tied = self.head in tensors and self.head not in views
         if is_tied and not np.array_equal(tensors[self.head], views[self.embedding]):
             raise UserError(f"{self.head} differs from {self.embedding}: an untied head, where this model ties the two")
-        return from_interleaved(params, config) if self.interleaved else params
+        return reorder_heads(params, config, interleave=False) if self.interleaved else params
 
     def check_names(self, found: Collection[str], n_layers: int) -> None:
         """Raises: UserError, if a file lacks tensors of the model or holds others."""
@@ -175,9 +169,9 @@ def huggingface_layout(config: GPTConfig) -> Layout:
     return Layout(_names(1, "model.layers.{}.", config), head="lm_head.weight", interleaved=False)
 
 
-def gguf_layout(config: GPTConfig, interleaved: bool) -> Layout:
-    """The tensors of a GGUF file that holds a model of this shape."""
-    return Layout(_names(2, "blk.{}.", config), head="output.weight", interleaved=interleaved)
+def gguf_layout(config: GPTConfig, architecture: str) -> Layout:
+    """The tensors of a GGUF file that holds a model of this shape, as one of llama.cpp's architectures."""
+    return Layout(_names(2, "blk.{}.", config), head="output.weight", interleaved=architecture == "llama")
 
 
 def own_entries(content: Mapping[Any, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tinysft_jax.bpe import GPT2_RANKS
-from tinysft_jax.console import RunError, UserError, import_extra, reason, shown
+from tinysft_jax.console import RunError, UserError, explained, import_extra, named, shown
 from tinysft_jax.conversion.names import OWN_KEY, TORCH, bare_name, mlp_ratio, own_entries
 from tinysft_jax.gpt_config import LARGEST_SIZE, GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params, parse_trained_length
@@ -29,12 +29,11 @@ LONGEST_CONTEXT = 16384
 
 
 def open_torch_file(path: Path) -> tuple[Tensors, dict[Any, Any]]:
-    """Opens a checkpoint, or a bare state dict of the model.
+    """Opens a checkpoint, or a bare state dict of the model; returns the state's tensors, and the file's content.
 
-    Returns:
-      The state's tensors, memory-mapped, by name without the names of wrappers: the parameters, and the buffers that
-      each block may have, `freqs_cis` (RoPE, complex64 `[max_seq_len, head_dim / 2]`) and `mask`. And the file's
-      content: state, `config`, `step`, `loss`, `model_type`, ...
+    The tensors are memory-mapped, and have names without those of wrappers: the parameters, and the buffers that each
+    block may have, `freqs_cis` (RoPE, complex64 `[max_seq_len, head_dim / 2]`) and `mask`. The content is the state,
+    `config`, `step`, `loss`, `model_type`, ...
     """
     content = _load(path)
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None
@@ -112,15 +111,13 @@ def _is_compressed(path: Path) -> bool:
 def read_torch_checkpoint(path: Path, n_heads: int | None = None) -> tuple[ModelDescription, Params]:
     """Reads a PyTorch checkpoint, as `checkpoints.open_model` does; it must not contradict itself or `n_heads`."""
     tensors, content = open_torch_file(path)
-    try:
+    with named(path):
         TORCH.check_names(_parameters(tensors), _n_layers(tensors))
         config, assumed = _infer_config(tensors, content, n_heads)
         description = _describe(path, content, config, assumed)
         # Views of the mapped file, if it is in float32.
         arrays = {name: tensor.detach().float().numpy() for name, tensor in _parameters(tensors).items()}
         return description, TORCH.import_tensors(arrays, config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def _describe(path: Path, content: dict[Any, Any], config: GPTConfig, assumed: dict[str, Any]) -> ModelDescription:
@@ -267,11 +264,9 @@ def write_torch_checkpoint(path: Path, params: Params, description: ModelDescrip
         **({"model_type": "sft"} if is_chat else {}),
         **({OWN_KEY: stated} if stated else {}),
     }
-    try:
-        with path.open("wb") as file:  # given a path, torch.save would put its name into the file
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # the errors of torch's archive writer are RuntimeErrors
-        raise RunError(f"can't write {path}: {reason(error)}") from None
+    # The errors of torch's archive writer are RuntimeErrors. Given a path, torch.save would put its name into the file.
+    with explained(f"can't write {path}", RunError, (OSError, RuntimeError)), path.open("wb") as file:
+        torch.save(content, file)
 
 
 def _state_dict(params: Params, config: GPTConfig) -> Tensors:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int32
 
 from tinysft_jax import chat
 from tinysft_jax.bpe import TooBlank
-from tinysft_jax.console import UserError, reason
+from tinysft_jax.console import UserError, explained, reason
 from tinysft_jax.data.forms import CONVERSATIONS, FORMS, PREFERENCE, parse
 from tinysft_jax.data.ledger import Ledger
 from tinysft_jax.data.sources import Item
@@ -118,10 +118,9 @@ class Encoder:
             yield example._replace(request=conversation.to_json())
 
     def _chat_examples(self, item: Item) -> Iterator[_Example]:
-        try:
+        kind = "not valid JSON"
+        with explained(kind, lambda message: BadItem(kind, message), (ValueError, RecursionError)):
             line = json.loads(item.text)
-        except (ValueError, RecursionError) as error:
-            raise BadItem("not valid JSON", f"not valid JSON: {error}") from None
         try:
             form, conversations, unread = parse(line, self.format)
         except UserError as error:

@@ -46,19 +46,13 @@ def main(arguments: list[str] | None = None) -> None:
     if not len(split):
         raise UserError(f"the {flags.split} split of {flags.data} is empty")
     screen = Console()
-    if flags.conversation is not None:
-        _check_index("conversation", flags.conversation, len(split))
-        segment = Segment(flags.conversation, *map(np.asarray, split.conversation(flags.conversation)))
-        _show(screen, [segment], data, split)
-        return
     packing = Packing(split.item_lengths, flags.seq_len, split.item_noun)
-    row = flags.row or 0
-    segments = read_row(split, packing, row, flags.seed, flags.epoch)
+    segments = read_row(split, packing, flags.row, flags.seed, flags.epoch)
     _show(screen, segments, data, split)
     tokens = sum(segment.tokens.size for segment in segments)
     supervised = sum(int(segment.supervised.sum()) for segment in segments)
     screen.print(
-        f"{flags.split} row {row:,} of {packing.n_rows:,}, seed {flags.seed}, epoch {flags.epoch}: "
+        f"{flags.split} row {flags.row:,} of {packing.n_rows:,}, seed {flags.seed}, epoch {flags.epoch}: "
         f"{len(segments)} conversations, {tokens:,} tokens, {_share(supervised, tokens)} supervised, "
         f"{_share(flags.seq_len - tokens, flags.seq_len)} padding",
         soft_wrap=True,
@@ -70,9 +64,7 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
     parser = console.Parser(prog="python -m tinysft_jax.data.inspect", description="A packed row of a training run.")
     parser.add_argument("--data", type=console.path, metavar="DIR", required=True, help="a prepared data set")
     parser.add_argument("--split", choices=SPLITS, default="train", help="which part of it")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--row", type=int, metavar="I", help="which row of the epoch, from 0 (the default)")
-    what.add_argument("--conversation", type=int, metavar="I", help="show one conversation instead of a row")
+    parser.add_argument("--row", type=int, metavar="I", default=0, help="which row of the epoch, from 0")
     parser.add_argument("--seq_len", type=int, default=1024, help="tokens of a row, as data.seq_len of the run")
     parser.add_argument("--seed", type=int, default=0, help="as seed of the run")
     parser.add_argument("--epoch", type=int, default=0, help="which epoch, from 0")
@@ -84,14 +76,10 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
     return flags
 
 
-def _check_index(noun: str, index: int, count: int) -> None:
-    if not 0 <= index < count:
-        raise UserError(f"there is no {noun} {index:,}: the {noun}s are from 0 to {count - 1:,}")
-
-
 def read_row(split: Split, packing: Packing, row: int, seed: int = 0, epoch: int = 0) -> list[Segment]:
     """The segments of a row, from the batch that training reads. Raises: UserError, if the epoch has no such row."""
-    _check_index("row", row, packing.n_rows)
+    if not 0 <= row < packing.n_rows:
+        raise UserError(f"there is no row {row:,}: the rows are from 0 to {packing.n_rows - 1:,}")
     plan = packing.epoch(seed, epoch)
     source = BatchSource(split, plan, 1, packing.seq_len)
     batch = {key: array[0] for key, array in source[row].items()}

@@ -1,12 +1,13 @@
 """The rows of a parquet file, as JSON lines. It needs pyarrow."""
 
+import functools
 import json
 from collections.abc import Iterator
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
-from tinysft_jax.console import UserError, import_extra, reason, shown
+from tinysft_jax.console import UserError, explained, import_extra, shown
 from tinysft_jax.data.forms import format_of, forms_of, needed_keys
 from tinysft_jax.data.reading import MAX_BYTES, TOO_LONG
 
@@ -31,14 +32,13 @@ class Rows:
             raise UserError(f"{path}: a parquet file is read as conversations, not as {format}")
         arrow = import_extra("pyarrow.parquet", "parquet", str(path))
         self._path, self._size, self._n_read = path, path.stat().st_size, 0
-        self._errors = (arrow.ArrowException, OSError, ValueError)
-        try:
+        errors = (arrow.ArrowException, OSError, ValueError)
+        self._reading = functools.partial(explained, f"can't read {path} (is it whole?)", causes=errors)
+        with self._reading():
             # Read ahead, a column would be in memory whole.
             settings = {"pre_buffer": False, "buffer_size": _BUFFER, "page_checksum_verification": True}
             self._file = arrow.parquet.ParquetFile(file, **settings)
             self._n_rows, names = self._file.metadata.num_rows, self._file.schema_arrow.names
-        except self._errors as error:
-            raise self._damaged(error) from None
         self.format = format_of([dict.fromkeys(names, "")]) if format == "auto" else format
         forms = forms_of(self.format)
         if not any(set(names).issuperset(form.needs) for form in forms):
@@ -52,12 +52,14 @@ class Rows:
         return self._size * self._n_read // max(self._n_rows, 1)
 
     def __iter__(self) -> Iterator[tuple[str, str, str | None]]:
-        for row in self._rows():
-            self._n_read += 1
-            yield f"{self._path}:row {self._n_read}", *self._line(row)
+        with self._reading():
+            for batch in self._file.iter_batches(_ROWS, columns=self._columns, use_threads=False):
+                for index in range(batch.num_rows):
+                    self._n_read += 1
+                    yield f"{self._path}:row {self._n_read}", *self._line(batch.slice(index, 1))
 
     def _line(self, row: Any) -> tuple[str, str | None]:
-        """A row's text, and its flaw."""
+        """The text, and the flaw, of a batch of one row."""
         try:
             (values,) = row.to_pylist()
             # What JSON doesn't have, say the bytes of a picture, is no text either.
@@ -67,15 +69,3 @@ class Rows:
         except (ValueError, OverflowError, RecursionError):  # a date that Python has not, two fields of one name, ...
             return "", "a value that can't be read"
         return ("", TOO_LONG) if len(text.encode()) > MAX_BYTES else (text, None)
-
-    def _rows(self) -> Iterator[Any]:
-        """Batches of one row."""
-        try:
-            for batch in self._file.iter_batches(_ROWS, columns=self._columns, use_threads=False):
-                for index in range(batch.num_rows):
-                    yield batch.slice(index, 1)
-        except self._errors as error:
-            raise self._damaged(error) from None
-
-    def _damaged(self, error: Exception) -> UserError:
-        return UserError(f"can't read {self._path}: {reason(error)} (is it whole?)")

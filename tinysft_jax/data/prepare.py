@@ -16,7 +16,7 @@ from rich.console import Console
 
 from tinysft_jax import chat, console, files
 from tinysft_jax.bpe import GPT2_RANKS
-from tinysft_jax.console import Progress, RunError, UserError
+from tinysft_jax.console import Progress, RunError, UserError, explained
 from tinysft_jax.data.encode import BAD_ITEMS, Encoder
 from tinysft_jax.data.ledger import Ledger
 from tinysft_jax.data.sources import FORMATS, Item, Source, open_embedded, open_hub, open_input
@@ -50,7 +50,6 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
     )
     source.add_argument("--embedded", type=int, metavar="N", help="that many stories of the embedded corpus")
     source.add_argument("--hub", metavar="REPOSITORY", help="roneneldan/TinyStoriesInstruct from the Hugging Face Hub")
-    add("--revision", help="commit, branch or tag of the --hub repository instead of a known commit")
     add("--output", type=console.path, metavar="DIR", required=True, help="the data set to write")
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--format", choices=("auto", *FORMATS), default="auto", help="of the input; auto tells it by the content")
@@ -75,8 +74,6 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
         raise UserError("--tokenizer takes the model's chat template and vocabulary; leave out --template, --bpe_ranks")
     if flags.limit is not None and flags.embedded is not None:
         raise UserError("--limit is for files; --embedded itself says how many stories to make")
-    if flags.revision is not None and flags.hub is None:
-        raise UserError("--revision is for --hub")
     return flags
 
 
@@ -84,7 +81,7 @@ def _open_source(flags: Namespace) -> Source:
     if flags.embedded is not None:
         return open_embedded(flags.embedded, flags.format, flags.seed)
     if flags.hub is not None:
-        return open_hub(flags.hub, flags.revision, flags.format, flags.valid_fraction, flags.limit)
+        return open_hub(flags.hub, flags.format, flags.valid_fraction, flags.limit)
     return open_input(flags.input, flags.format, flags.valid_fraction, flags.limit)
 
 
@@ -108,31 +105,28 @@ def prepare(
     full. Then nothing is written.
     """
     ledger, start = Ledger(), time.monotonic()
-    try:
-        with files.new_directory(output, overwrite, CONTENT) as directory:
-            dtype = token_dtype(encoder.tokenizer.vocab_size)
-            writers = {split: ShardWriter(directory / split, dtype=dtype) for split in SPLITS}
-            blocks = map_in_order(encoder.encode, _blocks_of(source), workers)
-            with contextlib.closing(blocks), Progress("preparing", source.size, percent=True) as bar:
-                for encoded, part in blocks:
-                    ledger.add(part)
-                    for split, writer in writers.items():
-                        writer.add(encoded[split])
-                    tokens = sum(writer.totals["tokens"] for writer in writers.values())
-                    rate = tokens / max(time.monotonic() - start, 1e-3)
-                    bar.update(source.position, f"{tokens:,} tokens, {rate:,.0f} tokens/s")
-            for writer in writers.values():
-                writer.close()
-            if not ledger.kept:
-                nothing = f"no conversation could be made of {ledger.read.total():,} records"
-                raise UserError(f"nothing is left to learn from: {', '.join(ledger.reasons()) or nothing}")
-            totals = {split: writer.totals for split, writer in writers.items()}
-            write_files(directory / FILES_DIRECTORY, encoder.tokenizer.files)
-            files.write_json(directory / "data.json", _description(source, encoder, ledger, totals))
-            files.write_json(directory / "ledger.json", ledger.to_json(SPLITS, encoder.task_names))
-            files.write_manifest(directory)
-    except OSError as error:
-        raise RunError(f"can't write {output}: {error.strerror}") from None
+    with explained(f"can't write {output}", RunError), files.new_directory(output, overwrite, CONTENT) as directory:
+        dtype = token_dtype(encoder.tokenizer.vocab_size)
+        writers = {split: ShardWriter(directory / split, dtype=dtype) for split in SPLITS}
+        blocks = map_in_order(encoder.encode, _blocks_of(source), workers)
+        with contextlib.closing(blocks), Progress("preparing", source.size, percent=True) as bar:
+            for encoded, part in blocks:
+                ledger.add(part)
+                for split, writer in writers.items():
+                    writer.add(encoded[split])
+                tokens = sum(writer.totals["tokens"] for writer in writers.values())
+                rate = tokens / max(time.monotonic() - start, 1e-3)
+                bar.update(source.position, f"{tokens:,} tokens, {rate:,.0f} tokens/s")
+        for writer in writers.values():
+            writer.close()
+        if not ledger.kept:
+            nothing = f"no conversation could be made of {ledger.read.total():,} records"
+            raise UserError(f"nothing is left to learn from: {', '.join(ledger.reasons()) or nothing}")
+        totals = {split: writer.totals for split, writer in writers.items()}
+        write_files(directory / FILES_DIRECTORY, encoder.tokenizer.files)
+        files.write_json(directory / "data.json", _description(source, encoder, ledger, totals))
+        files.write_json(directory / "ledger.json", ledger.to_json(SPLITS, encoder.task_names))
+        files.write_manifest(directory)
     return ledger, totals
 
 

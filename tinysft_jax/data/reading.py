@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from io import BufferedIOBase
 from pathlib import Path
 
-from tinysft_jax.console import UserError
+from tinysft_jax.console import UserError, named
 
 # Longer than any book, chat or story: what exceeds it lacks separators.
 MAX_BYTES = 8 << 20
@@ -114,10 +114,8 @@ def _read_elements(file: BufferedIOBase, path: Path) -> Iterator[Value]:
             number += 1
             text.peek()
             place = f"{text.line}, element {number}"
-            try:
+            with named(f"{path}:{place}"):  # the start of what follows a malformed value is unknown
                 content = text.take_value().encode("utf-8", "surrogateescape")
-            except UserError as error:
-                raise UserError(f"{path}:{place}: {error}") from None  # the start of the next one is unknown
             if (separator := text.take()) not in (",", "]"):
                 raise UserError(f"{path}:{place}: not valid JSON: neither a comma nor a bracket follows it")
             yield place, number, content if len(content) <= MAX_BYTES else None

@@ -12,7 +12,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinysft_jax.console import UserError, reason
+from tinysft_jax.console import UserError, explained, reason
 from tinysft_jax.corpus.stories import embedded_stories, record_text
 from tinysft_jax.data.forms import FORMS, PREFERENCE, format_of, forms_of, prompt_of
 from tinysft_jax.data.parquet import Rows, is_parquet
@@ -24,7 +24,7 @@ from tinysft_jax.tasks.records import SEPARATOR, clean_record, parse_record
 FORMATS = ("tinystories-instruct", "text", *FORMS)
 # The embedded corpus has one story for validation to this many for training.
 EMBEDDED_TRAIN_PER_VALID = 20
-# Data sets on the Hub: the names of their files, and the default --revision.
+# Data sets on the Hub: the names of their files, and the commit.
 HUB_DATA_SETS = {
     "roneneldan/TinyStoriesInstruct": ("TinyStories-Instruct-{}.txt", "ee050ed1f8720795be342921335e821856a2b42e"),
     "roneneldan/TinyStories": ("TinyStoriesV2-GPT4-{}.txt", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"),
@@ -96,15 +96,12 @@ class FileSource(Source):
     def __iter__(self) -> Iterator[Item]:
         before, what_decides = 0, prompt_of if self.format == PREFERENCE else str  # pairs of one prompt stay together
         for path, split in self.files:
-            try:
-                with path.open("rb") as file:
-                    rows = Rows(file, path, self.format) if is_parquet(path) else None
-                    texts = rows or (self._values if forms_of(self.format) else self._records)(file, path)
-                    for where, text, flaw in itertools.islice(texts, self.limit):
-                        self.position = before + (rows or file).tell()
-                        yield Item(split or split_of(what_decides(text), self.valid_fraction), where, text, flaw)
-            except OSError as error:
-                raise UserError(f"can't read {path}: {error.strerror}") from None
+            with explained(f"can't read {path}"), path.open("rb") as file:
+                rows = Rows(file, path, self.format) if is_parquet(path) else None
+                texts = rows or (self._values if forms_of(self.format) else self._records)(file, path)
+                for where, text, flaw in itertools.islice(texts, self.limit):
+                    self.position = before + (rows or file).tell()
+                    yield Item(split or split_of(what_decides(text), self.valid_fraction), where, text, flaw)
             self.position = before = before + path.stat().st_size
 
     def rates(self) -> Rates:
@@ -206,17 +203,14 @@ def _pair_in(directory: Path) -> list[tuple[Path, str]]:
 def _find_format(path: Path, format: str) -> str:
     """The format, guessed where it is "auto". Raises: UserError, if a parquet file lacks the columns of it."""
     ending = path.suffix.lower()
-    try:
-        with path.open("rb") as file:
-            if is_parquet(path):
-                return Rows(file, path, format).format
-            if format != "auto":
-                return format
-            if ending in _LINES_OF_JSON or is_json(file, named_so=ending == ".json"):
-                return format_of(_first_lines(file, path))
-            start = clean_record(file.read(_BYTES_TO_GUESS_FROM).decode("utf-8", "ignore"))
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from None
+    with explained(f"can't read {path}"), path.open("rb") as file:
+        if is_parquet(path):
+            return Rows(file, path, format).format
+        if format != "auto":
+            return format
+        if ending in _LINES_OF_JSON or is_json(file, named_so=ending == ".json"):
+            return format_of(_first_lines(file, path))
+        start = clean_record(file.read(_BYTES_TO_GUESS_FROM).decode("utf-8", "ignore"))
     return "tinystories-instruct" if _STORY_HEADER.search(start) else "text"
 
 
@@ -228,16 +222,13 @@ def _first_lines(file: BufferedIOBase, path: Path) -> Iterator[Any]:
                 yield json.loads(content or b"")
 
 
-def open_hub(
-    repository: str, revision: str | None, format: str, valid_fraction: float, limit: int | None
-) -> FileSource:
-    """One of HUB_DATA_SETS, at a commit, branch or tag; see `open_files`. Raises: UserError, if the download fails."""
+def open_hub(repository: str, format: str, valid_fraction: float, limit: int | None) -> FileSource:
+    """One of HUB_DATA_SETS; see `open_files`. Raises: UserError, if the download fails."""
     if repository not in HUB_DATA_SETS:
         raise UserError(
             f"--hub knows {' and '.join(HUB_DATA_SETS)}, not {repository}; download its files and give them to --input"
         )
-    name, pinned = HUB_DATA_SETS[repository]
-    revision = revision or pinned
+    name, revision = HUB_DATA_SETS[repository]
     names = [name.format(split) for split in SPLITS]
     url = f"https://huggingface.co/datasets/{repository}/tree/{revision}"
     by_hand = f"download {' and '.join(names)} from {url} into a directory and give it to --input"
@@ -251,5 +242,4 @@ def open_hub(
     except (OSError, ValueError, HTTPError) as error:
         raise UserError(f"the download failed ({reason(error)}); try again, or {by_hand}") from None
     files = list(zip(map(Path, paths), SPLITS, strict=True))
-    hub = {"repository": repository, "commit": files[0][0].parent.name}  # the cache has .../snapshots/<commit>/<name>
-    return open_files(files, format, valid_fraction, limit, hub=hub)
+    return open_files(files, format, valid_fraction, limit, hub={"repository": repository, "commit": revision})

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32, Integer, UInt8
 
 from tinysft_jax import files
-from tinysft_jax.console import UserError, reason, shown
+from tinysft_jax.console import UserError, explained
 from tinysft_jax.data.forms import PREFERENCE
 from tinysft_jax.files import COUNT, NUMBER, SIZE, TEXT, TEXT_OR_NULL, Schema, check
 from tinysft_jax.tokenizer import FILES_DIRECTORY, ChatTokenizer, read_files
@@ -94,16 +94,15 @@ class PreparedData:
         where = self.directory / "data.json"
         self.description = files.read_json(where, "a prepared data set", FORMAT_VERSION)
         has_hash = self.description["format_version"] > 1
-        try:
+        with explained(str(where), _unusable, (UserError,)):
             check(self.description, _DESCRIPTION | _SINCE_VERSION_2 if has_hash else _DESCRIPTION)
             kept = read_files(self.directory / FILES_DIRECTORY)
             self.tokenizer = ChatTokenizer.from_description(self.description, kept)
-            said, found = self.description.get("tokenizer_hash"), self.tokenizer.fingerprint()
-            if has_hash and said != found:
-                wanted = f"{found!r}, that of the tokenizer it names"
-                raise UserError(f"tokenizer_hash is {shown(said)}; it must be {wanted}")
-        except UserError as error:
-            raise _unusable(f"{where}: {error}") from None
+            if has_hash:
+                found = self.tokenizer.fingerprint()
+                check(
+                    self.description, {"tokenizer_hash": (f"{found!r}, that of the tokenizer it names", found.__eq__)}
+                )
         self.tasks: list[str] = self.description["tasks"]  # their names; a task's id is its index
         self.per_item = _per_item(self.description)  # conversations, see `Split`
         self.verify(hashes=False)
@@ -209,19 +208,17 @@ class Split:
             return None
         number, place = self._locate(index)
         path = self.directory / file_name("requests", number)
-        try:
-            with path.open("rb") as file:
-                if number not in self._line_starts:
-                    self._line_starts[number] = np.fromiter(itertools.accumulate(map(len, file), initial=0), np.int64)
-                starts, conversations = self._line_starts[number], len(self._shards[number]["tasks"])
-                if len(starts) != conversations + 1:
-                    raise UserError(f"the shard has {len(starts) - 1} requests and {conversations} conversations")
-                file.seek(starts[place])
-                request = json.loads(file.readline())
+        causes = (OSError, ValueError, RecursionError, UserError)
+        with explained(f"can't read {path}, line {place + 1}", _unusable, causes), path.open("rb") as file:
+            if number not in self._line_starts:
+                self._line_starts[number] = np.fromiter(itertools.accumulate(map(len, file), initial=0), np.int64)
+            starts, conversations = self._line_starts[number], len(self._shards[number]["tasks"])
+            if len(starts) != conversations + 1:
+                raise UserError(f"the shard has {len(starts) - 1} requests and {conversations} conversations")
+            file.seek(starts[place])
+            request = json.loads(file.readline())
             check(request, _REQUEST)
-        except (OSError, ValueError, RecursionError, UserError) as error:
-            raise _unusable(f"can't read {path}, line {place + 1}: {reason(error)}") from None
-        return request
+            return request
 
     def check_ids(self, ids: Integer[np.ndarray, "..."]) -> None:
         """Raises: UserError, if a token id is not below the size of the vocabulary."""
@@ -258,12 +255,10 @@ def _map_shard(directory: Path, number: int, kinds: dict[str, np.dtype]) -> dict
 
 
 def _map_array(path: Path, dtype: np.dtype) -> np.ndarray:
-    try:
-        with np.errstate(over="raise"):
-            array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it opens no archive
     # The header is a Python literal; each of these is raised for some malformed one.
-    except (OSError, ValueError, TypeError, ArithmeticError, MemoryError, SyntaxError, tokenize.TokenError) as error:
-        raise _unusable(f"can't read {path}: {reason(error)}") from None
+    causes = (OSError, ValueError, TypeError, ArithmeticError, MemoryError, SyntaxError, tokenize.TokenError)
+    with explained(f"can't read {path}", _unusable, causes), np.errstate(over="raise"):
+        array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it opens no archive
     if array.dtype != dtype or array.ndim != 1:
         raise _unusable(f"{path} holds {array.dtype}{list(array.shape)}, not a vector of {dtype}")
     return array

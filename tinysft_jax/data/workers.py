@@ -15,7 +15,7 @@ from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from tinysft_jax.console import RunError
+from tinysft_jax.console import RunError, explained
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -73,7 +73,7 @@ def map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], work
 def _start(pool: dict[Connection, BaseProcess], function: Callable[[Task], Result], workers: int) -> None:
     # "spawn": a fork of a process with threads, as JAX has, can deadlock.
     context = multiprocessing.get_context("spawn")
-    try:
+    with explained("can't start a worker process (try fewer --workers)", RunError):
         resource_tracker.ensure_running()  # its start unblocks signals
         with stop_signals_blocked():
             for _ in range(workers):
@@ -82,8 +82,6 @@ def _start(pool: dict[Connection, BaseProcess], function: Callable[[Task], Resul
                     process = context.Process(target=_work, args=(theirs, function))
                     process.start()
                 pool[ours] = process
-    except OSError as error:
-        raise RunError(f"can't start a worker process: {error.strerror}; try fewer --workers") from None
 
 
 def _work(connection: Connection, function: Callable[[Task], Result]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinysft_jax import chat
-from tinysft_jax.console import UserError
+from tinysft_jax.console import UserError, explained, named
 from tinysft_jax.data.reading import TOO_LONG, read_json
 from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.sampling.decode import Decoder, check_prompt
@@ -42,17 +42,12 @@ def read_requests(
     the file can't be read, or a line can't be answered, and names the first such line.
     """
     requests = []
-    try:
-        with path.open("rb") as file:
-            for place, number, line in read_json(file, path):
-                try:
-                    request = _parse_request(number, line, tokenizer, system)
-                    check_prompt(request.ids, "the request", config, length)
-                    requests.append(request)
-                except UserError as error:
-                    raise UserError(f"{path}:{place}: {error}") from None
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from None
+    with explained(f"can't read {path}"), path.open("rb") as file:
+        for place, number, line in read_json(file, path):
+            with named(f"{path}:{place}"):
+                request = _parse_request(number, line, tokenizer, system)
+                check_prompt(request.ids, "the request", config, length)
+                requests.append(request)
     if not requests:
         raise UserError(f"{path} holds no requests")
     return requests
@@ -61,10 +56,8 @@ def read_requests(
 def _parse_request(number: int, line: bytes | None, tokenizer: ChatTokenizer, system: str | None) -> Request:
     if line is None:
         raise UserError(TOO_LONG)
-    try:
+    with explained("not valid JSON", causes=(ValueError, RecursionError)):
         record = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON: {error}") from None
     if not isinstance(record, dict) or not ("messages" in record or isinstance(record.get("prompt"), str)):
         raise UserError('a line must be an object with "messages", or with a "prompt" that is text')
     if tokenizer.template is None:

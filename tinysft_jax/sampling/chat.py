@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tinysft_jax import chat, files
-from tinysft_jax.console import UserError, reason
+from tinysft_jax.console import UserError, explained
 from tinysft_jax.sampling.decode import Decoder, check_prompt
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.kept_cache import KeptCache
@@ -39,15 +39,14 @@ def save_transcript(path: Path, messages: Messages, overwrite: bool = False) -> 
     """Writes a conversation, whole or not at all; a UserError if the file exists or can't be written."""
     if os.path.exists(path) and not overwrite:
         raise UserError(f"{path} exists; choose another name")
-    try:
+    with explained(f"can't write {path}", causes=(OSError, ValueError)):  # ValueError: a name that no file can have
         files.write_text(path, json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise UserError(f"can't write {path}: {reason(error)}") from None
 
 
 def load_transcript(path: Path) -> Messages:
     """Reads a conversation with at least one answer, however its JSON is formatted; a UserError if there is none."""
-    try:
+    failure, causes = f"{path} is not one conversation in chat-jsonl", (UserError, ValueError, RecursionError)
+    with explained(f"can't read {path}"), explained(failure, causes=causes):
         found = json.loads(files.read_text(path, "utf-8-sig"))
         if isinstance(found, list) and len(found) == 1:
             found = found[0]
@@ -55,10 +54,6 @@ def load_transcript(path: Path) -> Messages:
         if all(message["role"] != "assistant" for message in messages):
             raise UserError("nothing is answered in it")
         return messages
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from None
-    except (UserError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not one conversation in chat-jsonl: {error}") from None
 
 
 class Session:
@@ -230,7 +225,8 @@ class Shell:
                 print(f"(taken back: {session.undo()})")
             case "/temperature":
                 if argument:
-                    session.options = dataclasses.replace(session.options, temperature=_number(argument))
+                    with explained("the temperature must be a number", causes=(ValueError,)):
+                        session.options = dataclasses.replace(session.options, temperature=float(argument))
                 print(f"(temperature: {session.options.temperature:g})")
             case "/save":
                 self._save(_path(argument))
@@ -275,13 +271,6 @@ def _path(name: str) -> Path:
     if not name:
         raise UserError("which file? Its name comes after the command")
     return Path(os.path.abspath(os.path.expanduser(name)))
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"the temperature is a number, not {text!r}") from None
 
 
 @contextlib.contextmanager

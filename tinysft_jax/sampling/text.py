@@ -16,23 +16,18 @@ from tinysft_jax.tokenizer import ChatTokenizer
 
 Messages = list[dict[str, Any]]
 
-KITE = (
-    "Mia had a red kite. One windy day the string broke, and the kite flew far over the hill. Mia was sad. Her friend "
-    'Leo said, "Let us look for it together." They walked and walked, and at last they saw the kite in a small tree. '
-    "Leo held Mia up, and she took it down. Mia was so happy that she let Leo fly the kite all afternoon."
-)
-COOKIES = (
+STORY = (
     "Tim saw a jar of cookies on the table. Mom said he could have one after dinner, but Tim did not want to wait. He "
     "ate five cookies, and then he told Mom that the dog did it. Soon his tummy hurt. Tim cried and told the truth. "
     'Mom hugged him and said, "Thank you for telling me." After that day Tim did not lie again.'
 )
 # Sample requests of what the model should have learned.
 CAPABILITIES = {
-    "summary": f"Please provide a brief summary of the following story: {KITE}",
-    "moral": f"What is the moral lesson of this story? {COOKIES}",
+    "summary": f"Please provide a brief summary of the following story: {STORY}",
+    "moral": f"What is the moral lesson of this story? {STORY}",
     "use the words": "Write a short story that uses all of these words: boat, sing, brave",
-    "main character": f"Based on this story, who is the main character? {COOKIES}",
-    "happy ending": f"Does this story have a happy ending? {KITE}",
+    "main character": f"Based on this story, who is the main character? {STORY}",
+    "happy ending": f"Does this story have a happy ending? {STORY}",
 }
 
 

@@ -5,6 +5,7 @@ begins a field, which ends at the next such line. Fields come in any order and a
 header occurs twice, the first field that isn't empty counts: what is repeated is the instruction, after the story.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ def split_records(lines: Iterable[str]) -> Iterator[str]:
     if isinstance(lines, str):
         raise TypeError("lines must be an iterable of lines, not one string")
     pending: list[str] = []
-    for line in lines:
+    for line in itertools.chain(lines, [SEPARATOR]):
         *ended, rest = line.split(SEPARATOR)
         for end in ended:
             if text := clean_record("".join([*pending, end])):
@@ -54,8 +55,6 @@ def split_records(lines: Iterable[str]) -> Iterator[str]:
             pending.append(rest if rest.endswith("\n") else rest + "\n")
         elif not ended:
             pending.append("\n")  # an empty line that came without its line end
-    if text := clean_record("".join(pending)):
-        yield text
 
 
 def clean_record(text: str) -> str:

@@ -22,7 +22,7 @@ MODEL := $(REAL)/SmolLM2-135M-Instruct.Q4_1.gguf
 # Says what comes next, and how long the rest of the demo takes: $(2) is its share in percent.
 stage = @echo "$(1); about $$(( ($(MINUTES) * $(2) + 99) / 100 )) min to go on two fast CPU cores, twice that on slow ones"
 
-.PHONY: demo demo-full demo-real chat test test-all soak lint clean
+.PHONY: demo demo-full demo-rl demo-real chat test test-all soak lint clean
 
 # The embedded corpus, a small model pretrained on its stories, the same model fine-tuned, and what each can do. After an
 # interruption the same command resumes.
@@ -34,6 +34,23 @@ demo: $(DEMO)/sft.done
 demo-full:
 	$(MAKE) demo DEMO=runs/demo-full STORIES=20000 CASES=100 MINUTES=37 \
 		PRETRAIN_FLAGS=--config.train.max_steps=2000 SFT_FLAGS=--config.train.max_steps=4500
+
+# The demo's fine-tuned model, rewarded for what it was asked, before and after: docs/alignment.md.
+demo-rl: MINUTES := 10
+demo-rl: $(DEMO)/grpo.done $(DEMO)/held/data.json
+	$(call stage,evaluating both models,20)
+	$(BIN)/python -m tinysft_jax.evaluation.run --checkpoint=$(DEMO)/grpo --baseline=$(DEMO)/sft --judge=$(DEMO)/sft \
+		--data=$(DEMO)/held --tasks=story --cases=300 --batch_size=64 --output=$(DEMO)/evaluation-rl --overwrite --show=3
+
+$(DEMO)/grpo.done: $(DEMO)/sft.done
+	$(call stage,learning from rewards,100)
+	$(BIN)/python train.py --config=configs/grpo.py:demo --workdir=$(DEMO)/grpo \
+		--config.init_from=$(DEMO)/sft --config.data.path=$(DEMO)/tasks $(GRPO_FLAGS)
+	@touch $@
+
+# Of more stories than the demo's, so that a validation split holds 300 requests for one; what the demo trains on is not in it.
+$(DEMO)/held/data.json: | $(VENV)/demo.stamp
+	$(BIN)/python -m tinysft_jax.data.prepare --embedded=13000 --output=$(DEMO)/held --bpe_ranks=8192
 
 # Talks to the demo's model.
 chat: $(DEMO)/sft.done | $(VENV)/demo.stamp

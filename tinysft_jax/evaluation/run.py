@@ -1,6 +1,7 @@
 """The command that asks models held-out questions and reports what their answers are worth."""
 
 import dataclasses
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,11 @@ from tinysft_jax.training.objectives import answer_log_likelihoods
 from tinysft_jax.training.state import starting_model
 
 CONTENT = ("report.json", "report.md", "report.png", "answers.jsonl")
+# What no checkpoint is called: columns, settings, and what `answers.jsonl` has beside the answers.
+RESERVED = {
+    *(*reports.COLUMNS, "data", "cases", "seed", "temperature", "judge", "rewards"),
+    *("task", "question", "conditions", "tokens", "pair"),
+}
 
 
 def evaluate(flags: Namespace, parts: Sequence[Part]) -> tuple[reports.Report, list[Case], Answers]:
@@ -48,6 +54,27 @@ def evaluate(flags: Namespace, parts: Sequence[Part]) -> tuple[reports.Report, l
     settings |= {"judge": flags.judge} if judge else {}
     fluency = judge_answers(judge, cases, answers, flags.batch_size) if judge else None
     return reports.build_report(settings, cases, answers, fluency), cases, answers
+
+
+def speakers(checkpoints: Sequence[str], baseline: str | None) -> dict[str, str]:
+    """The models' paths by what the report calls them.
+
+    One of several checkpoints is called by as many of its path's last components as tell it from the others, and from
+    `RESERVED`. Raises: UserError, if two of several are the same.
+    """
+    last = {"baseline": baseline} if baseline else {}
+    if len(checkpoints) == 1:
+        return {reports.SINGLE: checkpoints[0]} | last
+    paths = [*checkpoints, *last.values()]
+    parts = [Path(os.path.abspath(os.path.expanduser(path))).parts for path in paths]
+    if same := [path for path, own in zip(paths, parts, strict=True) if parts.count(own) > 1]:
+        raise UserError(f"{same[-1]} is given twice; give each model once")
+    names = {}
+    for path, own in zip(checkpoints, parts, strict=False):
+        ends = (own[-n:] for n in range(1, len(own) + 1))
+        alone = ("/".join(end) for end in ends if sum(other[-len(end) :] == end for other in parts) == 1)
+        names[next(name for name in alone if name not in RESERVED)] = path
+    return names | last
 
 
 def load(checkpoint: str, cases: Sequence[Case], *data: PreparedData) -> Model:
@@ -120,13 +147,18 @@ def examples(cases: Sequence[Case], count: int) -> list[int]:
 def transcript(case: Case, answers: dict[str, Answer]) -> str:
     """A case and its answers as text."""
     lines = [f"--- {case.label}", f"Question: {case.question}"]
-    lines += [f"{speaker.capitalize()}: {answer.text}" for speaker, answer in answers.items()]
+    lines += [
+        f"{speaker.capitalize() if speaker in reports.COLUMNS else speaker}: {answer.text}"
+        for speaker, answer in answers.items()
+    ]
     return "\n".join([*lines, f"Data: {case.ground_truth}"])
 
 
 def _parse(arguments: list[str] | None = None) -> Namespace:
     parser = console.Parser(prog="python -m tinysft_jax.evaluation.run", description="Measures what a model can do.")
-    parser.add_argument("--checkpoint", metavar="PATH", required=True, help="a model, in any form")
+    parser.add_argument(
+        "--checkpoint", action="append", metavar="PATH", required=True, help="a model, in any form; again for several"
+    )
     parser.add_argument("--baseline", metavar="PATH", help="another one, to compare with")
     parser.add_argument("--judge", metavar="PATH", help="a model that says how fluent the answers are")
     parser.add_argument("--data", metavar="DIR", required=True, help="a prepared data set, or several: A=1,B=1")
@@ -141,7 +173,7 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
     for name, least in (("cases", 1), ("batch_size", 1), ("seed", 0), ("show", 0)):
         if getattr(flags, name) < least:
             raise UserError(f"--{name} is {getattr(flags, name)}; it must be {least} or more")
-    flags.models = {"model": flags.checkpoint} | ({"baseline": flags.baseline} if flags.baseline else {})
+    flags.models = speakers(flags.checkpoint, flags.baseline)
     return flags
 
 

@@ -124,12 +124,13 @@ def test_a_judge_reads_the_answers_and_the_ground_truth(evaluated, chat_data, mo
     run.main([*flags, f"--output={tmp_path / 'out'}", "--batch_size=4", f"--judge={models / 'talks'}"])
     lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
+    questions = [line["question"] for line in lines]
     figures, judge = report["tasks"]["chat"]["fluency"], likelihood.Judge(str(models / "talks"))
     assert report["settings"]["judge"] == str(models / "talks")
     assert figures.keys() == {"model", "baseline", "difference", "ground_truth"}
     for column in ("model", "baseline", "ground_truth"):
         texts = [line[column] if column == "ground_truth" else line[column]["text"] for line in lines]
-        scores = [value for value in judge.fluency(texts, 4) if value is not None]
+        scores = [value for value in judge.fluency(texts, 4, questions) if value is not None]
         assert figures[column]["value"] == pytest.approx(sum(scores) / len(scores))
         assert figures[column]["cases"] == len(scores)
     others = {name: columns for name, columns in report["tasks"]["chat"].items() if name != "fluency"}

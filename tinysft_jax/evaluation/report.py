@@ -39,7 +39,8 @@ MEANINGS = {
     "ranked_right": "Whether the chosen answer scores higher than the rejected one",
     "margin": "The chosen answer's score minus the rejected one's",
     "stopped": "Whether the answer ended with end-of-text, not for lack of room",
-    "fluency": "Mean log-likelihood of a token of the answer under the judge, as a document of its own, in nats",
+    "fluency": "Mean log-likelihood of a token of the answer under the judge, in nats: after its question where the "
+    "judge has a chat template, else as a document of its own",
     **{
         metric.__name__: metric.__doc__.splitlines()[0].rstrip(".")
         for metric in (*CORRECTNESS.values(), distinct_2, repetition, length, word_list)
@@ -148,7 +149,8 @@ def task_figures(cases: Sequence[Case], answers: Answers, fluency: Fluency) -> d
         },
         "distinct_2": columns_of({column: distinct_2(each) for column, each in texts.items()}),
         "repetition": columns_of({column: list(map(repetition, each)) for column, each in texts.items()}),
-        "length": columns_of({column: list(map(length, each)) for column, each in texts.items()}),
+        # With weights, as a length is no share even where all answers have one word.
+        "length": columns_of({column: list(map(length, each)) for column, each in texts.items()}, [1.0] * len(cases)),
         "word_list": columns_of({column: list(map(word_list, cases, each)) for column, each in texts.items()}),
         "fluency": columns_of(dict(fluency)),
     }
@@ -172,32 +174,26 @@ def _compared(columns: Collection[str]) -> dict[str, tuple[str, str]]:
     """The two that each difference is of: a checkpoint and the baseline, without one the first checkpoint."""
     checkpoints = _checkpoints(columns)
     reference = "baseline" if "baseline" in columns else next(iter(checkpoints), None)
-    return {
-        "difference" if name == SINGLE else f"{name} - {reference}": (name, reference)
-        for name in checkpoints
-        if name != reference
-    }
+    pairs = [(name, reference) for name in checkpoints if name != reference]
+    return {"difference" if pair[0] == SINGLE else " - ".join(pair): pair for pair in pairs}
 
 
 def column_meanings(columns: Collection[str]) -> dict[str, str]:
-    """What the columns of a table are, in their order, given the speakers and perhaps others."""
+    """What the columns of a table can be, in their order, given the speakers and perhaps others."""
     checkpoints = _checkpoints(columns)
     if set(checkpoints) <= {SINGLE}:
         return COLUMNS
     meanings = {name: f"the answers of {name}" for name in checkpoints}
-    fixed = ("baseline", "ground_truth", "shuffled") if "baseline" in columns else ("ground_truth", "shuffled")
-    meanings |= {name: COLUMNS[name] for name in fixed}
+    meanings |= {name: COLUMNS[name] for name in ("baseline", "ground_truth", "shuffled")}
     meanings["shuffled"] = meanings["shuffled"].replace("the model's", f"{checkpoints[0]}'s")
-    return meanings | {
-        column: f"{one} minus {other}, case by case" for column, (one, other) in _compared(columns).items()
-    }
+    return meanings | {name: f"{one} minus {other}, case by case" for name, (one, other) in _compared(columns).items()}
 
 
 def markdown(report: Report) -> str:
     """The content of `report.md`: tables that are aligned, so that they read well in a terminal, too."""
     found = {column for metrics in report["tasks"].values() for figures in metrics.values() for column in figures}
     meanings = report.get("columns", COLUMNS)
-    columns = {column: max(23, len(column)) for column in meanings if column in found}  # with their widths
+    columns = {column: max(23, len(column)) for column in meanings if column in found}  # and their widths
     header = _row("", "cases", [f"{column:>{width}}" for column, width in columns.items()])
     rule = f"|{'-' * 22}|{'-' * 6}:|" + "".join(f"{'-' * (width + 1)}:|" for width in columns.values())
     lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in report["settings"].items())]
@@ -233,20 +229,16 @@ _LOOKS: dict[str, Look] = {
     "ground_truth": ("|", 11, "tab:green", 0.0),
     "shuffled": ("|", 11, "tab:gray", 0.0),
     "baseline": ("s", 4, "tab:orange", 0.16),
-    "model": ("o", 4, "tab:blue", -0.16),
 }
 _COLOURS = ("tab:blue", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 
 
 def _looks(report: Report) -> dict[str, Look]:
-    """The looks of the columns but differences; several checkpoints are drawn in turn above the baseline."""
-    if "columns" not in report:
-        return _LOOKS
-    names = list(itertools.takewhile(lambda column: column not in COLUMNS, report["columns"]))
-    places = np.linspace(-0.32, 0.16, len(names), endpoint=False)
-    return {name: look for name, look in _LOOKS.items() if name != SINGLE} | {
-        name: ("oD^vP*X"[(i + i // len(_COLOURS)) % 7], 4, _COLOURS[i % len(_COLOURS)], below)
-        for i, (name, below) in enumerate(zip(names, places.tolist(), strict=True))
+    """The looks of all columns but differences: of any number of checkpoints, one below the other."""
+    names = [*itertools.takewhile(lambda column: column not in COLUMNS, report.get("columns", ()))] or [SINGLE]
+    return _LOOKS | {
+        name: ("oD^vPX"[i % 6], 4, _COLOURS[i % 7], 0.48 * (i + 1) / (len(names) + 1) - 0.4)
+        for i, name in enumerate(names)
     }
 
 

@@ -22,16 +22,14 @@ from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.text import text_options
 from tinysft_jax.sharding import make_mesh
+from tinysft_jax.tasks.answers import word_set
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.objectives import answer_log_likelihoods
 from tinysft_jax.training.state import starting_model
 
 CONTENT = ("report.json", "report.md", "report.png", "answers.jsonl")
 # What no checkpoint is called: columns, settings, and what `answers.jsonl` has beside the answers.
-RESERVED = {
-    *(*reports.COLUMNS, "data", "cases", "seed", "temperature", "judge", "rewards"),
-    *("task", "question", "conditions", "tokens", "pair"),
-}
+OTHERS = word_set("data cases seed temperature judge rewards task question conditions tokens pair")
 
 
 def evaluate(flags: Namespace, parts: Sequence[Part]) -> tuple[reports.Report, list[Case], Answers]:
@@ -59,21 +57,21 @@ def evaluate(flags: Namespace, parts: Sequence[Part]) -> tuple[reports.Report, l
 def speakers(checkpoints: Sequence[str], baseline: str | None) -> dict[str, str]:
     """The models' paths by what the report calls them.
 
-    One of several checkpoints is called by as many of its path's last components as tell it from the others, and from
-    `RESERVED`. Raises: UserError, if two of several are the same.
+    One of several checkpoints is called by as many of its path's last components as tell it from all others. Raises:
+    UserError, if two of several are the same.
     """
     last = {"baseline": baseline} if baseline else {}
     if len(checkpoints) == 1:
         return {reports.SINGLE: checkpoints[0]} | last
-    paths = [*checkpoints, *last.values()]
-    parts = [Path(os.path.abspath(os.path.expanduser(path))).parts for path in paths]
-    if same := [path for path, own in zip(paths, parts, strict=True) if parts.count(own) > 1]:
-        raise UserError(f"{same[-1]} is given twice; give each model once")
-    names = {}
-    for path, own in zip(checkpoints, parts, strict=False):
-        ends = (own[-n:] for n in range(1, len(own) + 1))
-        alone = ("/".join(end) for end in ends if sum(other[-len(end) :] == end for other in parts) == 1)
-        names[next(name for name in alone if name not in RESERVED)] = path
+    paths = [os.path.abspath(os.path.expanduser(path)) for path in (*checkpoints, *last.values())]
+    if same := [path for path in paths if paths.count(path) > 1]:
+        raise UserError(f"{same[0]} is given twice; give each model once")
+    taken, names = OTHERS | reports.COLUMNS.keys(), {}
+    for checkpoint, path in zip(checkpoints, paths, strict=False):
+        parts = path.split("/")
+        ends = ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        alone = [end for end in ends if sum(f"/{other}".endswith(f"/{end}") for other in paths) == 1]
+        names[next(end for end in alone if end not in taken)] = checkpoint
     return names | last
 
 
@@ -123,7 +121,8 @@ def judge_answers(judge: Judge, cases: Sequence[Case], answers: Answers, batch_s
     """The fluency of each speaker's answers, and of the ground truth."""
     texts = {speaker: [answer.text for answer in each] for speaker, each in answers.items()}
     texts["ground_truth"] = [case.ground_truth for case in cases]
-    scores = iter(judge.fluency([text for each in texts.values() for text in each], batch_size))
+    questions = [case.question for case in cases] * len(texts)
+    scores = iter(judge.fluency([text for each in texts.values() for text in each], batch_size, questions))
     return {column: [next(scores) for _ in each] for column, each in texts.items()}
 
 
@@ -147,10 +146,7 @@ def examples(cases: Sequence[Case], count: int) -> list[int]:
 def transcript(case: Case, answers: dict[str, Answer]) -> str:
     """A case and its answers as text."""
     lines = [f"--- {case.label}", f"Question: {case.question}"]
-    lines += [
-        f"{speaker.capitalize() if speaker in reports.COLUMNS else speaker}: {answer.text}"
-        for speaker, answer in answers.items()
-    ]
+    lines += [f"{speaker[0].upper()}{speaker[1:]}: {answer.text}" for speaker, answer in answers.items()]
     return "\n".join([*lines, f"Data: {case.ground_truth}"])
 
 

@@ -71,24 +71,18 @@ class Judge:
         """
         length = self._model[0].trained_length
         asked = questions if questions and self._tokenizer.template is not None else [None] * len(texts)
-        found = map(self._encode, texts, asked)
-        whole = {i: sequence for i, sequence in enumerate(found) if sequence}
-        if n_cut := sum(len(ids) > length for ids, _ in whole.values()):
-            print(
-                f"the judge reads {length:,} tokens, and {n_cut:,} of {len(whole):,} texts have more", file=sys.stderr
-            )
+        whole = {i: sequence for i, sequence in enumerate(map(self._encode, texts, asked)) if sequence}
+        if cut := sum(len(ids) > length for ids, _ in whole.values()):
+            print(f"the judge reads {length:,} tokens, and {cut:,} of {len(whole):,} texts have more", file=sys.stderr)
         kept = {i: (ids[:length], given) for i, (ids, given) in whole.items() if given < length}
         totals = score(answer_log_likelihoods, self._model, self._name, list(kept.values()), batch_size)
-        means = [total / (len(ids) - given) for total, (ids, given) in zip(totals, kept.values(), strict=True)]
-        scores = dict(zip(kept, means, strict=True))
+        scores = {i: total / (len(kept[i][0]) - kept[i][1]) for i, total in zip(kept, totals, strict=True)}
         return [scores.get(i) for i in range(len(texts))]
 
     def _encode(self, text: str, question: str | None) -> Given | None:
         """A text as a document, or as the answer to a question; None if it is blank or the template refuses it."""
-        if is_blank(text):
-            return None
         if question is None:
-            return self._tokenizer.encode_document(text), 1
+            return None if is_blank(text) else (self._tokenizer.encode_document(text), 1)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
         try:
             ids, supervised = self._tokenizer.encode_chat(messages)

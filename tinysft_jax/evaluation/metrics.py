@@ -21,8 +21,8 @@ Metric = Callable[[Case, str], float | bool | None]
 _AROUND_A_NAME = frozenset(re.findall(r"\w+", "the main character of this story is a; it was about an"))
 # Words of a chat's ground truth, at most, that any right answer contains: longer ones can be said otherwise.
 FACT = 3
-# The share of requested words from which on an answer is a list of them: of the embedded stories none has above 0.07,
-# and three words fall below it in any story of more than twelve. "There was a cat. There was a dog." has 0.25.
+# The share of requested words in a mere list of them: stories of the embedded corpus have at most 0.07, and a list has
+# this even as "There was a cat. There was a dog."
 WORD_LIST = 0.25
 
 

@@ -1,6 +1,5 @@
 """The report of an evaluation: figures with their 95 % intervals, as JSON, Markdown and a plot."""
 
-import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ Values = Sequence[float | bool | None]  # by case; None where a metric doesn't a
 Figure = dict[str, Any]
 Figures = dict[str, Figure]  # by column
 Report = dict[str, Any]
-Fluency = Mapping[str, Values]  # by column: the mean log-likelihood of a token of the text
+Scores = Mapping[str, Values] | None  # by column
 
 COLUMNS = {
     "model": "the model's answers",
@@ -41,6 +40,7 @@ MEANINGS = {
     "stopped": "Whether the answer ended with end-of-text, not for lack of room",
     "fluency": "Mean log-likelihood of a token of the answer under the judge, in nats: after its question where the "
     "judge has a chat template, else as a document of its own",
+    "reward": "Weighted mean of the rewards of `--rewards` that apply, from 0 to 1",
     **{
         metric.__name__: metric.__doc__.splitlines()[0].rstrip(".")
         for metric in (*CORRECTNESS.values(), distinct_2, repetition, length, word_list)
@@ -113,15 +113,18 @@ def _figure(value: float, cases: int, low: float, high: float) -> Figure:
 
 
 def build_report(
-    settings: dict[str, Any], cases: Sequence[Case], answers: Answers, fluency: Fluency | None = None
+    settings: dict[str, Any], cases: Sequence[Case], answers: Answers, fluency: Scores = None, reward: Scores = None
 ) -> Report:
     """The content of `report.json`. A task's cases must be in the order in which they were drawn."""
     tasks = {}
     for task in dict.fromkeys(case.label for case in cases):
         members = [i for i, case in enumerate(cases) if case.label == task]
         of_task = {speaker: [each[i] for i in members] for speaker, each in answers.items()}
-        fluency_of_task = {column: [each[i] for i in members] for column, each in (fluency or {}).items()}
-        tasks[task] = task_figures([cases[i] for i in members], of_task, fluency_of_task)
+        more = {
+            name: {column: [each[i] for i in members] for column, each in (scores or {}).items()}
+            for name, scores in (("fluency", fluency), ("reward", reward))
+        }
+        tasks[task] = task_figures([cases[i] for i in members], of_task, more)
     return make_report(settings, tasks, answers)
 
 
@@ -131,7 +134,7 @@ def make_report(settings: dict[str, Any], tasks: dict[str, dict[str, Figures]], 
     return report if SINGLE in speakers else report | {"columns": column_meanings(speakers)}
 
 
-def task_figures(cases: Sequence[Case], answers: Answers, fluency: Fluency) -> dict[str, Figures]:
+def task_figures(cases: Sequence[Case], answers: Answers, more: Mapping[str, Scores]) -> dict[str, Figures]:
     """One task's figures by metric and column; metrics that don't apply to the task are left out."""
     tokens = [float(len(case.target)) for case in cases]
     texts = {speaker: [answer.text for answer in each] for speaker, each in answers.items()}
@@ -152,7 +155,7 @@ def task_figures(cases: Sequence[Case], answers: Answers, fluency: Fluency) -> d
         # With weights, as a length is no share even where all answers have one word.
         "length": columns_of({column: list(map(length, each)) for column, each in texts.items()}, [1.0] * len(cases)),
         "word_list": columns_of({column: list(map(word_list, cases, each)) for column, each in texts.items()}),
-        "fluency": columns_of(dict(fluency)),
+        **{name: columns_of(dict(scores)) for name, scores in more.items()},
     }
     return {name: columns for name, columns in figures.items() if columns}
 
@@ -160,33 +163,29 @@ def task_figures(cases: Sequence[Case], answers: Answers, fluency: Fluency) -> d
 def columns_of(scores: dict[str, Values], weights: list[float] | None = None) -> Figures:
     """The means, with paired differences where there are several speakers."""
     figures = {column: mean(values, weights) for column, values in scores.items()}
-    for column, (one, other) in _compared(scores).items():
+    for column, (one, other) in _compared(scores)[1].items():
         figures[column] = difference(scores[one], scores[other], weights)
     share = all(isinstance(value, bool) for values in scores.values() for value in values if value is not None)
     return {column: figure | {"share": share} for column in column_meanings(scores) if (figure := figures.get(column))}
 
 
-def _checkpoints(columns: Collection[str]) -> list[str]:
-    return [column for column in columns if column == SINGLE or column not in COLUMNS]
-
-
-def _compared(columns: Collection[str]) -> dict[str, tuple[str, str]]:
-    """The two that each difference is of: a checkpoint and the baseline, without one the first checkpoint."""
-    checkpoints = _checkpoints(columns)
+def _compared(columns: Collection[str]) -> tuple[list[str], dict[str, tuple[str, str]]]:
+    """The checkpoints, and what each difference is of: a checkpoint and the baseline, without one the first of them."""
+    checkpoints = [column for column in columns if column == SINGLE or column not in COLUMNS]
     reference = "baseline" if "baseline" in columns else next(iter(checkpoints), None)
     pairs = [(name, reference) for name in checkpoints if name != reference]
-    return {"difference" if pair[0] == SINGLE else " - ".join(pair): pair for pair in pairs}
+    return checkpoints, {"difference" if pair[0] == SINGLE else " - ".join(pair): pair for pair in pairs}
 
 
 def column_meanings(columns: Collection[str]) -> dict[str, str]:
     """What the columns of a table can be, in their order, given the speakers and perhaps others."""
-    checkpoints = _checkpoints(columns)
+    checkpoints, pairs = _compared(columns)
     if set(checkpoints) <= {SINGLE}:
         return COLUMNS
     meanings = {name: f"the answers of {name}" for name in checkpoints}
     meanings |= {name: COLUMNS[name] for name in ("baseline", "ground_truth", "shuffled")}
     meanings["shuffled"] = meanings["shuffled"].replace("the model's", f"{checkpoints[0]}'s")
-    return meanings | {name: f"{one} minus {other}, case by case" for name, (one, other) in _compared(columns).items()}
+    return meanings | {name: f"{one} minus {other}, case by case" for name, (one, other) in pairs.items()}
 
 
 def markdown(report: Report) -> str:
@@ -224,8 +223,7 @@ def _text(figure: Figure | None) -> str:
 
 
 # Marker, its size, colour, and how far below the middle of its row a column is drawn.
-Look = tuple[str, float, str, float]
-_LOOKS: dict[str, Look] = {
+_LOOKS = {
     "ground_truth": ("|", 11, "tab:green", 0.0),
     "shuffled": ("|", 11, "tab:gray", 0.0),
     "baseline": ("s", 4, "tab:orange", 0.16),
@@ -233,9 +231,9 @@ _LOOKS: dict[str, Look] = {
 _COLOURS = ("tab:blue", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 
 
-def _looks(report: Report) -> dict[str, Look]:
+def _looks(columns: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     """The looks of all columns but differences: of any number of checkpoints, one below the other."""
-    names = [*itertools.takewhile(lambda column: column not in COLUMNS, report.get("columns", ()))] or [SINGLE]
+    names = columns[: columns.index("baseline")]
     return _LOOKS | {
         name: ("oD^vPX"[i % 6], 4, _COLOURS[i % 7], 0.48 * (i + 1) / (len(names) + 1) - 0.4)
         for i, name in enumerate(names)
@@ -252,8 +250,8 @@ def plot_report(report: Report, path: Path) -> None:
     image = Image(figsize=(9, 0.27 * sum(heights) + 0.6), layout="constrained")
     all_axes = image.subplots(2, 1, height_ratios=heights)
     for axes, (label, panel) in zip(all_axes, panels.items(), strict=True):
-        for column, look in _looks(report).items():
-            _plot_column(axes, column, look, [figures.get(column) for figures in panel.values()])
+        for column, look in _looks([*report.get("columns", COLUMNS)]).items():
+            _plot_column(axes, column.replace("$", r"\$"), look, [figures.get(column) for figures in panel.values()])
         axes.set_yticks(range(len(panel)), list(panel), fontsize="small")
         axes.set_ylim(len(panel) - 0.4, -0.6)
         axes.set_xlabel(label)
@@ -263,11 +261,10 @@ def plot_report(report: Report, path: Path) -> None:
     image.savefig(path, dpi=120, format="png")
 
 
-def _plot_column(axes: Axes, column: str, look: Look, figures: Sequence[Figure | None]) -> None:
+def _plot_column(axes: Axes, label: str, look: tuple[Any, ...], figures: Sequence[Figure | None]) -> None:
     marker, size, colour, below = look
     points = [(row + below, figure) for row, figure in enumerate(figures) if figure]
     values, low, high = (np.array([figure[key] for _, figure in points], float) for key in ("value", "low", "high"))
     reach = None if marker == "|" else (values - low, high - values)
-    label = " " * column.startswith("_") + column.replace("$", r"\$")  # neither hidden nor a formula
     if rows := [row for row, _ in points]:
         axes.errorbar(values, rows, xerr=reach, fmt=marker, color=colour, markersize=size, label=label)

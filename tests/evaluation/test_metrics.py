@@ -172,7 +172,9 @@ def test_no_story_is_a_list_of_its_words_and_each_list_is_one():
         if words := conversation.request.conditions.get("words"):
             case = Case(conversation.task, "?", conversation.messages[1]["content"], {"words": words})
             listings = (f"{', '.join(words)}.", f"{' '.join(words)}. " * 3, f"A story about {' and '.join(words)}.")
-            found.add((metrics.word_list(case, case.ground_truth), *(metrics.word_list(case, each) for each in listings)))
+            found.add(
+                (metrics.word_list(case, case.ground_truth), *(metrics.word_list(case, each) for each in listings))
+            )
     assert found == {(False, True, True, True)}
 
 

@@ -56,7 +56,9 @@ def test_several_reward_models_are_ranked_in_one_table(rewards, pair_data, tmp_p
     options = (f"--checkpoint={rewards / 'first'}", "--cases=9")
     figures, lines = evaluate(tmp_path / "report", pair_data, rewards / "learned", *options)
     assert list(figures["margin"]) == ["learned", "first", "first - learned"]
-    first, learned = ([line[name]["chosen"] - line[name]["rejected"] for line in lines] for name in ("first", "learned"))
+    first, learned = (
+        [line[name]["chosen"] - line[name]["rejected"] for line in lines] for name in ("first", "learned")
+    )
     difference = figures["margin"]["first - learned"]
     assert difference["value"] == pytest.approx(np.mean(first) - np.mean(learned)) and difference["value"] < 0
     assert (tmp_path / "report" / "report.png").exists()

@@ -184,7 +184,7 @@ def column_meanings(columns: Collection[str]) -> dict[str, str]:
         return COLUMNS
     meanings = {name: f"the answers of {name}" for name in checkpoints}
     meanings |= {name: COLUMNS[name] for name in ("baseline", "ground_truth", "shuffled")}
-    meanings["shuffled"] = meanings["shuffled"].replace("the model's", f"{checkpoints[0]}'s")
+    meanings["shuffled"] = meanings["shuffled"].replace("the model's answers", meanings[checkpoints[0]])
     return meanings | {name: f"{one} minus {other}, case by case" for name, (one, other) in pairs.items()}
 
 

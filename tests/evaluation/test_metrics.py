@@ -5,8 +5,10 @@ import importlib.util
 import pytest
 
 from tinysft_jax.console import UserError
+from tinysft_jax.corpus.stories import embedded_stories
 from tinysft_jax.evaluation import metrics
 from tinysft_jax.evaluation.cases import Case
+from tinysft_jax.tasks.make import make_tasks
 
 WORDS = Case("words", "?", "", {"words": ["jump", "ice cream", "happy"]})
 STORY = Case(
@@ -137,6 +139,43 @@ def test_distinct_2():
 def test_repetition():
     assert metrics.repetition("a b a b a b") == pytest.approx(1 / 3)  # abab baba abab
     assert metrics.repetition("a b c") == 0
+
+
+def test_length():
+    assert metrics.length("The cat's ball.\nIt ran!") == 6 and metrics.length(" …") == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "listed"),
+    [
+        ("jump, ice cream, happy.", True),
+        ("Jumped ice creams happy. Jumped ice creams happy.", True),
+        ("The words are jump, ice cream and happy.", True),
+        ("She had a jump. She had an ice cream. She had a happy.", True),
+        ("happy", True),  # one of three
+        ("one two three jumps", True),
+        ("one two three four jumps", False),
+        ("Mia was so happy that she began to jump up and down when she saw the ice cream van.", False),
+        ("Once there was a tree.", False),
+        ("", False),
+    ],
+)
+def test_a_list_of_the_requested_words(answer, listed):
+    assert metrics.word_list(WORDS, answer) is listed
+    assert metrics.word_list(Case("story", "?", "", WORDS.conditions), answer) is listed
+    assert metrics.word_list(Case("story", "?", "", NOTHING_ASKED), answer) is None
+
+
+def test_no_story_is_a_list_of_its_words_and_each_list_is_one():
+    found = set()
+    for conversation in (each for story in embedded_stories(200) for each in make_tasks(story.record)):
+        if words := conversation.request.conditions.get("words"):
+            case = Case(conversation.task, "?", conversation.messages[1]["content"], {"words": words})
+            listings = (f"{', '.join(words)}.", f"{' '.join(words)}. " * 3, f"A story about {' and '.join(words)}.")
+            found.add(
+                (metrics.word_list(case, case.ground_truth), *(metrics.word_list(case, each) for each in listings))
+            )
+    assert found == {(False, True, True, True)}
 
 
 APPLIES = {

@@ -52,6 +52,18 @@ def test_the_report_has_the_share_of_pairs_that_are_ranked_right(rewards, pair_d
     assert (tmp_path / "report" / "report.png").exists()
 
 
+def test_several_reward_models_are_ranked_in_one_table(rewards, pair_data, tmp_path):
+    options = (f"--checkpoint={rewards / 'first'}", "--cases=9")
+    figures, lines = evaluate(tmp_path / "report", pair_data, rewards / "learned", *options)
+    assert list(figures["margin"]) == ["learned", "first", "first - learned"]
+    first, learned = (
+        [line[name]["chosen"] - line[name]["rejected"] for line in lines] for name in ("first", "learned")
+    )
+    difference = figures["margin"]["first - learned"]
+    assert difference["value"] == pytest.approx(np.mean(first) - np.mean(learned)) and difference["value"] < 0
+    assert (tmp_path / "report" / "report.png").exists()
+
+
 def test_fewer_cases_are_a_part_of_more(rewards, pair_data, tmp_path):
     few, more = (evaluate(tmp_path / str(n), pair_data, rewards / "learned", f"--cases={n}")[1] for n in (5, 9))
     assert few == more[:5] and len(more) == 9
@@ -83,8 +95,9 @@ def test_what_can_not_be_ranked_is_one_line(rewards, pair_data, chat_data, tmp_p
         (rewards / "learned", pair_data, r"is a language model; give a reward", f"--baseline={tmp_path / 'sft'}"),
         (tmp_path / "sft", chat_data, r"is a reward model", f"--baseline={rewards / 'learned'}"),
         (tmp_path / "sft", chat_data, r"is a reward model", f"--judge={rewards / 'learned'}"),
-        (rewards / "learned", pair_data, r"--judge and --show are about answers", f"--judge={tmp_path / 'sft'}"),
-        (rewards / "learned", pair_data, r"--judge and --show are about answers", "--show=1"),
+        (rewards / "learned", pair_data, r"--judge, --rewards and --show are about", f"--judge={tmp_path / 'sft'}"),
+        (rewards / "learned", pair_data, r"--judge, --rewards and --show are about", "--show=1"),
+        (rewards / "learned", pair_data, r"--judge, --rewards and --show are about", "--rewards=words:1"),
     ):
         with pytest.raises(UserError, match=complaint) as refusal:
             evaluate(tmp_path / "report", data, checkpoint, *more)

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from tinysft_jax.corpus.stories import embedded_stories
 from tinysft_jax.evaluation.cases import Answer, Case
-from tinysft_jax.evaluation.report import build_report, difference, markdown, mean
+from tinysft_jax.evaluation.report import (
+    COLUMNS,
+    _looks,
+    build_report,
+    difference,
+    markdown,
+    mean,
+    plot_report,
+)
 from tinysft_jax.tasks.make import TASK_NAMES, make_tasks
 
 CONSTANT = "Yes, Lily was happy. She ran to see her little friend, and they found the ball by the tree."
@@ -132,6 +140,53 @@ def test_by_hand():
     assert {figure["cases"] for of in figures.values() for figure in of.values()} <= {4}
 
 
+def of_several(baseline: bool) -> dict:
+    """Two yes/no cases and three checkpoints, of which the first is right in one, and so on."""
+    cases = [Case("dialogue", "?", "Yes.", target=[1])] * 2
+    said = {"sft": ("No.", "Yes."), "runs/dpo": ("Yes.", "Yes."), "a$^$b": ("No.", "No.")}
+    said |= {"baseline": ("No.", "No.")} if baseline else {}
+    answers = {name: [Answer(text, True, 1.0) for text in texts] for name, texts in said.items()}
+    return build_report({"seed": 3}, cases, answers, {name: [-1.0, -2.0] for name in (*said, "ground_truth")})
+
+
+@pytest.mark.parametrize(
+    ("baseline", "differences"),
+    [
+        (False, {"runs/dpo - sft": 0.5, "a$^$b - sft": -0.5}),
+        (True, {"sft - baseline": 0.5, "runs/dpo - baseline": 1.0, "a$^$b - baseline": 0.0}),
+    ],
+)
+def test_several_checkpoints_have_a_column_each(baseline, differences):
+    """Compared with the baseline, or else with the first; only the first one's answers are shuffled."""
+    report = of_several(baseline)
+    levels = {"sft": 0.5, "runs/dpo": 1.0, "a$^$b": 0.0} | ({"baseline": 0.0} if baseline else {})
+    right = values_of(report["tasks"]["dialogue"])["yes_no_correct"]
+    assert list(right.items()) == list((levels | {"ground_truth": 1.0, "shuffled": 0.5} | differences).items())
+    fluency = values_of(report["tasks"]["dialogue"])["fluency"]
+    assert fluency == dict.fromkeys([*levels, "ground_truth"], -1.5) | dict.fromkeys(differences, 0)
+    lines = markdown(report).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert [cell.strip() for cell in table[0].split("|")[3:-1]] == list(right)
+    assert len(set(map(len, table))) == 1  # aligned
+    assert {f"- **{name}**: {report['columns'][name]}." for name in right} <= set(lines)
+    assert "the answers of sft, each" in report["columns"]["shuffled"]
+
+
+def test_any_number_of_columns_is_drawn(tmp_path):
+    """With a marker and a colour of its own each, also where a name looks like a formula."""
+    names = [f"run_{i}" for i in range(20)]
+    answers = {name: [Answer("Yes.", True, 1.0)] for name in (*names, "baseline")}
+    report = build_report({}, [Case("dialogue", "?", "Yes.", target=[1])], answers)
+    looks = _looks(list(report["columns"]))
+    assert set(looks) == {*names, "baseline", "ground_truth", "shuffled"}
+    assert len({(marker, colour) for marker, _, colour, _ in looks.values()}) == 23
+    places = [looks[name][3] for name in (*names, "baseline")]
+    assert places == sorted(set(places)) and places[0] > -0.5
+    plot_report(of_several(baseline=True), tmp_path / "several.png")
+    assert (tmp_path / "several.png").stat().st_size > 10_000
+    assert _looks(list(COLUMNS))["model"] == ("o", 4, "tab:blue", pytest.approx(-0.16))
+
+
 def test_a_single_case_has_no_floor_and_only_a_share_an_interval():
     answers = {"model": [Answer("Be kind.", True, 1.5)]}
     figures = build_report({}, [Case("moral", "?", "Be kind.", target=[1, 2, 3])], answers)["tasks"]["moral"]
@@ -217,3 +272,11 @@ def test_fractions_that_are_all_0_or_1_claim_no_certainty():
     (row,) = (line for line in text.splitlines() if line.startswith("| repetition "))
     cells = [cell.strip() for cell in row.split("|")[2:-1]]
     assert cells == ["60", "0.000 ± 0.015", "0.333 ± 0.000", "-0.333 ± 0.000", "0.000 ± 0.015"]
+
+
+def test_a_length_is_no_share():
+    """Answers of one word each have the same length, for certain."""
+    answers = {"model": [Answer("Yes.", True, 1.0)] * 9}
+    figures = build_report({}, [Case("dialogue", "?", "Yes, it has.", target=[1])] * 9, answers)["tasks"]["dialogue"]
+    assert (figures["length"]["model"]["value"], figures["length"]["ground_truth"]["value"]) == (1, 3)
+    assert figures["length"]["model"]["standard_error"] == 0 and "word_list" not in figures

@@ -124,17 +124,66 @@ def test_a_judge_reads_the_answers_and_the_ground_truth(evaluated, chat_data, mo
     run.main([*flags, f"--output={tmp_path / 'out'}", "--batch_size=4", f"--judge={models / 'talks'}"])
     lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
+    questions = [line["question"] for line in lines]
     figures, judge = report["tasks"]["chat"]["fluency"], likelihood.Judge(str(models / "talks"))
     assert report["settings"]["judge"] == str(models / "talks")
     assert figures.keys() == {"model", "baseline", "difference", "ground_truth"}
     for column in ("model", "baseline", "ground_truth"):
         texts = [line[column] if column == "ground_truth" else line[column]["text"] for line in lines]
-        scores = [value for value in judge.fluency(texts, 4) if value is not None]
+        scores = [value for value in judge.fluency(texts, 4, questions) if value is not None]
         assert figures[column]["value"] == pytest.approx(sum(scores) / len(scores))
         assert figures[column]["cases"] == len(scores)
     others = {name: columns for name, columns in report["tasks"]["chat"].items() if name != "fluency"}
     assert others == json.loads((evaluated[0] / "report.json").read_text())["tasks"]["chat"]
     assert "- **fluency**: " in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_several_checkpoints_answer_the_same_cases(evaluated, chat_data, models, tmp_path, capsys):
+    """Each as it does alone, and is rewarded as its answers are."""
+    flags = [f"--checkpoint={models / name}" for name in ("talks", "ends")]
+    flags += [f"--data={chat_data}", "--cases=12", "--batch_size=4", "--rewards=ends:1,answer:3", "--show=1"]
+    run.main([*flags, f"--output={tmp_path / 'out'}"])
+    for name, speaker in (("ends", "model"), ("talks", "baseline")):
+        assert answers(tmp_path / "out", name) == answers(evaluated[0], speaker)
+    report, alone = (json.loads((of / "report.json").read_text()) for of in (tmp_path / "out", evaluated[0]))
+    assert report["settings"] | {"talks": str(models / "talks"), "rewards": "ends:1,answer:3"} == report["settings"]
+    figures, others = report["tasks"]["chat"], alone["tasks"]["chat"]
+    assert figures["loss"].keys() == {"talks", "ends", "ends - talks"} and "columns" not in alone
+    for metric, of in others.items():
+        assert of.get("model") == figures[metric].get("ends") and of.get("difference") == figures[metric].get(
+            "ends - talks"
+        )
+    lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    for name in ("talks", "ends"):
+        worth = []
+        for line in lines:
+            case = Case("chat", line["question"], line["ground_truth"])
+            included, stopped = metrics.answer_included(case, line[name]["text"]), line[name]["stopped"]
+            worth.append(stopped if included is None else (stopped + 3 * included) / 4)
+        assert figures["reward"][name]["value"] == pytest.approx(np.mean(worth)) and len(set(worth)) <= 4
+    assert figures["reward"]["ground_truth"]["value"] == 1 > figures["reward"]["ends"]["value"] > 0
+    said = capsys.readouterr().out
+    assert "\nTalks: " in said and "| reward " in said and "- **reward**: " in said
+
+
+@pytest.mark.parametrize(
+    ("paths", "baseline", "names"),
+    [
+        (["runs/sft", "runs/grpo/"], "runs/dpo", ["sft", "grpo", "baseline"]),
+        (["a/sft/model", "b/sft/model", "c/dpo"], None, ["a/sft/model", "b/sft/model", "dpo"]),
+        (["a/x", "x"], "b/y", ["a/x", "HERE/x", "baseline"]),
+        (["a/x", "b/x.pt"], "c/x", ["a/x", "x.pt", "baseline"]),
+        (["runs/baseline", "runs/model", "runs/data"], None, ["runs/baseline", "runs/model", "runs/data"]),
+        (["a b", "./ab"], None, ["a b", "ab"]),
+        (["runs/sft"], "runs/sft", ["model", "baseline"]),
+    ],
+)
+def test_checkpoints_are_called_by_the_ends_of_their_paths(paths, baseline, names, tmp_path, monkeypatch):
+    (tmp_path / "HERE").mkdir()
+    monkeypatch.chdir(tmp_path / "HERE")
+    assert list(run.speakers(paths, baseline).items()) == list(
+        zip(names, [*paths, *([baseline] if baseline else [])], strict=True)
+    )
 
 
 @pytest.mark.parametrize("template", ["control", "text"])
@@ -195,6 +244,10 @@ def test_of_a_longer_chat_the_first_answer_counts(tmp_path):
         (["--checkpoint=x", "--data=x", "--batch_size=0"], "--batch_size is 0"),
         (["--checkpoint=x", "--data=x", "--show=-1"], "--show is -1"),
         (["--checkpoint=x", "--data=nowhere"], "nowhere is not a prepared data set"),
+        (["--checkpoint=a/x", "--checkpoint=y", "--checkpoint=./a/x/", "--data=x"], "a/x is given twice; give each"),
+        (["--checkpoint=x", "--checkpoint=y", "--baseline=y", "--data=x"], "y is given twice; give each model once$"),
+        (["--checkpoint=x", "--data=x", "--rewards=words"], "--rewards can't take 'words'"),
+        (["--checkpoint=x", "--data=x", "--rewards="], "--rewards can't take ''"),
     ],
 )
 def test_mistakes_are_one_line(flags, message, tmp_path):

@@ -60,21 +60,33 @@ class Judge:
     def __init__(self, path: str):
         self._name, self._tokenizer, self._model = path, load_tokenizer(path), open_model(path)
 
-    def fluency(self, texts: Sequence[str], batch_size: int) -> list[float | None]:
+    def fluency(self, texts: Sequence[str], batch_size: int, questions: Sequence[str] = ()) -> list[float | None]:
         """The mean log-likelihood of a token of each text, in nats.
 
         A text is a document of its own: its tokens in the judge's vocabulary, then end-of-text. All of them are
-        predicted but the first, as in pretraining: nothing is before it. Beyond the length that the judge was trained
-        to, a document is cut, so that neither the rest nor end-of-text counts. A blank text has None.
+        predicted but the first, as in pretraining: nothing is before it. If the judge has a chat template, and
+        `questions` one for each text, it is the answer to it instead: its tokens and what ends it count. Beyond the
+        length that the judge was trained to, either is cut, so that neither the rest nor end-of-text counts. A text
+        that is blank, that the template refuses, or that is cut as a whole has None.
         """
         length = self._model[0].trained_length
-        whole = {i: self._tokenizer.encode_document(text) for i, text in enumerate(texts) if not is_blank(text)}
-        if n_cut := sum(len(ids) > length for ids in whole.values()):
-            print(
-                f"the judge reads {length:,} tokens, and {n_cut:,} of {len(whole):,} texts have more", file=sys.stderr
-            )
-        documents = [(ids[:length], 1) for ids in whole.values()]
-        totals = score(answer_log_likelihoods, self._model, self._name, documents, batch_size)
-        means = [total / (len(ids) - 1) for total, (ids, _) in zip(totals, documents, strict=True)]
-        scores = dict(zip(whole, means, strict=True))
+        asked = questions if questions and self._tokenizer.template is not None else [None] * len(texts)
+        whole = {i: sequence for i, sequence in enumerate(map(self._encode, texts, asked)) if sequence}
+        if cut := sum(len(ids) > length for ids, _ in whole.values()):
+            print(f"the judge reads {length:,} tokens, and {cut:,} of {len(whole):,} texts have more", file=sys.stderr)
+        kept = {i: (ids[:length], given) for i, (ids, given) in whole.items() if given < length}
+        totals = score(answer_log_likelihoods, self._model, self._name, list(kept.values()), batch_size)
+        scores = {i: total / (len(kept[i][0]) - kept[i][1]) for i, total in zip(kept, totals, strict=True)}
         return [scores.get(i) for i in range(len(texts))]
+
+    def _encode(self, text: str, question: str | None) -> Given | None:
+        """A text as a document, or as the answer to a question; None if it is blank or the template refuses it."""
+        if question is None:
+            return None if is_blank(text) else (self._tokenizer.encode_document(text), 1)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+        try:
+            ids, supervised = self._tokenizer.encode_chat(messages)
+        except UserError:
+            return None
+        answer = np.flatnonzero(supervised)
+        return ids[: answer[-1] + 1], int(answer[0])

@@ -21,6 +21,9 @@ Metric = Callable[[Case, str], float | bool | None]
 _AROUND_A_NAME = frozenset(re.findall(r"\w+", "the main character of this story is a; it was about an"))
 # Words of a chat's ground truth, at most, that any right answer contains: longer ones can be said otherwise.
 FACT = 3
+# The share of requested words in a mere list of them: stories of the embedded corpus have at most 0.07, and a list has
+# this even as "There was a cat. There was a dog."
+WORD_LIST = 0.25
 
 
 def words_used(case: Case, answer: str) -> float | None:
@@ -123,6 +126,18 @@ def repetition(answer: str) -> float:
     """The fraction of the answer's sequences of four words that occurred in it before; 0 where it is shorter."""
     ngrams = _ngrams(words_of(answer), 4)
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def length(answer: str) -> float:
+    """The number of words of the answer."""
+    return float(len(words_of(answer)))
+
+
+def word_list(case: Case, answer: str) -> bool | None:
+    """Whether the answer merely lists the requested words: they are a quarter of its words or more, in any form."""
+    requested = {lemma for word in case.conditions.get("words", ()) for lemma in lemmas_of(word)}
+    found = [lemma in requested for lemma in lemmas_of(answer)]
+    return sum(found) >= WORD_LIST * len(found) > 0 if requested else None
 
 
 def distinct_2(answers: Sequence[str]) -> list[float | None]:

@@ -42,7 +42,7 @@ def rank(flags: Namespace, parts: Sequence[Part]) -> tuple[reports.Report, list[
             of_pair = {speaker: dict(zip(SIDES, of[i], strict=True)) for speaker, of in scores.items()}
             lines.append({"task": task, "pair": pair, **of_pair})
     settings = flags.models | {"data": flags.data, "cases": flags.cases, "seed": flags.seed}
-    return {"format_version": reports.FORMAT_VERSION, "settings": settings, "tasks": tasks}, lines
+    return reports.make_report(settings, tasks, flags.models), lines
 
 
 def _load(path: str, parts: Sequence[Part]) -> Model:

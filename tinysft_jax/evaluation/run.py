@@ -1,8 +1,10 @@
 """The command that asks models held-out questions and reports what their answers are worth."""
 
 import dataclasses
+import importlib
+import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,10 @@ from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.objectives import answer_log_likelihoods
 from tinysft_jax.training.state import starting_model
 
+rewards = importlib.import_module("tinysft_jax.rewards")  # by its name, as it is built on this package
 CONTENT = ("report.json", "report.md", "report.png", "answers.jsonl")
+# What no checkpoint is called: columns, settings, and what `answers.jsonl` has beside the answers.
+KEYS = {"data", "cases", "seed", "temperature", "judge", "rewards", "task", "question", "conditions", "tokens", "pair"}
 
 
 def evaluate(flags: Namespace, parts: Sequence[Part]) -> tuple[reports.Report, list[Case], Answers]:
@@ -45,9 +50,30 @@ def evaluate(flags: Namespace, parts: Sequence[Part]) -> tuple[reports.Report, l
         for speaker, model in models.items()
     }
     settings = flags.models | {name: getattr(flags, name) for name in ("data", "cases", "seed", "temperature")}
-    settings |= {"judge": flags.judge} if judge else {}
+    settings |= {name: value for name in ("judge", "rewards") if (value := getattr(flags, name))}
     fluency = judge_answers(judge, cases, answers, flags.batch_size) if judge else None
-    return reports.build_report(settings, cases, answers, fluency), cases, answers
+    reward = reward_answers(flags.weights, cases, answers) if flags.weights else None
+    return reports.build_report(settings, cases, answers, fluency, reward), cases, answers
+
+
+def speakers(checkpoints: Sequence[str], baseline: str | None) -> dict[str, str]:
+    """The models' paths by what the report calls them.
+
+    One of several checkpoints is called by as many of its path's last components as tell it from all others. Raises:
+    UserError, if two of several are the same.
+    """
+    last = {"baseline": baseline} if baseline else {}
+    if len(checkpoints) == 1:
+        return {reports.SINGLE: checkpoints[0]} | last
+    paths = [os.path.abspath(os.path.expanduser(path)) for path in (*checkpoints, *last.values())]
+    if same := [path for path in paths if paths.count(path) > 1]:
+        raise UserError(f"{same[0]} is given twice; give each model once")
+    taken, names = KEYS | reports.COLUMNS.keys(), {}
+    for checkpoint, path in zip(checkpoints, paths, strict=False):
+        ends = ("/".join(path.split("/")[-n:]) for n in range(1, path.count("/") + 2))
+        unique = (end for end in ends if sum(f"/{other}".endswith(f"/{end}") for other in paths) == 1)
+        names[next(end for end in unique if end not in taken)] = checkpoint
+    return names | last
 
 
 def load(checkpoint: str, cases: Sequence[Case], *data: PreparedData) -> Model:
@@ -92,12 +118,23 @@ def answer(
     return [answers[i] for i in range(len(cases))]
 
 
-def judge_answers(judge: Judge, cases: Sequence[Case], answers: Answers, batch_size: int) -> reports.Fluency:
+def judge_answers(judge: Judge, cases: Sequence[Case], answers: Answers, batch_size: int) -> reports.Scores:
     """The fluency of each speaker's answers, and of the ground truth."""
     texts = {speaker: [answer.text for answer in each] for speaker, each in answers.items()}
     texts["ground_truth"] = [case.ground_truth for case in cases]
-    scores = iter(judge.fluency([text for each in texts.values() for text in each], batch_size))
+    questions = [case.question for case in cases] * len(texts)
+    scores = iter(judge.fluency([text for each in texts.values() for text in each], batch_size, questions))
     return {column: [next(scores) for _ in each] for column, each in texts.items()}
+
+
+def reward_answers(weights: Mapping[str, float], cases: Sequence[Case], answers: Answers) -> reports.Scores:
+    """The reward of each speaker's answers, and of the ground truth, which ends by itself."""
+    said = {speaker: [(answer.text, answer.stopped) for answer in each] for speaker, each in answers.items()}
+    said["ground_truth"] = [(case.ground_truth, True) for case in cases]
+    return {
+        speaker: [rewards.score(weights, case, *one)[0] for case, one in zip(cases, each, strict=True)]
+        for speaker, each in said.items()
+    }
 
 
 def write(output: Path, report: reports.Report, lines: Sequence[dict[str, Any]], overwrite: bool) -> None:
@@ -120,15 +157,16 @@ def examples(cases: Sequence[Case], count: int) -> list[int]:
 def transcript(case: Case, answers: dict[str, Answer]) -> str:
     """A case and its answers as text."""
     lines = [f"--- {case.label}", f"Question: {case.question}"]
-    lines += [f"{speaker.capitalize()}: {answer.text}" for speaker, answer in answers.items()]
+    lines += [f"{speaker[0].upper()}{speaker[1:]}: {answer.text}" for speaker, answer in answers.items()]
     return "\n".join([*lines, f"Data: {case.ground_truth}"])
 
 
 def _parse(arguments: list[str] | None = None) -> Namespace:
     parser = console.Parser(prog="python -m tinysft_jax.evaluation.run", description="Measures what a model can do.")
-    parser.add_argument("--checkpoint", metavar="PATH", required=True, help="a model, in any form")
+    parser.add_argument("--checkpoint", action="append", metavar="PATH", required=True, help="a model; may be repeated")
     parser.add_argument("--baseline", metavar="PATH", help="another one, to compare with")
     parser.add_argument("--judge", metavar="PATH", help="a model that says how fluent the answers are")
+    parser.add_argument("--rewards", metavar="WEIGHTS", help='adds their mean, as of "words:1,ends:0.3"')
     parser.add_argument("--data", metavar="DIR", required=True, help="a prepared data set, or several: A=1,B=1")
     parser.add_argument("--output", type=console.path, metavar="DIR", required=True, help="the report's directory")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -141,7 +179,8 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
     for name, least in (("cases", 1), ("batch_size", 1), ("seed", 0), ("show", 0)):
         if getattr(flags, name) < least:
             raise UserError(f"--{name} is {getattr(flags, name)}; it must be {least} or more")
-    flags.models = {"model": flags.checkpoint} | ({"baseline": flags.baseline} if flags.baseline else {})
+    flags.weights = {} if flags.rewards is None else rewards.parse_weights(flags.rewards)
+    flags.models = speakers(flags.checkpoint, flags.baseline)
     return flags
 
 
@@ -152,10 +191,8 @@ def main(arguments: list[str] | None = None) -> None:
     metrics.require_libraries()
     parts = open_parts(flags.data)
     if parts[0].data.per_item == 2:
-        if flags.judge or flags.show:
-            raise UserError(
-                "--judge and --show are about answers, and the data are pairs, which are scored; leave them out"
-            )
+        if flags.judge or flags.show or flags.weights:
+            raise UserError("--judge, --rewards and --show are about answers, and pairs have none; leave them out")
         report, lines = rank(flags, parts)
         write(flags.output, report, lines, flags.overwrite)
         print(reports.markdown(report))

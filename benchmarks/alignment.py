@@ -2,7 +2,7 @@
 
 `python benchmarks/alignment.py [--demo runs/demo --seeds 3 --dpo DIR --keep DIR --plot docs/alignment.png]`, after
 `make demo`. Asks the models for 300 held-out stories, greedily, and prints one table, paired with the fine-tuned model,
-three answers of each, and the curves of the runs. `--dpo`: the work directory of a run, as of `benchmarks/preferences.py`.
+three answers of each, and the curves of the runs. `--dpo`: a run's work directory, as of `benchmarks/preferences.py`.
 """
 
 import contextlib

@@ -13,10 +13,10 @@ import numpy as np
 
 from tinysft_jax import accelerator, console, distributed, files
 from tinysft_jax.checkpoints import load_tokenizer
-from tinysft_jax.console import UserError, shown
+from tinysft_jax.console import UserError
 from tinysft_jax.data.forms import SIDES
 from tinysft_jax.data.store import SPLITS, PreparedData
-from tinysft_jax.evaluation.cases import Case, open_questions, read_case
+from tinysft_jax.evaluation.cases import Case, choose_tasks, open_questions, read_case
 from tinysft_jax.evaluation.likelihood import Model
 from tinysft_jax.evaluation.metrics import require_libraries
 from tinysft_jax.evaluation.run import load, make_decoder
@@ -93,11 +93,8 @@ def draw_questions(flags: Namespace, data: PreparedData) -> tuple[list[Case], li
 
     Raises: UserError, as `open_questions`, or if there is no such task, or no question.
     """
-    tasks = data.tasks if flags.tasks is None else [task.strip() for task in flags.tasks.split(",")]
-    if unknown := [task for task in tasks if task not in data.tasks]:
-        raise UserError(f"{data.directory} has no task {shown(unknown[0])}; choose from {', '.join(data.tasks)}")
-    split = open_questions(data, flags.split)
-    members = np.flatnonzero(np.isin(split.tasks, [data.tasks.index(task) for task in tasks]))
+    tasks, split = choose_tasks(data, flags.tasks), open_questions(data, flags.split)
+    members = np.flatnonzero(np.isin(split.tasks, tasks))
     cases, left_out = [], []
     for index in np.random.default_rng(flags.seed).permutation(members)[: flags.questions or None]:
         case = read_case(data, split, int(index))
@@ -107,7 +104,8 @@ def draw_questions(flags: Namespace, data: PreparedData) -> tuple[list[Case], li
             left_out.append(_left_out(case, OTHER_PROMPT))
     if not cases:
         why = f"; of {len(left_out):,}, {OTHER_PROMPT}" if left_out else ""
-        raise UserError(f"{split.directory} has no question of {', '.join(tasks)} that can be asked{why}")
+        names = ", ".join(data.tasks[task] for task in tasks)
+        raise UserError(f"{split.directory} has no question of {names} that can be asked{why}")
     return cases, left_out
 
 

@@ -95,9 +95,15 @@ def test_what_can_not_be_ranked_is_one_line(rewards, pair_data, chat_data, tmp_p
         (rewards / "learned", pair_data, r"is a language model; give a reward", f"--baseline={tmp_path / 'sft'}"),
         (tmp_path / "sft", chat_data, r"is a reward model", f"--baseline={rewards / 'learned'}"),
         (tmp_path / "sft", chat_data, r"is a reward model", f"--judge={rewards / 'learned'}"),
-        (rewards / "learned", pair_data, r"--judge, --rewards and --show are about", f"--judge={tmp_path / 'sft'}"),
-        (rewards / "learned", pair_data, r"--judge, --rewards and --show are about", "--show=1"),
-        (rewards / "learned", pair_data, r"--judge, --rewards and --show are about", "--rewards=words:1"),
+        (
+            rewards / "learned",
+            pair_data,
+            r"--judge, .* and --tasks are about",
+            f"--judge={tmp_path / 'sft'}",
+        ),
+        (rewards / "learned", pair_data, r"--judge, .* and --tasks are about", "--show=1"),
+        (rewards / "learned", pair_data, r"--judge, .* and --tasks are about", "--rewards=words:1"),
+        (rewards / "learned", pair_data, r"--judge, .* and --tasks are about", "--tasks=preference"),
     ):
         with pytest.raises(UserError, match=complaint) as refusal:
             evaluate(tmp_path / "report", data, checkpoint, *more)

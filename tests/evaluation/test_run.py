@@ -246,14 +246,28 @@ def test_of_a_longer_chat_the_first_answer_counts(tmp_path):
         (["--checkpoint=x", "--data=nowhere"], "nowhere is not a prepared data set"),
         (["--checkpoint=a/x", "--checkpoint=y", "--checkpoint=./a/x/", "--data=x"], "a/x is given twice; give each"),
         (["--checkpoint=x", "--checkpoint=y", "--baseline=y", "--data=x"], "y is given twice; give each model once$"),
-        (["--checkpoint=x", "--data=x", "--rewards=words"], "--rewards can't take 'words'"),
-        (["--checkpoint=x", "--data=x", "--rewards="], "--rewards can't take ''"),
+        (["--checkpoint=x", "--data=x", "--rewards=words"], "rewards can't be 'words'"),
+        (["--checkpoint=x", "--data=x", "--rewards="], "rewards can't be ''"),
     ],
 )
 def test_mistakes_are_one_line(flags, message, tmp_path):
     with pytest.raises(UserError, match=message):
         run.main([*flags, f"--output={tmp_path / 'out'}"])
     assert not list(tmp_path.iterdir())
+
+
+def test_tasks_can_be_chosen(models, story_data, tmp_path):
+    flags = [
+        f"--checkpoint={models / 'ends'}",
+        f"--data={story_data / 'data'}",
+        "--cases=2",
+        f"--output={tmp_path / 'out'}",
+    ]
+    with pytest.raises(UserError, match=r"has no task 'wit'; choose from summary, "):
+        run.main([*flags, "--tasks=story,wit"])
+    run.main([*flags, "--tasks=story, words"])
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert report["tasks"].keys() == {"words", "story"} and report["settings"]["tasks"] == "story, words"
 
 
 def test_what_does_not_fit_together_is_refused(models, chat_data, story_data, evaluated, tmp_path):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tinysft_jax.console import UserError
+from tinysft_jax.console import UserError, shown
 from tinysft_jax.data.store import PreparedData, Split
 
 
@@ -41,13 +41,23 @@ class Answer:
 Answers = Mapping[str, Sequence[Answer]]  # by speaker ("model", "baseline"), in the order of the cases
 
 
-def draw_cases(data: PreparedData, per_task: int, seed: int = 0, split: str = "valid") -> list[Case]:
-    """Draws up to `per_task` conversations of each task from a split.
+def choose_tasks(data: PreparedData, names: str | None) -> list[int]:
+    """The numbers of the tasks named, with commas between; all without names. Raises: UserError, if one is unknown."""
+    chosen = [name.strip() for name in names.split(",")] if names else data.tasks
+    if unknown := [name for name in chosen if name not in data.tasks]:
+        raise UserError(f"{data.directory} has no task {shown(unknown[0])}; choose from {', '.join(data.tasks)}")
+    return sorted(data.tasks.index(name) for name in set(chosen))
+
+
+def draw_cases(
+    data: PreparedData, per_task: int, seed: int = 0, split: str = "valid", tasks: str | None = None
+) -> list[Case]:
+    """Draws up to `per_task` conversations of each task (see `choose_tasks`) from a split.
 
     A larger `per_task` adds to the cases of a smaller one. Raises: UserError, as `open_questions`.
     """
     questions, cases = open_questions(data, split), []
-    for task_id in range(len(data.tasks)):
+    for task_id in choose_tasks(data, tasks):
         members = np.flatnonzero(questions.tasks == task_id)
         for index in np.random.default_rng((seed, task_id)).permutation(members)[:per_task]:
             cases.append(read_case(data, questions, int(index)))

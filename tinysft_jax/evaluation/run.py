@@ -1,7 +1,6 @@
 """The command that asks models held-out questions and reports what their answers are worth."""
 
 import dataclasses
-import importlib
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,8 @@ from tinysft_jax.evaluation import report as reports
 from tinysft_jax.evaluation.cases import Answer, Answers, Case, answer_lines, draw_cases
 from tinysft_jax.evaluation.likelihood import Judge, Model, check_context, score
 from tinysft_jax.evaluation.ranking import rank
+from tinysft_jax.rewards.registry import Answered, parse_weights
+from tinysft_jax.rewards.registry import score as score_rewards
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.text import text_options
@@ -27,17 +28,29 @@ from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.objectives import answer_log_likelihoods
 from tinysft_jax.training.state import starting_model
 
-rewards = importlib.import_module("tinysft_jax.rewards")  # by its name, as it is built on this package
 CONTENT = ("report.json", "report.md", "report.png", "answers.jsonl")
 # What no checkpoint is called: columns, settings, and what `answers.jsonl` has beside the answers.
-KEYS = {"data", "cases", "seed", "temperature", "judge", "rewards", "task", "question", "conditions", "tokens", "pair"}
+KEYS = {
+    "data",
+    "tasks",
+    "cases",
+    "seed",
+    "temperature",
+    "judge",
+    "rewards",
+    "task",
+    "question",
+    "conditions",
+    "tokens",
+    "pair",
+}
 
 
 def evaluate(flags: Namespace, parts: Sequence[Part]) -> tuple[reports.Report, list[Case], Answers]:
     """Lets the models of `flags` answer: the report, the cases and the answers."""
     data, cases = [part.data for part in parts], []
     for part in parts:
-        drawn = draw_cases(part.data, flags.cases, flags.seed)
+        drawn = draw_cases(part.data, flags.cases, flags.seed, tasks=flags.tasks)
         cases += [dataclasses.replace(case, data=part.name) for case in drawn]
     room = max(each.description["max_tokens"] for each in data)
     options = SamplingOptions(room, flags.temperature, seed=flags.seed)
@@ -50,7 +63,7 @@ def evaluate(flags: Namespace, parts: Sequence[Part]) -> tuple[reports.Report, l
         for speaker, model in models.items()
     }
     settings = flags.models | {name: getattr(flags, name) for name in ("data", "cases", "seed", "temperature")}
-    settings |= {name: value for name in ("judge", "rewards") if (value := getattr(flags, name))}
+    settings |= {name: value for name in ("tasks", "judge", "rewards") if (value := getattr(flags, name))}
     fluency = judge_answers(judge, cases, answers, flags.batch_size) if judge else None
     reward = reward_answers(flags.weights, cases, answers) if flags.weights else None
     return reports.build_report(settings, cases, answers, fluency, reward), cases, answers
@@ -132,7 +145,7 @@ def reward_answers(weights: Mapping[str, float], cases: Sequence[Case], answers:
     said = {speaker: [(answer.text, answer.stopped) for answer in each] for speaker, each in answers.items()}
     said["ground_truth"] = [(case.ground_truth, True) for case in cases]
     return {
-        speaker: [rewards.score(weights, case, *one)[0] for case, one in zip(cases, each, strict=True)]
+        speaker: [score_rewards(weights, Answered(case, *one))[0] for case, one in zip(cases, each, strict=True)]
         for speaker, each in said.items()
     }
 
@@ -170,6 +183,7 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument("--data", metavar="DIR", required=True, help="a prepared data set, or several: A=1,B=1")
     parser.add_argument("--output", type=console.path, metavar="DIR", required=True, help="the report's directory")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--tasks", metavar="NAMES", help="of the data, with commas (default: all)")
     parser.add_argument("--cases", type=int, default=100, help="questions of each task, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of cases, and of sampling")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
@@ -179,7 +193,7 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
     for name, least in (("cases", 1), ("batch_size", 1), ("seed", 0), ("show", 0)):
         if getattr(flags, name) < least:
             raise UserError(f"--{name} is {getattr(flags, name)}; it must be {least} or more")
-    flags.weights = {} if flags.rewards is None else rewards.parse_weights(flags.rewards)
+    flags.weights = {} if flags.rewards is None else parse_weights(flags.rewards)
     flags.models = speakers(flags.checkpoint, flags.baseline)
     return flags
 
@@ -191,8 +205,8 @@ def main(arguments: list[str] | None = None) -> None:
     metrics.require_libraries()
     parts = open_parts(flags.data)
     if parts[0].data.per_item == 2:
-        if flags.judge or flags.show or flags.weights:
-            raise UserError("--judge, --rewards and --show are about answers, and pairs have none; leave them out")
+        if flags.judge or flags.show or flags.weights or flags.tasks:
+            raise UserError("--judge, --rewards, --show and --tasks are about answers to questions; pairs have none")
         report, lines = rank(flags, parts)
         write(flags.output, report, lines, flags.overwrite)
         print(reports.markdown(report))

@@ -16,10 +16,10 @@ from jaxtyping import Float64
 from ml_collections import ConfigDict
 
 from tinysft_jax.accelerator import default_dtype
-from tinysft_jax.console import UserError, shown
+from tinysft_jax.console import UserError
 from tinysft_jax.data.batches import Batch, make_batch
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.evaluation.cases import Case, open_questions, read_case
+from tinysft_jax.evaluation.cases import Case, choose_tasks, open_questions, read_case
 from tinysft_jax.evaluation.metrics import repetition, require_libraries
 from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params
@@ -65,14 +65,10 @@ class Questions:
     """The questions of a split that GRPO asks, in a random order for each epoch."""
 
     def __init__(self, data: PreparedData, split: str, tasks: str, seed: int):
-        names = [task.strip() for task in tasks.split(",")] if tasks else data.tasks
-        if unknown := [task for task in names if task not in data.tasks]:
-            raise UserError(f"{data.directory} has no task {shown(unknown[0])}; choose from {', '.join(data.tasks)}")
         self._data, self._split, self._seed = data, open_questions(data, split), seed
-        wanted = [data.tasks.index(task) for task in names]
-        self._members = np.flatnonzero(np.isin(self._split.tasks, wanted))
+        self._members = np.flatnonzero(np.isin(self._split.tasks, choose_tasks(data, tasks)))
         if not len(self):
-            raise UserError(f"{self._split.directory} has no question of {', '.join(names)}; choose other grpo.tasks")
+            raise UserError(f"{self._split.directory} has no question of grpo.tasks {tasks}; choose others")
 
     def __len__(self) -> int:
         return len(self._members)

@@ -61,6 +61,7 @@ def test_several_reward_models_are_ranked_in_one_table(rewards, pair_data, tmp_p
     )
     difference = figures["margin"]["first - learned"]
     assert difference["value"] == pytest.approx(np.mean(first) - np.mean(learned)) and difference["value"] < 0
+    assert "| first - learned |" in " ".join((tmp_path / "report" / "report.md").read_text().split())
     assert (tmp_path / "report" / "report.png").exists()
 
 

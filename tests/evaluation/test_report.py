@@ -143,7 +143,7 @@ def test_by_hand():
 def of_several(baseline: bool) -> dict:
     """Two yes/no cases and three checkpoints, of which the first is right in one, and so on."""
     cases = [Case("dialogue", "?", "Yes.", target=[1])] * 2
-    said = {"sft": ("No.", "Yes."), "runs/dpo": ("Yes.", "Yes."), "a$^$b": ("No.", "No.")}
+    said = {"sft": ("No.", "Yes."), "runs/dpo_on_own_answers": ("Yes.", "Yes."), "a$^$b": ("No.", "No.")}
     said |= {"baseline": ("No.", "No.")} if baseline else {}
     answers = {name: [Answer(text, True, 1.0) for text in texts] for name, texts in said.items()}
     return build_report({"seed": 3}, cases, answers, {name: [-1.0, -2.0] for name in (*said, "ground_truth")})
@@ -152,14 +152,14 @@ def of_several(baseline: bool) -> dict:
 @pytest.mark.parametrize(
     ("baseline", "differences"),
     [
-        (False, {"runs/dpo - sft": 0.5, "a$^$b - sft": -0.5}),
-        (True, {"sft - baseline": 0.5, "runs/dpo - baseline": 1.0, "a$^$b - baseline": 0.0}),
+        (False, {"runs/dpo_on_own_answers - sft": 0.5, "a$^$b - sft": -0.5}),
+        (True, {"sft - baseline": 0.5, "runs/dpo_on_own_answers - baseline": 1.0, "a$^$b - baseline": 0.0}),
     ],
 )
 def test_several_checkpoints_have_a_column_each(baseline, differences):
     """Compared with the baseline, or else with the first; only the first one's answers are shuffled."""
     report = of_several(baseline)
-    levels = {"sft": 0.5, "runs/dpo": 1.0, "a$^$b": 0.0} | ({"baseline": 0.0} if baseline else {})
+    levels = {"sft": 0.5, "runs/dpo_on_own_answers": 1.0, "a$^$b": 0.0} | ({"baseline": 0.0} if baseline else {})
     right = values_of(report["tasks"]["dialogue"])["yes_no_correct"]
     assert list(right.items()) == list((levels | {"ground_truth": 1.0, "shuffled": 0.5} | differences).items())
     fluency = values_of(report["tasks"]["dialogue"])["fluency"]

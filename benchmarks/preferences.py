@@ -13,12 +13,6 @@ import time
 from pathlib import Path
 
 from tinysft_jax import console
-from tinysft_jax.data.mixture import open_parts
-from tinysft_jax.evaluation.cases import draw_cases
-from tinysft_jax.evaluation.likelihood import Judge
-from tinysft_jax.evaluation.report import build_report, markdown
-from tinysft_jax.evaluation.run import answer, judge_answers, load
-from tinysft_jax.sampling.filters import SamplingOptions
 
 HELD_OUT_STORIES = 13_000  # a twentieth of them is for validation: 300 requests for a story and more
 CLEAR = 0.3  # a pair whose scores differ by this much
@@ -36,9 +30,9 @@ def main() -> None:
         work = flags.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(exist_ok=True)
         seconds = make(demo, work, flags.questions, flags.cases)
-        report = compare(demo, work, flags.cases)
         figures = json.loads((work / "ranking" / "report.json").read_text())["tasks"]["preference"]
-    print(markdown(report))
+        report = (work / "report" / "report.md").read_text()
+    print(report)
     print(f"reward model, held-out pairs that differ by {CLEAR}: {figures['ranked_right']['model']}")
     print(json.dumps({"benchmark": "preferences", "questions": flags.questions, "seconds": seconds}))
 
@@ -67,6 +61,10 @@ def make(demo: Path, work: Path, questions: int, cases: int) -> dict[str, float]
         work / "ranking": (
             *("evaluation.run", f"--checkpoint={work / 'reward'}", f"--data={work / 'held_pairs'}", "--cases=100000"),
         ),
+        work / "report": (
+            *("evaluation.run", f"--checkpoint={work / 'dpo'}", f"--baseline={sft}", f"--judge={demo / 'pretrain'}"),
+            *(f"--data={held}", "--tasks=story", f"--cases={cases}", "--batch_size=64"),
+        ),
     }
     seconds = {}
     for output, (command, *options) in commands.items():
@@ -82,19 +80,6 @@ def make(demo: Path, work: Path, questions: int, cases: int) -> dict[str, float]
         subprocess.run([sys.executable, *program, *options], check=True, stdout=output_of)
         seconds[output.name] = round(time.monotonic() - start, 1)
     return seconds
-
-
-def compare(demo: Path, work: Path, cases: int) -> dict:
-    """The report on stories that were asked for: the model after DPO, the one before, fluency by the pretrained one."""
-    ((_, _, data),) = open_parts(str(work / "held"))
-    drawn = [case for case in draw_cases(data, data.tokenizer, cases) if case.task == "story"]
-    options = SamplingOptions(data.description["max_tokens"], 0.0)
-    paths = {"model": str(work / "dpo"), "baseline": str(demo / "sft")}
-    answers = {
-        speaker: answer(load(path, drawn, data), path, data.tokenizer, drawn, options, batch_size=64)
-        for speaker, path in paths.items()
-    }
-    return build_report(paths, drawn, answers, judge_answers(Judge(str(demo / "pretrain")), drawn, answers, 64))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import Interrupted, UserError
 from tinysft_jax.data import prepare
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.evaluation import metrics
-from tinysft_jax.evaluation.cases import Case
 from tinysft_jax.parameters import make_model
 from tinysft_jax.preferences import Sample, draw_questions, make_pair
+from tinysft_jax.rewards import metrics
+from tinysft_jax.rewards.cases import Case
 from tinysft_jax.rewards.registry import DEFAULT_REWARDS, Answered, parse_weights, score
 from tinysft_jax.sampling import resumable
 from tinysft_jax.sampling.decode import Decoder

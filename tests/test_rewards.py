@@ -3,7 +3,7 @@
 import pytest
 
 from tinysft_jax.console import UserError
-from tinysft_jax.evaluation.cases import Case
+from tinysft_jax.rewards.cases import Case
 from tinysft_jax.rewards.registry import DEFAULT_REWARDS, REWARDS, Answered, check_reward_model, parse_weights, score
 
 STORY = Case(

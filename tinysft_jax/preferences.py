@@ -16,11 +16,10 @@ from tinysft_jax.checkpoints import load_tokenizer
 from tinysft_jax.console import UserError
 from tinysft_jax.data.forms import SIDES
 from tinysft_jax.data.store import SPLITS, PreparedData
-from tinysft_jax.evaluation.cases import Case, choose_tasks, open_questions, read_case
 from tinysft_jax.evaluation.likelihood import Model
-from tinysft_jax.evaluation.metrics import require_libraries
 from tinysft_jax.evaluation.run import load, make_decoder
-from tinysft_jax.rewards.models import Judges, log_probs_under, open_reward_model, values_of
+from tinysft_jax.rewards.cases import Case, choose_tasks, open_questions, read_case
+from tinysft_jax.rewards.metrics import require_libraries
 from tinysft_jax.rewards.registry import DEFAULT_REWARDS, check_reward_model, parse_weights, score
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
@@ -28,6 +27,7 @@ from tinysft_jax.sampling.resumable import Lines, write_lines
 from tinysft_jax.sampling.text import text_options
 from tinysft_jax.sharding import batch_shards, make_mesh
 from tinysft_jax.tokenizer import ChatTokenizer
+from tinysft_jax.training.judges import Judges, log_probs_under, open_reward_model, values_of
 from tinysft_jax.training.loss import Softmax
 
 Record = dict[str, Any]

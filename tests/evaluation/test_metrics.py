@@ -6,8 +6,8 @@ import pytest
 
 from tinysft_jax.console import UserError
 from tinysft_jax.corpus.stories import embedded_stories
-from tinysft_jax.evaluation import metrics
-from tinysft_jax.evaluation.cases import Case
+from tinysft_jax.rewards import metrics
+from tinysft_jax.rewards.cases import Case
 from tinysft_jax.tasks.make import make_tasks
 
 WORDS = Case("words", "?", "", {"words": ["jump", "ice cream", "happy"]})

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysft_jax.corpus.stories import embedded_stories
-from tinysft_jax.evaluation.cases import Answer, Case
 from tinysft_jax.evaluation.report import (
     COLUMNS,
     _looks,
@@ -18,6 +17,7 @@ from tinysft_jax.evaluation.report import (
     mean,
     plot_report,
 )
+from tinysft_jax.rewards.cases import Answer, Case
 from tinysft_jax.tasks.make import TASK_NAMES, make_tasks
 
 CONSTANT = "Yes, Lily was happy. She ran to see her little friend, and they found the ball by the tree."

@@ -16,8 +16,9 @@ from tinysft_jax.checkpoints import load_model
 from tinysft_jax.console import RunError, UserError
 from tinysft_jax.data import prepare
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.evaluation import likelihood, metrics, run
-from tinysft_jax.evaluation.cases import Answer, Case, answer_lines, draw_cases
+from tinysft_jax.evaluation import likelihood, run
+from tinysft_jax.rewards import metrics
+from tinysft_jax.rewards.cases import Answer, Case, answer_lines, draw_cases
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.state import starting_model
 

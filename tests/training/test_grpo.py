@@ -12,9 +12,9 @@ from runs import mesh_of, tiny_config
 from tiers import slow
 from tiny_model import family, random_params
 
-from tinysft_jax.evaluation.cases import Case
 from tinysft_jax.model import GPT
 from tinysft_jax.parameters import make_model
+from tinysft_jax.rewards.cases import Case
 from tinysft_jax.rewards.registry import Answered
 from tinysft_jax.sampling.decode import Decoder, Drawn
 from tinysft_jax.sampling.filters import SamplingOptions

@@ -45,15 +45,6 @@ def score(
     return found
 
 
-def check_context(description: ModelDescription, path: str, longest: int) -> None:
-    """Raises: UserError, if the longest conversation is beyond the model's context."""
-    if longest > (context := description.config.max_seq_len):
-        raise UserError(
-            f"{path} has a context of {context} tokens, and the data a conversation of {longest}; "
-            "prepare the data with a smaller --max_tokens"
-        )
-
-
 class Judge:
     """A model that says how likely texts are. Raises: UserError, if it can't be read or has no tokenizer."""
 

@@ -11,9 +11,9 @@ from tinysft_jax.console import UserError
 from tinysft_jax.data.forms import SIDES
 from tinysft_jax.data.mixture import Part
 from tinysft_jax.evaluation import report as reports
-from tinysft_jax.evaluation.likelihood import Model, check_context, score
+from tinysft_jax.evaluation.likelihood import Model, score
 from tinysft_jax.training.objectives import conversation_scores
-from tinysft_jax.training.state import check_tokenizer
+from tinysft_jax.training.state import check_context, check_tokenizer
 
 
 def rank(flags: Namespace, parts: Sequence[Part]) -> tuple[reports.Report, list[dict[str, Any]]]:

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Image
 
-from tinysft_jax.evaluation.cases import Answers, Case
-from tinysft_jax.evaluation.metrics import CORRECTNESS, distinct_2, length, repetition, word_list
+from tinysft_jax.rewards.cases import Answers, Case
+from tinysft_jax.rewards.metrics import CORRECTNESS, distinct_2, length, repetition, word_list
 
 FORMAT_VERSION = 2  # 1 called the ground truth "gold"
 Z = NormalDist().inv_cdf(0.975)  # half of a 95 % interval, in standard errors

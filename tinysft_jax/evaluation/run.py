@@ -13,11 +13,11 @@ from tinysft_jax import accelerator, console, distributed, files
 from tinysft_jax.console import RunError, UserError, reason
 from tinysft_jax.data.mixture import Part, open_parts
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.evaluation import metrics
 from tinysft_jax.evaluation import report as reports
-from tinysft_jax.evaluation.cases import Answer, Answers, Case, answer_lines, draw_cases
-from tinysft_jax.evaluation.likelihood import Judge, Model, check_context, score
+from tinysft_jax.evaluation.likelihood import Judge, Model, score
 from tinysft_jax.evaluation.ranking import rank
+from tinysft_jax.rewards import metrics
+from tinysft_jax.rewards.cases import Answer, Answers, Case, answer_lines, draw_cases
 from tinysft_jax.rewards.registry import Answered, parse_weights
 from tinysft_jax.rewards.registry import score as score_rewards
 from tinysft_jax.sampling.decode import Decoder
@@ -26,7 +26,7 @@ from tinysft_jax.sampling.text import text_options
 from tinysft_jax.sharding import make_mesh
 from tinysft_jax.tokenizer import ChatTokenizer
 from tinysft_jax.training.objectives import answer_log_likelihoods
-from tinysft_jax.training.state import starting_model
+from tinysft_jax.training.state import check_context, starting_model
 
 CONTENT = ("report.json", "report.md", "report.png", "answers.jsonl")
 # What no checkpoint is called: columns, settings, and what `answers.jsonl` has beside the answers.

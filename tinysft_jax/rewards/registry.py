@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from tinysft_jax.console import UserError, shown
-from tinysft_jax.evaluation import metrics
-from tinysft_jax.evaluation.cases import Case
-from tinysft_jax.evaluation.metrics import Metric, words_of
+from tinysft_jax.rewards import metrics
+from tinysft_jax.rewards.cases import Case
+from tinysft_jax.rewards.metrics import Metric, words_of
 
 
 class Answered(NamedTuple):

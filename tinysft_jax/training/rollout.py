@@ -19,18 +19,18 @@ from tinysft_jax.accelerator import default_dtype
 from tinysft_jax.console import UserError
 from tinysft_jax.data.batches import Batch, make_batch
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.evaluation.cases import Case, choose_tasks, open_questions, read_case
-from tinysft_jax.evaluation.metrics import repetition, require_libraries
 from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.parameters import ModelDescription, Params
-from tinysft_jax.rewards.models import Judges, log_probs_under, open_reward_model
-from tinysft_jax.rewards.packed import Given, PackedValues, pack, places, rows_of
+from tinysft_jax.rewards.cases import Case, choose_tasks, open_questions, read_case
+from tinysft_jax.rewards.metrics import repetition, require_libraries
 from tinysft_jax.rewards.registry import REWARDS, Answered, check_reward_model, parse_weights, score
 from tinysft_jax.sampling.decode import Decoder, Drawn
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.text import text_options
+from tinysft_jax.training.judges import Judges, log_probs_under, open_reward_model
 from tinysft_jax.training.log import TRAIN, VAL, VAL_LOSS, MetricLine
 from tinysft_jax.training.loss import Softmax
+from tinysft_jax.training.packed import Given, PackedValues, pack, places, rows_of
 from tinysft_jax.training.state import Steps
 
 

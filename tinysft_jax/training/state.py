@@ -116,6 +116,15 @@ def check_tokenizer(description: ModelDescription, tokenizer: ChatTokenizer, ini
         raise UserError(f"{init_from} has {its}, the data {the_datas}; prepare the data with --tokenizer {init_from}")
 
 
+def check_context(description: ModelDescription, path: str, longest: int) -> None:
+    """Raises: UserError, if the longest conversation is beyond the model's context."""
+    if longest > (context := description.config.max_seq_len):
+        raise UserError(
+            f"{path} has a context of {context} tokens, and the data a conversation of {longest}; "
+            "prepare the data with a smaller --max_tokens"
+        )
+
+
 class Steps(NamedTuple):
     """The jitted functions of a run, and the state that they take."""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tinysft_jax.console import UserError
-from tinysft_jax.evaluation.cases import Case
+from tinysft_jax.rewards.cases import Case
 from tinysft_jax.tasks.answers import find_moral, has_dialogue
 
 Metric = Callable[[Case, str], float | bool | None]

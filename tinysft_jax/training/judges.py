@@ -13,17 +13,16 @@ from jaxtyping import Float32
 
 from tinysft_jax.checkpoints import open_model
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.evaluation.cases import Case
-from tinysft_jax.evaluation.likelihood import check_context
 from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.model import GPT
 from tinysft_jax.parameters import Params
-from tinysft_jax.rewards.packed import Function, Given, PackedValues
+from tinysft_jax.rewards.cases import Case
 from tinysft_jax.rewards.registry import Answered
 from tinysft_jax.sharding import state_sharding
 from tinysft_jax.training.loss import Softmax
 from tinysft_jax.training.objectives import Batch, token_log_probs
-from tinysft_jax.training.state import check_tokenizer
+from tinysft_jax.training.packed import Function, Given, PackedValues
+from tinysft_jax.training.state import check_context, check_tokenizer
 
 Values = Callable[[Sequence[Given]], list[np.ndarray]]  # of each sequence, at the positions that predict
 

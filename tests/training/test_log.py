@@ -54,17 +54,17 @@ def test_rates_leave_out_compilation_and_pauses(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(metrics, "peak_flops", lambda: 1e6)
-    rates = Rates(CONFIG, batch_size=2, seq_len=50)
+    rates = Rates(CONFIG, seq_len=50)
     assert rates.report() == {}
     now[0] = 30.0
-    rates.count(80, 8)  # compiled: starts the clock
+    rates.count(100, 80, 8)  # compiled: starts the clock
     assert rates.report() == {}
     now[0] = 32.0
-    rates.count(90, 10)
+    rates.count(100, 90, 10)
     with rates.paused():
         now[0] = 60.0
     now[0] = 62.0
-    rates.count(70, 6)
+    rates.count(100, 70, 6)
     report = rates.report()
     assert report["tokens_per_second"] == pytest.approx(160 / 4)
     assert report["supervised_tokens_per_second"] == pytest.approx(16 / 4)

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from tinysft_jax.model import head_logits
 from tinysft_jax.sharding import batch_sharding, make_mesh, spec
 from tinysft_jax.training import loss
-from tinysft_jax.training.loss import supervised_nll, token_nll
+from tinysft_jax.training.loss import Softmax, supervised_nll, token_nll
 
 VOCAB = 300
 
@@ -79,7 +79,7 @@ def test_each_position_has_its_own_loss_and_gradient(sizes):
         return jnp.sum(jnp.square(function(*arguments)) * factors)
 
     def each(hidden, table):
-        return token_nll(hidden, table, targets, weights, VOCAB)
+        return token_nll(hidden, table, targets, weights, Softmax(VOCAB))
 
     def plainly(hidden, table):
         log_p = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, table[:VOCAB], precision="highest"))

@@ -147,7 +147,7 @@ def test_a_reward_model_is_pleased(start, chat_data, tmp_path):
         ({"rewards": "ends:much"}, r"rewards can't be 'ends:much': "),
         ({"rewards": "preferred:1"}, r"the reward preferred and reward_model=PATH need each other"),
         ({"reward_model": "x"}, r"the reward preferred and reward_model=PATH need each other"),
-        ({"rewards": "preferred:1", "reward_model": "START"}, r"sft/model is a language model; give a reward model"),
+        ({"rewards": "preferred:1", "reward_model": "START"}, r"sft is a language model; give a reward model"),
         ({"init_from": "REWARD"}, r"reward is a reward model"),
         ({"grpo__tasks": "story"}, r"has no task 'story'; choose from chat"),
         ({"train__save_interval": 3}, r"train.save_interval 3 is not a multiple of grpo.updates 2"),

@@ -41,7 +41,8 @@ def main() -> None:
         work = flags.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(exist_ok=True)
         runs = {f"grpo-{seed}": [f"--config.seed={seed}"] for seed in range(flags.seeds)}
-        runs["hacked"] = [f"--config.rewards={HACKED}", "--config.optimizer.learning_rate=1e-3"]
+        unguarded = {"rewards": HACKED, "grpo.kl": 0.0, "optimizer.learning_rate": 1e-3}
+        runs["hacked"] = [f"--config.{key}={value}" for key, value in unguarded.items()]
         seconds = {name: train(demo, work / name, options, flags.steps) for name, options in runs.items()}
         evaluate(demo, work, [*([flags.dpo] if flags.dpo else []), *(work / name for name in runs)], flags.cases)
         if flags.plot:

@@ -26,12 +26,12 @@ GRPO = {
 DEMO = GRPO | {
     "data.seq_len": 512,
     "grpo.tasks": "story",
-    "grpo.temperature": 0.7,
-    "optimizer.learning_rate": 3e-4,
+    "grpo.kl": 0.01,
+    "optimizer.learning_rate": 2e-4,
     "optimizer.warmup_steps": 10,
-    "train.max_steps": 100,
-    "train.eval_interval": 25,
-    "train.eval_batches": 1,
+    "train.max_steps": 40,
+    "train.eval_interval": 10,
+    "train.save_interval": 10,
 }
 
 

@@ -109,7 +109,7 @@ class Drawn(NamedTuple):
     """An answer as it was drawn, with the stop id that ended it."""
 
     ids: list[int]
-    log_probs: list[float]  # of each id: of the softmax of logits over temperature, without what is forbidden
+    log_probs: list[float]  # of each id, by the softmax of logits over temperature, without what is forbidden; or none
 
 
 @functools.partial(jax.jit, static_argnames=("top_k", "config", "all_steps", "log_probs"), donate_argnames="state")
@@ -210,12 +210,11 @@ class Decoder:
         return [_without_stop(answer.ids, options) for answer in drawn]
 
     def sample(self, prompts: Sequence[Prompt], options: SamplingOptions, batch_size: int = 32) -> list[Drawn]:
-        """As `generate`, with the stop id and all log-probabilities.
+        """As `generate`, with the stop id and, unless the temperature is 0, with log-probabilities.
 
-        The options are without top-k, top-p and min-p, for which the log-probabilities don't hold; the temperature is
-        above 0.
+        They are of the whole softmax: top-k, top-p and min-p don't count.
         """
-        return self._draw(prompts, options, batch_size, log_probs=True)
+        return self._draw(prompts, options, batch_size, log_probs=options.temperature > 0)
 
     def _draw(
         self,
@@ -253,9 +252,8 @@ class Decoder:
     def _without_finished(
         self, rows: list[int], state: DecodeState, is_unfinished: np.ndarray
     ) -> tuple[list[int], DecodeState]:
-        """A smaller batch, if it has room for the rows that are unfinished; and a cache with room for their next step.
-
-        A row that stays although it is finished is not `unfinished` for long: it draws nothing more.
+        """The rows that stay and their state: in a batch of half the size or less where the unfinished ones fit, and
+        with a cache that has room for the next call. None stay once all are finished.
         """
         places = np.flatnonzero(is_unfinished[: len(rows)])
         if not len(places):

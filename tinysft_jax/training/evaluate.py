@@ -43,6 +43,8 @@ class Evaluator:
     `n_segments`: of a row, at most, also where one has `most_items`.
     """
 
+    noun = "rows"  # what is evaluated
+
     def __init__(self, parts: list[Part], config: ConfigDict, mesh: Mesh, most_items: int = 1):
         self._mesh, self._seq_len, self._samples, self.packings = mesh, config.data.seq_len, [], []
         for part in parts:

@@ -264,7 +264,7 @@ def figures(answers: Sequence[Sampled], worth: np.ndarray, group_size: int) -> d
     """
     rewards = [each.reward for each in answers if each.reward is not None]
     parts = {name: [each.parts[name] for each in answers if name in each.parts] for name in REWARDS}
-    log_p = np.concatenate([each.drawn.log_probs for each in answers])
+    differences = [np.subtract(each.drawn.log_probs, each.start) for each in answers if each.drawn.log_probs]
     return {
         "reward": fmean(rewards) if rewards else 0.0,
         **{f"reward/{name}": fmean(values) for name, values in parts.items() if values},
@@ -273,14 +273,14 @@ def figures(answers: Sequence[Sampled], worth: np.ndarray, group_size: int) -> d
         "cut_off": fmean(not each.answered.stopped for each in answers),
         "repetition": fmean(repetition(each.answered.text) for each in answers),
         "fluency": fmean(each.answered.fluency for each in answers),
-        "kl": float(np.mean(log_p - np.concatenate([each.start for each in answers]))),
+        **({"kl": float(np.mean(np.concatenate(differences)))} if differences else {}),  # greedy answers have none
     }
 
 
 class HeldOut:
     """Evaluates greedy answers to the first of the validation split's questions, in place of `Evaluator`'s rows."""
 
-    n_tasks, n_segments = 1, 1
+    n_tasks, n_segments, noun = 1, 1, "questions"
 
     def __init__(self, config: ConfigDict, data: PreparedData):
         self._batch_size, self._questions, self.n_rows = config.train.eval_batch_size, None, 0
@@ -302,5 +302,5 @@ class HeldOut:
         if not answers:
             return {}
         found = figures(answers, np.zeros(len(answers)), 1)
-        kept = {name: value for name, value in found.items() if name not in ("no_spread", "kl")}
-        return {VAL_LOSS: -found["reward"], **{VAL + name: value for name, value in kept.items()}}
+        del found["no_spread"]
+        return {VAL_LOSS: -found["reward"], **{VAL + name: value for name, value in found.items()}}

@@ -120,8 +120,9 @@ def _settle_evaluation(
         notes.append("the validation sample is not what it was: the search for the best model starts over")
     status.eval_rows = eval_rows
     if n_rows := evaluator.n_rows:
-        sample = f"{eval_rows:,} of {n_rows:,} rows, {n_evaluations(total_steps, config.train.eval_interval):,} times"
-        notes.append(f"validation: {sample}; the kept model: {final_rows:,} rows")
+        times = n_evaluations(total_steps, config.train.eval_interval)
+        sample = f"{eval_rows:,} of {n_rows:,} {evaluator.noun}, {times:,} times"
+        notes.append(f"validation: {sample}; the kept model: {final_rows:,} {evaluator.noun}")
     else:
         notes.append("there is no validation data: the last model is kept")
     return final_rows

@@ -39,7 +39,7 @@ from tinysft_jax import console, export
 from tinysft_jax.checkpoints import open_model
 from tinysft_jax.console import RunError, UserError
 from tinysft_jax.data.store import PreparedData
-from tinysft_jax.evaluation.cases import Case
+from tinysft_jax.rewards.cases import Case
 from tinysft_jax.rewards.registry import Answered, parse_weights, score
 from tinysft_jax.sharding import make_mesh
 from tinysft_jax.training.config import make_config
@@ -51,7 +51,7 @@ from tinysft_jax.training.stop import StopRequest
 
 REWARDS = "words:1,sentence:1,dialogue:1,moral:1,ends:0.3,repetition:0.3,length:0.5"  # what text alone decides
 LEARNING_RATE, SEED = 1e-6, 0
-WARM_UP = 2  # steps of each side that are not measured: the first compiles, or takes memory for the optimizer
+WARM_UP = 3  # steps of each side that are not measured: the first compiles, or takes memory for the optimizer
 
 
 Step = dict[

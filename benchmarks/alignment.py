@@ -1,4 +1,4 @@
-"""GRPO of the demo's fine-tuned model, with several seeds and without fluency and length in the reward; and DPO's.
+"""GRPO of the demo's fine-tuned model: several seeds, and a fast run with and without fluency and length; and DPO's.
 
 `python benchmarks/alignment.py [--demo runs/demo --seeds 3 --dpo DIR --keep DIR --plot docs/alignment.png]`, after
 `make demo`. Asks the models for 300 held-out stories, greedily, and prints one table, paired with the fine-tuned model,
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from tinysft_jax import console
 from tinysft_jax.training.log import read_metrics
 
-HACKED = "words:1,sentence:1,dialogue:1,moral:1"  # all that rules check of a request, and nothing of what a story is
+UNGUARDED = "words:1,sentence:1,dialogue:1,moral:1"  # all that rules check of a request, and nothing of what a story is
 CURVES = {
     "train_reward/words": "words used",
     "train_fluency": "fluency (nats a token)",
@@ -41,8 +41,10 @@ def main() -> None:
         work = flags.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(exist_ok=True)
         runs = {f"grpo-{seed}": [f"--config.seed={seed}"] for seed in range(flags.seeds)}
-        unguarded = {"rewards": HACKED, "grpo.kl": 0.0, "optimizer.learning_rate": 1e-3}
-        runs["hacked"] = [f"--config.{key}={value}" for key, value in unguarded.items()]
+        # Ten times the learning rate, no penalty of divergence, and the last model is kept.
+        fast = {"optimizer.learning_rate": 1e-3, "grpo.kl": 0.0, "train.eval_interval": 1000}
+        runs["fast"] = [f"--config.{key}={value}" for key, value in fast.items()]
+        runs["fast-unguarded"] = [*runs["fast"], f"--config.rewards={UNGUARDED}"]
         seconds = {name: train(demo, work / name, options, flags.steps) for name, options in runs.items()}
         evaluate(demo, work, [*([flags.dpo] if flags.dpo else []), *(work / name for name in runs)], flags.cases)
         if flags.plot:

@@ -26,8 +26,8 @@ GRPO = {
 DEMO = GRPO | {
     "data.seq_len": 512,
     "grpo.tasks": "story",
-    "grpo.kl": 0.01,
-    "optimizer.learning_rate": 2e-4,
+    "grpo.kl": 0.02,
+    "optimizer.learning_rate": 1e-4,
     "optimizer.warmup_steps": 10,
     "train.max_steps": 40,
     "train.eval_interval": 10,

@@ -1,5 +1,6 @@
 """The command itself, in processes of its own."""
 
+import contextlib
 import os
 import re
 import signal
@@ -121,8 +122,11 @@ def with_a_worker(chat_data, tmp_path):
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:
-    children = " ".join(path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/children")).split()
-    return [pid for pid in map(int, children) if b"spawn_main" in _command_line(pid)]
+    children = []
+    for path in Path(f"/proc/{process.pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            children += map(int, path.read_text().split())
+    return [pid for pid in children if b"spawn_main" in _command_line(pid)]
 
 
 def _command_line(pid: int) -> bytes:

@@ -257,18 +257,16 @@ def test_mistakes_are_one_line(flags, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_tasks_can_be_chosen(models, story_data, tmp_path):
-    flags = [
-        f"--checkpoint={models / 'ends'}",
-        f"--data={story_data / 'data'}",
-        "--cases=2",
-        f"--output={tmp_path / 'out'}",
-    ]
-    with pytest.raises(UserError, match=r"has no task 'wit'; choose from summary, "):
-        run.main([*flags, "--tasks=story,wit"])
-    run.main([*flags, "--tasks=story, words"])
+def test_tasks_can_be_chosen(models, chat_data, story_data, tmp_path):
+    data = PreparedData(story_data / "control")
+    chosen, every = draw_cases(data, 2, tasks="story, words"), draw_cases(data, 2)
+    assert chosen == [case for case in every if case.task in ("story", "words")] and len(chosen) == 4 < len(every)
+    flags = [f"--checkpoint={models / 'ends'}", f"--data={chat_data}", "--cases=2", f"--output={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match=r"has no task 'wit'; choose from chat"):
+        run.main([*flags, "--tasks=chat,wit"])
+    run.main([*flags, "--tasks=chat"])
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
-    assert report["tasks"].keys() == {"words", "story"} and report["settings"]["tasks"] == "story, words"
+    assert report["settings"]["tasks"] == "chat"
 
 
 def test_what_does_not_fit_together_is_refused(models, chat_data, story_data, evaluated, tmp_path):

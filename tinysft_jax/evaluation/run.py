@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     metrics.require_libraries()
     parts = open_parts(flags.data)
     if parts[0].data.per_item == 2:
-        if flags.judge or flags.show or flags.weights or flags.tasks:
+        if flags.judge or flags.show or flags.weights or flags.tasks is not None:
             raise UserError("--judge, --rewards, --show and --tasks are about answers to questions; pairs have none")
         report, lines = rank(flags, parts)
         write(flags.output, report, lines, flags.overwrite)

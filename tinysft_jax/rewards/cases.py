@@ -42,8 +42,8 @@ Answers = Mapping[str, Sequence[Answer]]  # by speaker ("model", "baseline"), in
 
 
 def choose_tasks(data: PreparedData, names: str | None) -> list[int]:
-    """The numbers of the tasks named, with commas between; all without names. Raises: UserError, if one is unknown."""
-    chosen = [name.strip() for name in names.split(",")] if names else data.tasks
+    """The numbers of the tasks named, with commas between; all if None. Raises: UserError, if one is unknown."""
+    chosen = data.tasks if names is None else [name.strip() for name in names.split(",")]
     if unknown := [name for name in chosen if name not in data.tasks]:
         raise UserError(f"{data.directory} has no task {shown(unknown[0])}; choose from {', '.join(data.tasks)}")
     return sorted(data.tasks.index(name) for name in set(chosen))

@@ -35,7 +35,7 @@ class KeptCache:
         return n_kept, lengthen(layers, n_slots)
 
 
-def lengthen(layers: list[LayerCache], n_slots: int) -> list[LayerCache]:
+def lengthen(layers: list[tuple[jax.Array, jax.Array]], n_slots: int) -> list[tuple[jax.Array, jax.Array]]:
     """The cache with empty slots behind its own, if it has fewer than `n_slots`."""
     if not layers or (missing := n_slots - layers[0][0].shape[2]) <= 0:
         return layers

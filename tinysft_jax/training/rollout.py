@@ -66,7 +66,7 @@ class Questions:
 
     def __init__(self, data: PreparedData, split: str, tasks: str, seed: int):
         self._data, self._split, self._seed = data, open_questions(data, split), seed
-        self._members = np.flatnonzero(np.isin(self._split.tasks, choose_tasks(data, tasks)))
+        self._members = np.flatnonzero(np.isin(self._split.tasks, choose_tasks(data, tasks or None)))
         if not len(self):
             raise UserError(f"{self._split.directory} has no question of grpo.tasks {tasks}; choose others")
 

@@ -20,9 +20,9 @@ from tinysft_jax.training.log import read_metrics
 
 UNGUARDED = "words:1,sentence:1,dialogue:1,moral:1"  # all that rules check of a request, and nothing of what a story is
 CURVES = {
-    "train_reward/words": "words used",
-    "train_fluency": "fluency (nats a token)",
-    "train_length": "length (tokens)",
+    "reward/words": "words used",
+    "fluency": "fluency (nats a token)",
+    "length": "length (tokens)",
 }
 
 

@@ -7,6 +7,7 @@ three answers of each, and the curves of the runs. `--dpo`: a run's work directo
 
 import contextlib
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -47,8 +48,10 @@ def main() -> None:
         runs["fast-unguarded"] = [*runs["fast"], f"--config.rewards={UNGUARDED}"]
         seconds = {name: train(demo, work / name, options, flags.steps) for name, options in runs.items()}
         evaluate(demo, work, [*([flags.dpo] if flags.dpo else []), *(work / name for name in runs)], flags.cases)
+        logs = {name: read_metrics(work / name) for name in runs}
+        print(progress(logs))
         if flags.plot:
-            plot({name: read_metrics(work / name) for name in runs}, flags.plot)
+            plot(logs, flags.plot)
     print(json.dumps({"benchmark": "alignment", "seconds": seconds}))
 
 
@@ -72,6 +75,22 @@ def evaluate(demo: Path, work: Path, checkpoints: list[Path], cases: int) -> Non
     command += [f"--baseline={demo / 'sft'}", f"--judge={demo / 'sft'}", f"--data={held}", "--tasks=story"]
     command += [f"--cases={cases}", "--batch_size=64", "--show=3", f"--output={work / 'report'}", "--overwrite"]
     subprocess.run([sys.executable, "-m", *command], check=True)
+
+
+def progress(runs: dict[str, list[dict]]) -> str:
+    """A table of the runs: the divergence at some steps, the largest gap, and the median seconds of a step's parts."""
+    lines = []
+    for name, log in runs.items():
+        steps = [line for line in log if "grpo/train_kl" in line]
+        kl = ", ".join(f"{line['grpo/train_kl']:.3f}" for line in steps if line["step"] % 5 == 0)
+        seconds = [
+            statistics.median(line[key] for line in steps if key in line)
+            for key in ("grpo/seconds_sampling", "grpo/seconds_scoring", "grpo/seconds_training")
+        ]
+        gap = max(line["grpo/train_gap"] for line in steps)
+        parts = " + ".join(f"{each:.1f}" for each in seconds)
+        lines.append(f"{name:<16} kl by 5 steps: {kl}; largest gap {gap:.1e}; sampling + scoring + training: {parts} s")
+    return "\n".join(lines)
 
 
 def plot(runs: dict[str, list[dict]], path: Path) -> None:

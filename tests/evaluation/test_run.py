@@ -318,7 +318,7 @@ def test_plain_text_has_no_questions(tmp_path):
 
 
 def test_a_diverged_model_ends_the_run(models, chat_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "answer_log_likelihoods", lambda *_: jnp.full((8, 1), jnp.nan))
+    monkeypatch.setattr(run, "log_probs_under", lambda _: lambda model, batch: jnp.full(batch["tokens"].shape, jnp.nan))
     with pytest.raises(RunError, match="diverged or is damaged"):
         run.main([f"--checkpoint={models / 'ends'}", f"--data={chat_data}", f"--output={tmp_path / 'out'}"])
     assert not list(tmp_path.iterdir())

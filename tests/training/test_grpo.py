@@ -36,7 +36,7 @@ def grpo_config(**changes):
     return tiny_config("", objective="grpo", **small | {"train__batch_size": 4, **changes})
 
 
-def log_p_of(params, answer: Sampled, double: bool = True) -> np.ndarray:
+def log_p_of(params, answer: Sampled) -> np.ndarray:
     """The log-probability of each token that was drawn, by NumPy."""
     ids, given = answer.sequence()
     logits = numpy_gpt.logits(SHAPE, params, np.array(ids))[given - 1 : -1] / SOFTMAX.temperature
@@ -99,6 +99,10 @@ def plain_loss(params, kl: float, normalizer: str) -> float:
     return total / (N * LONGEST if normalizer == "constant" else sum(lengths))
 
 
+def moved(params, direction, by: float):
+    return jax.tree.map(lambda leaf, d: leaf + by * d, params, direction)
+
+
 def along(gradient, direction) -> float:
     return sum(jax.tree.leaves(jax.tree.map(lambda g, d: np.sum(np.float64(g) * d), gradient, direction)))
 
@@ -114,10 +118,7 @@ def test_loss_and_gradient_are_those_of_the_formula_in_float64(kl, normalizer):
     np.testing.assert_allclose(sums["loss"] / n_trained, plain_loss(params, kl, normalizer), rtol=1e-5)
     draws = np.random.default_rng(2)
     direction = jax.tree.map(lambda leaf: draws.normal(size=leaf.shape), params)
-    ahead, behind = (
-        plain_loss(jax.tree.map(lambda leaf, d: leaf + by * d, params, direction), kl, normalizer)  # noqa: B023
-        for by in (1e-6, -1e-6)
-    )
+    ahead, behind = (plain_loss(moved(params, direction, by), kl, normalizer) for by in (1e-6, -1e-6))
     np.testing.assert_allclose(along(gradient, direction), (ahead - behind) / 2e-6, rtol=1e-4)
 
 
@@ -132,8 +133,7 @@ def test_the_first_gradient_is_that_of_reinforce_with_a_baseline():
 
     draws, params = np.random.default_rng(2), jax.tree.map(np.float64, random_params(SHAPE))
     direction = jax.tree.map(lambda leaf: draws.normal(size=leaf.shape), params)
-    ahead = reinforce(jax.tree.map(lambda leaf, d: leaf + 1e-6 * d, params, direction))
-    behind = reinforce(jax.tree.map(lambda leaf, d: leaf - 1e-6 * d, params, direction))
+    ahead, behind = (reinforce(moved(params, direction, by)) for by in (1e-6, -1e-6))
     np.testing.assert_allclose(along(gradient, direction), (ahead - behind) / 2e-6, rtol=1e-4)
 
 

@@ -1,46 +1,37 @@
 """What models say of texts: how likely ground truths and documents are, and the scores of reward models."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import jax
 import numpy as np
-from flax import nnx
+from jaxtyping import Float32
 
 from tinysft_jax import accelerator
 from tinysft_jax.chat import is_blank
 from tinysft_jax.checkpoints import load_tokenizer, open_model
-from tinysft_jax.console import Progress, RunError, UserError
-from tinysft_jax.data.batches import make_batch
-from tinysft_jax.model import GPT
-from tinysft_jax.parameters import ModelDescription, Params, make_model
-from tinysft_jax.training.objectives import Batch, answer_log_likelihoods
+from tinysft_jax.console import RunError, UserError
+from tinysft_jax.parameters import ModelDescription, Params
+from tinysft_jax.sharding import batch_shards, make_mesh
+from tinysft_jax.training.judges import log_probs_under, values_of
+from tinysft_jax.training.loss import Softmax
+from tinysft_jax.training.packed import Function, Given
 
 Model = tuple[ModelDescription, Params]
-# Token ids, and how many of them are given, at least 1; the others are predicted.
-Given = tuple[Sequence[int] | np.ndarray, int]
 
 
 def score(
-    values: Callable[[GPT, Batch, int], jax.Array], model: Model, name: str, sequences: Sequence[Given], batch_size: int
-) -> list[float]:
-    """The value of each sequence, by `answer_log_likelihoods`, `conversation_scores` or the like.
+    function: Function, model: Model, name: str, sequences: Sequence[Given], batch_size: int
+) -> list[Float32[np.ndarray, " _"]]:
+    """The function's values at the positions of each sequence that predict, as of `PackedValues`.
 
     `name`, the model's, is for messages. Raises: RunError, if a value is not finite.
     """
-    (description, params), n_rows = model, min(batch_size, len(sequences))
-    graph, params = nnx.split(make_model(description.config, params, dtype=accelerator.default_dtype()))
-    step = jax.jit(lambda params, batch: values(nnx.merge(graph, params), batch, 1)[:, 0])
-    longest = max((len(ids) for ids, _ in sequences), default=1)
-    seq_len, found = min(-(-longest // 64) * 64, description.config.max_seq_len), []
-    with Progress(f"{name}: scores", len(sequences)) as progress:
-        for first in range(0, len(sequences), batch_size):
-            of_batch = sequences[first : first + batch_size]
-            rows = [[(np.array(ids), np.arange(len(ids)) >= given)] for ids, given in of_batch]
-            batch = make_batch(rows + [[]] * (n_rows - len(rows)), seq_len)
-            found += np.asarray(step(params, batch))[: len(rows)].tolist()
-            progress.update(len(found))
-    if not np.isfinite(found).all():
+    (description, params), mesh, longest = model, make_mesh(), max((len(ids) for ids, _ in sequences), default=1)
+    seq_len, shards = min(-(-longest // 64) * 64, description.config.max_seq_len), batch_shards(mesh)
+    n_rows = -(-min(batch_size, len(sequences) or 1) // shards) * shards
+    options = mesh, accelerator.default_dtype(), n_rows, seq_len, f"{name}: scores"
+    found = values_of(function, description.config, params, *options)(sequences)
+    if not all(np.isfinite(values).all() for values in found):
         raise RunError(f"{name} gives a value that is not finite; it has diverged or is damaged")
     return found
 
@@ -66,8 +57,9 @@ class Judge:
         if cut := sum(len(ids) > length for ids, _ in whole.values()):
             print(f"the judge reads {length:,} tokens, and {cut:,} of {len(whole):,} texts have more", file=sys.stderr)
         kept = {i: (ids[:length], given) for i, (ids, given) in whole.items() if given < length}
-        totals = score(answer_log_likelihoods, self._model, self._name, list(kept.values()), batch_size)
-        scores = {i: total / (len(kept[i][0]) - kept[i][1]) for i, total in zip(kept, totals, strict=True)}
+        function = log_probs_under(Softmax(self._model[0].config.vocab_size))
+        found = score(function, self._model, self._name, list(kept.values()), batch_size)
+        scores = {i: float(log_p.mean()) for i, log_p in zip(kept, found, strict=True)}
         return [scores.get(i) for i in range(len(texts))]
 
     def _encode(self, text: str, question: str | None) -> Given | None:

@@ -12,7 +12,7 @@ from tinysft_jax.data.forms import SIDES
 from tinysft_jax.data.mixture import Part
 from tinysft_jax.evaluation import report as reports
 from tinysft_jax.evaluation.likelihood import Model, score
-from tinysft_jax.training.objectives import conversation_scores
+from tinysft_jax.training.judges import next_scores
 from tinysft_jax.training.state import check_context, check_tokenizer
 
 
@@ -32,7 +32,8 @@ def rank(flags: Namespace, parts: Sequence[Part]) -> tuple[reports.Report, list[
         conversations = [(split.conversation(index)[0], 1) for index in split.conversations_of(pairs).tolist()]
         scores, margins = {}, {}
         for speaker, model in models.items():
-            found = score(conversation_scores, model, flags.models[speaker], conversations, flags.batch_size)
+            values = score(next_scores, model, flags.models[speaker], conversations, flags.batch_size)
+            found = [float(of[-1]) for of in values]
             scores[speaker] = list(zip(found[::2], found[1::2], strict=True))
             margins[speaker] = [chosen - rejected for chosen, rejected in scores[speaker]]
         right = {speaker: [margin > 0 for margin in of] for speaker, of in margins.items()}

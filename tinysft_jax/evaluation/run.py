@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from tinysft_jax import accelerator, console, distributed, files
-from tinysft_jax.console import RunError, UserError, reason
+from tinysft_jax.console import RunError, UserError
 from tinysft_jax.data.mixture import Part, open_parts
 from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation import report as reports
@@ -25,7 +25,8 @@ from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.text import text_options
 from tinysft_jax.sharding import make_mesh
 from tinysft_jax.tokenizer import ChatTokenizer
-from tinysft_jax.training.objectives import answer_log_likelihoods
+from tinysft_jax.training.judges import log_probs_under
+from tinysft_jax.training.loss import Softmax
 from tinysft_jax.training.state import check_context, starting_model
 
 CONTENT = ("report.json", "report.md", "report.png", "answers.jsonl")
@@ -115,7 +116,8 @@ def answer(
 ) -> list[Answer]:
     """The model's answer to each case; `name` is for messages. Raises: RunError, if a likelihood is not finite."""
     sequences = [([*case.prompt, *case.target], len(case.prompt)) for case in cases]
-    log_p = score(answer_log_likelihoods, model, name, sequences, batch_size)
+    found = score(log_probs_under(Softmax(model[0].config.vocab_size)), model, name, sequences, batch_size)
+    log_p = [float(values.sum()) for values in found]
     decoder, batch_size = make_decoder(model), min(batch_size, len(cases))
     options = text_options(options, tokenizer, decoder.config)
     order = sorted(range(len(cases)), key=lambda i: len(cases[i].prompt))  # a batch has cases of similar lengths
@@ -152,14 +154,12 @@ def reward_answers(weights: Mapping[str, float], cases: Sequence[Case], answers:
 
 def write(output: Path, report: reports.Report, lines: Sequence[dict[str, Any]], overwrite: bool) -> None:
     """Writes the output directory, whole or not at all."""
-    try:
-        with files.new_directory(output, overwrite, CONTENT) as directory:
-            files.write_json(directory / "report.json", report)
-            files.write_text(directory / "report.md", reports.markdown(report))
-            reports.plot_report(report, directory / "report.png")
-            files.write_json_lines(directory / "answers.jsonl", lines)
-    except OSError as error:
-        raise RunError(f"can't write {output}: {reason(error)}") from None
+    written = files.new_directory(output, overwrite, CONTENT)
+    with console.explained(f"can't write {output}", RunError), written as directory:
+        files.write_json(directory / "report.json", report)
+        files.write_text(directory / "report.md", reports.markdown(report))
+        reports.plot_report(report, directory / "report.png")
+        files.write_json_lines(directory / "answers.jsonl", lines)
 
 
 def examples(cases: Sequence[Case], count: int) -> list[int]:

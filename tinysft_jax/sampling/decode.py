@@ -11,21 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Bool, Int32
 
 from tinysft_jax import accelerator
 from tinysft_jax.console import UserError
 from tinysft_jax.gpt_config import GPTConfig
-from tinysft_jax.model import GPT, LayerCache, cached_hidden, fuse_projections, head_logits
+from tinysft_jax.model import GPT, fuse_projections
 from tinysft_jax.parameters import Params
-from tinysft_jax.sampling.filters import Knobs, SamplingOptions, draw, log_probabilities, penalize
+from tinysft_jax.sampling.filters import Knobs, SamplingOptions
 from tinysft_jax.sampling.kept_cache import KeptCache, lengthen
+from tinysft_jax.sampling.steps import CHUNK, DecodeState, advance, prefill, select
 from tinysft_jax.sharding import batch_sharding, batch_shards
 
 Prompt = Sequence[int] | np.ndarray
 
-# Steps of one call to `advance`, at most; and while someone reads the answer as it is generated.
-CHUNK, STREAM_CHUNK = 64, 8
+# Steps of one call to `advance` while someone reads the answer as it is generated.
+STREAM_CHUNK = 8
 # On an accelerator all steps of a call are done, so a call is shorter; see `advance`.
 ACCELERATOR_CHUNK = 16
 # Lengths are rounded up to powers of two, from this one on.
@@ -83,90 +84,11 @@ def check_prompt(prompt: Prompt, name: str, config: GPTConfig, length: int | Non
     return ids.astype(np.int32)
 
 
-class DecodeState(NamedTuple):
-    """A batch of rows on the device. A row is finished when its position has reached its limit."""
-
-    cache: list[LayerCache]
-    hidden: Float[Array, "B dim"]  # what the head reads to predict the next token
-    positions: Int32[Array, " B"]  # of the next token
-    limits: Int32[Array, " B"]
-    rows: Int32[Array, " B"]  # the number of each row, which chooses its random numbers
-    seen: Bool[Array, "B V"]  # the ids that the repetition penalty is for
-
-
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def prefill(
-    params: Params, state: DecodeState, tokens: Int32[Array, "B P"], lengths: Int32[Array, " B"], config: GPTConfig
-) -> DecodeState:
-    """Feeds the next tokens of the prompts: `lengths` of each row, at least 1; the others are padding."""
-    positions = state.positions[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    hidden, cache = cached_hidden(params, tokens, positions, state.cache, config)
-    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-    return state._replace(cache=cache, hidden=last, positions=state.positions + lengths)
-
-
 class Drawn(NamedTuple):
     """An answer as it was drawn, with the stop id that ended it."""
 
     ids: list[int]
     log_probs: list[float]  # of each id, by the softmax of logits over temperature, without what is forbidden; or none
-
-
-@functools.partial(jax.jit, static_argnames=("top_k", "config", "all_steps", "log_probs"), donate_argnames="state")
-def advance(
-    params: Params,
-    state: DecodeState,
-    n_steps: Int32[Array, ""],
-    knobs: Knobs,
-    top_k: int,
-    config: GPTConfig,
-    all_steps: int = 0,
-    log_probs: bool = False,
-) -> tuple[DecodeState, tuple[Int32[Array, "B chunk"], Float[Array, "B chunk"] | None]]:
-    """Draws up to `n_steps` (at most `CHUNK`) tokens a row; returns the state and the tokens, padded with -1.
-
-    The tokens include the stop id; with `log_probs`, their log-probabilities come with them.
-
-    A token is fed as soon as it is drawn, so the cache always holds all that was returned. A row that draws a stop id
-    is finished. The loop ends when all rows are; but with `all_steps` it makes that many steps, in place of `n_steps`:
-    on a GPU, the host would read after each step whether the loop goes on, and the GPU would wait. A finished row then
-    writes to the slot of its position, which may be one beyond its limit.
-    """
-    key = jax.random.key(knobs.seed, impl="threefry2x32")
-    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(state.rows)
-
-    def step(i, state, new):
-        table = params["tok_emb" if config.tied_head else "head"]["embedding"]
-        logits = head_logits(state.hidden, table, config.vocab_size)
-        logits = penalize(logits, state.seen, knobs.repetition_penalty)
-        logits = jnp.where(knobs.forbidden[None], -jnp.inf, logits)
-        # Random numbers belong to a row and a position: neither chunks nor buckets change what is drawn.
-        token = draw(logits, jax.vmap(jax.random.fold_in)(row_keys, state.positions), knobs, top_k)
-        unfinished = state.positions < state.limits
-        active = unfinished & ~(token[:, None] == knobs.stop_ids[None]).any(axis=1)
-        hidden, cache = cached_hidden(params, token[:, None], state.positions[:, None], state.cache, config)
-        state = state._replace(
-            cache=cache,
-            hidden=hidden[:, 0],
-            positions=state.positions + active,
-            limits=jnp.where(active, state.limits, state.positions),
-            seen=state.seen.at[jnp.arange(len(token)), token].set(True, unique_indices=True),
-        )
-        ids, log_p = new
-        if log_probs:
-            log_p = log_p.at[:, i].set(log_probabilities(logits, token, knobs.temperature))
-        return state, (ids.at[:, i].set(jnp.where(unfinished, token, -1)), log_p)
-
-    def unfinished(carry):
-        i, state, _ = carry
-        return (i < n_steps) & (state.positions < state.limits).any()
-
-    shape = (len(state.positions), CHUNK)
-    new = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32) if log_probs else None
-    if all_steps:
-        return jax.lax.fori_loop(0, all_steps, lambda i, carry: step(i, *carry), (state, new))
-    carry = jnp.int32(0), state, new
-    return jax.lax.while_loop(unfinished, lambda carry: (carry[0] + 1, *step(*carry)), carry)[1:]
 
 
 class Decoder:
@@ -261,7 +183,7 @@ class Decoder:
         n_rows = max(self._n_rows(len(places)), self._n_rows(FEWEST_ROWS))
         if n_rows <= len(state.positions) // 2:
             rows = [rows[place] for place in places]
-            state = _select(state, np.pad(places, (0, n_rows - len(places)), mode="edge"))
+            state = select(state, np.pad(places, (0, n_rows - len(places)), mode="edge"))
             state = jax.device_put(state, self._sharding(n_rows))
         end = np.minimum(*jax.device_get((state.positions + CHUNK, state.limits))).max()
         return rows, state._replace(cache=lengthen(state.cache, self._cache_slots(int(end))))
@@ -418,9 +340,3 @@ def _bucket(n: int) -> int:
 
 def _without_stop(ids: list[int], options: SamplingOptions) -> list[int]:
     return ids[:-1] if ids and ids[-1] in options.stop_ids else ids
-
-
-@jax.jit
-def _select(state: DecodeState, places: Int32[Array, " n"]) -> DecodeState:
-    """The state of these rows."""
-    return jax.tree.map(lambda of_rows: of_rows[places], state)

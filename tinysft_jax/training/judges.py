@@ -33,12 +33,12 @@ def log_probs_under(softmax: Softmax) -> Function:
 
 
 def values_of(
-    function: Function, shape: GPTConfig, params: Params, mesh: Mesh, dtype, n_rows: int, seq_len: int
+    function: Function, shape: GPTConfig, params: Params, mesh: Mesh, dtype, n_rows: int, seq_len: int, name: str = ""
 ) -> Values:
     """A function of sequences: that of the model with these parameters, for which it needs nothing else."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(shape, rngs=nnx.Rngs(0), dtype=dtype)))
     shardings = state_sharding(mesh, params, shape.n_kv_heads)
-    values = PackedValues(function, graph, mesh, shardings, n_rows, seq_len)
+    values = PackedValues(function, graph, mesh, shardings, n_rows, seq_len, name)
     return functools.partial(values, jax.device_put(params, shardings))
 
 
@@ -51,11 +51,11 @@ def open_reward_model(path: str, data: PreparedData, mesh: Mesh, dtype, n_rows: 
     check_tokenizer(description, data.tokenizer, path)
     seq_len = data.description["max_tokens"]
     check_context(description, path, seq_len)
-    return values_of(_next_scores, description.config, params, mesh, dtype, n_rows, seq_len)
+    return values_of(next_scores, description.config, params, mesh, dtype, n_rows, seq_len)
 
 
-def _next_scores(model: GPT, batch: Batch) -> jax.Array:
-    """One to the left: the last position that predicts has the score of the last token."""
+def next_scores(model: GPT, batch: Batch) -> jax.Array:
+    """A reward model's scores, one to the left: the last position that predicts has the score of the last token."""
     return jnp.roll(model.scores(batch["tokens"], batch["segment_ids"], batch["positions"]), -1, axis=1)
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 
+from tinysft_jax.console import Progress
 from tinysft_jax.data.batches import make_batch
 from tinysft_jax.data.packing import Packing, PackingPlan
 from tinysft_jax.model import GPT
@@ -45,13 +46,20 @@ def places(sequences: Sequence[Given], plan: PackingPlan) -> Iterator[tuple[int,
 class PackedValues:
     """A function of a model and a batch to `[B, T]`, of sequences: `values(params, sequences)`.
 
-    The batches have `n_rows` rows, a multiple of the mesh's shards, of `seq_len` tokens.
+    The batches have `n_rows` rows, a multiple of the mesh's shards, of `seq_len` tokens. A `name` shows progress.
     """
 
     def __init__(
-        self, function: Function, graph: nnx.GraphDef, mesh: Mesh, shardings: Params, n_rows: int, seq_len: int
+        self,
+        function: Function,
+        graph: nnx.GraphDef,
+        mesh: Mesh,
+        shardings: Params,
+        n_rows: int,
+        seq_len: int,
+        name: str = "",
     ):
-        self._mesh, self._n_rows, self._seq_len = mesh, n_rows, seq_len
+        self._mesh, self._n_rows, self._seq_len, self._name = mesh, n_rows, seq_len, name
         whole = NamedSharding(mesh, PartitionSpec())
         jit = functools.partial(jax.jit, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=whole)
         self._step = jit(lambda params, batch: function(nnx.merge(graph, params), batch))
@@ -61,9 +69,11 @@ class PackedValues:
         plan = pack(sequences, self._seq_len)
         rows = rows_of(sequences, plan)
         of_rows = []
-        for first in range(0, len(rows), self._n_rows):
-            of_batch = rows[first : first + self._n_rows]
-            batch = make_batch(of_batch + [[]] * (self._n_rows - len(of_batch)), self._seq_len)
-            of_rows += list(np.asarray(self._step(params, global_batch(self._mesh, batch))))
+        with Progress(self._name, len(rows), quiet=not self._name) as progress:
+            for first in range(0, len(rows), self._n_rows):
+                of_batch = rows[first : first + self._n_rows]
+                batch = make_batch(of_batch + [[]] * (self._n_rows - len(of_batch)), self._seq_len)
+                of_rows += list(np.asarray(self._step(params, global_batch(self._mesh, batch))))
+                progress.update(min(len(of_rows), len(rows)))
         found = {item: of_rows[row][where] for item, row, where in places(sequences, plan)}
         return [found[item] for item in range(len(sequences))]

@@ -9,13 +9,11 @@ from statistics import fmean
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float64
 from ml_collections import ConfigDict
 
-from tinysft_jax.accelerator import default_dtype
 from tinysft_jax.console import UserError
 from tinysft_jax.data.batches import Batch, make_batch
 from tinysft_jax.data.store import PreparedData
@@ -31,7 +29,7 @@ from tinysft_jax.training.judges import Judges, log_probs_under, open_reward_mod
 from tinysft_jax.training.log import TRAIN, VAL, VAL_LOSS, MetricLine
 from tinysft_jax.training.loss import Softmax
 from tinysft_jax.training.packed import Given, PackedValues, pack, places, rows_of
-from tinysft_jax.training.state import Steps
+from tinysft_jax.training.state import Steps, train_dtype
 
 
 class Sampled(NamedTuple):
@@ -116,7 +114,7 @@ class Answerer:
         self._config, self._data, self._mesh = config, data, mesh
         self._shape, self._trained_length = description.config, description.trained_length
         self._weights, self.options = parse_weights(config.rewards), sampling_options(config, data, self._shape)
-        self._dtype = default_dtype() if config.train.dtype == "auto" else jnp.dtype(config.train.dtype)
+        self._dtype = train_dtype(config)
         n_rows, function = config.train.batch_size, log_probs_under(sampling_softmax(config, data, self._shape))
         of_params = mesh, steps.shardings["params"]
         log_probs = PackedValues(function, steps.graph, *of_params, n_rows, config.data.seq_len)

@@ -179,6 +179,11 @@ def make_steps(
     return Steps(train_step, eval_step, likelihood_step, create, shapes, shardings, graph)
 
 
+def train_dtype(config: ConfigDict) -> jnp.dtype:
+    """Of matmuls and activations."""
+    return jnp.dtype(default_dtype() if config.train.dtype == "auto" else config.train.dtype)
+
+
 def steps_of(
     config: ConfigDict,
     shape: GPTConfig,
@@ -193,7 +198,7 @@ def steps_of(
     Raises: UserError, if the model does not fit it, or attention can't run here.
     """
     check_model(config.data.seq_len, shape.max_seq_len, shape.n_heads, mesh.shape["tensor"])
-    dtype = default_dtype() if config.train.dtype == "auto" else jnp.dtype(config.train.dtype)
+    dtype = train_dtype(config)
     attention = choose_backend(config.train.attention, config.data.seq_len, shape.n_heads, shape.head_dim, dtype)
     options = {"dtype": dtype, "attention": attention, "remat": config.train.remat}
     options |= {"scan_layers": config.train.scan_layers}

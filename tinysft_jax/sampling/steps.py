@@ -1,0 +1,100 @@
+"""The steps of generation that run on the device: reading prompts, drawing tokens, and choosing rows."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from tinysft_jax.gpt_config import GPTConfig
+from tinysft_jax.model import LayerCache, cached_hidden, head_logits
+from tinysft_jax.parameters import Params
+from tinysft_jax.sampling.filters import Knobs, draw, log_probabilities, penalize
+
+CHUNK = 64  # steps of one call to `advance`, at most
+
+
+class DecodeState(NamedTuple):
+    """A batch of rows on the device. A row is finished when its position has reached its limit."""
+
+    cache: list[LayerCache]
+    hidden: Float[Array, "B dim"]  # what the head reads to predict the next token
+    positions: Int32[Array, " B"]  # of the next token
+    limits: Int32[Array, " B"]
+    rows: Int32[Array, " B"]  # the number of each row, which chooses its random numbers
+    seen: Bool[Array, "B V"]  # the ids that the repetition penalty is for
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def prefill(
+    params: Params, state: DecodeState, tokens: Int32[Array, "B P"], lengths: Int32[Array, " B"], config: GPTConfig
+) -> DecodeState:
+    """Feeds the next tokens of the prompts: `lengths` of each row, at least 1; the others are padding."""
+    positions = state.positions[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    hidden, cache = cached_hidden(params, tokens, positions, state.cache, config)
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    return state._replace(cache=cache, hidden=last, positions=state.positions + lengths)
+
+
+@functools.partial(jax.jit, static_argnames=("top_k", "config", "all_steps", "log_probs"), donate_argnames="state")
+def advance(
+    params: Params,
+    state: DecodeState,
+    n_steps: Int32[Array, ""],
+    knobs: Knobs,
+    top_k: int,
+    config: GPTConfig,
+    all_steps: int = 0,
+    log_probs: bool = False,
+) -> tuple[DecodeState, tuple[Int32[Array, "B chunk"], Float[Array, "B chunk"] | None]]:
+    """Draws up to `n_steps` (at most `CHUNK`) tokens a row; returns the state and the tokens, padded with -1.
+
+    The tokens include the stop id; with `log_probs`, their log-probabilities come with them.
+
+    A token is fed as soon as it is drawn, so the cache always holds all that was returned. A row that draws a stop id
+    is finished. The loop ends when all rows are; but with `all_steps` it makes that many steps, in place of `n_steps`:
+    on a GPU, the host would read after each step whether the loop goes on, and the GPU would wait. A finished row then
+    writes to the slot of its position, which may be one beyond its limit.
+    """
+    key = jax.random.key(knobs.seed, impl="threefry2x32")
+    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(state.rows)
+
+    def step(i, state, new):
+        table = params["tok_emb" if config.tied_head else "head"]["embedding"]
+        logits = head_logits(state.hidden, table, config.vocab_size)
+        logits = penalize(logits, state.seen, knobs.repetition_penalty)
+        logits = jnp.where(knobs.forbidden[None], -jnp.inf, logits)
+        # Random numbers belong to a row and a position: neither chunks nor buckets change what is drawn.
+        token = draw(logits, jax.vmap(jax.random.fold_in)(row_keys, state.positions), knobs, top_k)
+        unfinished = state.positions < state.limits
+        active = unfinished & ~(token[:, None] == knobs.stop_ids[None]).any(axis=1)
+        hidden, cache = cached_hidden(params, token[:, None], state.positions[:, None], state.cache, config)
+        state = state._replace(
+            cache=cache,
+            hidden=hidden[:, 0],
+            positions=state.positions + active,
+            limits=jnp.where(active, state.limits, state.positions),
+            seen=state.seen.at[jnp.arange(len(token)), token].set(True, unique_indices=True),
+        )
+        ids, log_p = new
+        if log_probs:
+            log_p = log_p.at[:, i].set(log_probabilities(logits, token, knobs.temperature))
+        return state, (ids.at[:, i].set(jnp.where(unfinished, token, -1)), log_p)
+
+    def unfinished(carry):
+        i, state, _ = carry
+        return (i < n_steps) & (state.positions < state.limits).any()
+
+    shape = (len(state.positions), CHUNK)
+    new = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32) if log_probs else None
+    if all_steps:
+        return jax.lax.fori_loop(0, all_steps, lambda i, carry: step(i, *carry), (state, new))
+    carry = jnp.int32(0), state, new
+    return jax.lax.while_loop(unfinished, lambda carry: (carry[0] + 1, *step(*carry)), carry)[1:]
+
+
+@jax.jit
+def select(state: DecodeState, places: Int32[Array, " n"]) -> DecodeState:
+    """The state of these rows."""
+    return jax.tree.map(lambda of_rows: of_rows[places], state)

@@ -48,6 +48,14 @@ def records() -> Path:
     return RECORDS
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """For a module's tests, as a mesh of eight takes seconds to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 1)
+        yield
+
+
 @pytest.fixture(scope="session")
 def chat_data(tmp_path_factory) -> Path:
     """A small prepared data set of random chats: 256 + 4 ids, at most 64 tokens each."""

@@ -26,16 +26,10 @@ from tinysft_jax.sampling import resumable
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.filters import SamplingOptions
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 QUESTIONS, SAMPLES, LENGTH = 9, 4, 24
 SAMPLING = [f"--num_samples={SAMPLES}", f"--max_new_tokens={LENGTH}", "--batch_size=8"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """A mesh of eight takes seconds to compile; `tests/evaluation` has one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "device_count", lambda: 1)
-        yield
 
 
 def prepared(directory, name, text, *options):
@@ -410,11 +404,16 @@ def test_models_judge_answers(flags, data, model, tmp_path):
     def ending(answer: str) -> list[int]:
         return [tokenizer.eot_id] if len(answer) < LENGTH else []
 
+    def padded(ids) -> jax.Array:  # one shape is compiled; what follows a token changes nothing before it
+        return jnp.array([[*ids, *[0] * (description.config.max_seq_len - len(ids))]])
+
+    scores, logits = jax.jit(lambda tokens: judge.scores(tokens)), jax.jit(lambda tokens: language(tokens))
+
     def last_score(ids) -> float:
-        return float(judge.scores(jnp.array([ids]))[0, -1])
+        return float(scores(padded(ids))[0, len(ids) - 1])
 
     def mean_log_p(case, ids) -> float:
-        log_p = jax.nn.log_softmax(language(jnp.array([ids]))[0])
+        log_p = np.asarray(jax.nn.log_softmax(logits(padded(ids))[0]))
         return np.mean([log_p[i - 1, ids[i]] for i in range(len(case.prompt), len(ids))])
 
     lines = [line for line in lines_of(output) if line["prompt"][0]["content"] in cases][:3]

@@ -13,6 +13,8 @@ from tinysft_jax.data.store import PreparedData
 from tinysft_jax.evaluation import run as evaluation
 from tinysft_jax.training import loop
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def rewards(pair_data, tmp_path_factory):

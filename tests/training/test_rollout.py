@@ -14,6 +14,8 @@ from tinysft_jax.sampling.decode import advance
 from tinysft_jax.training import loop
 from tinysft_jax.training.log import read_metrics
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 REWARDS = "ends:1,length:1,repetition:1,fluency:1"
 
 
@@ -22,14 +24,6 @@ def grpo_config(data, **changes):
     small = {"grpo__prompts": 6, "grpo__group_size": 4, "grpo__updates": 2, "train__eval_batch_size": 24}
     settings = {"rewards": REWARDS, "train__batch_size": 4, "train__eval_batches": 1, "train__max_steps": 8}
     return tiny_config(data, objective="grpo", **small | settings | changes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """All but one test: a mesh of eight takes seconds to compile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", lambda **_: mesh_of(1, 1, 1))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +82,7 @@ def test_nothing_is_compiled_after_the_first_steps(finished, tmp_path):
     assert advance._cache_size() == before > 0
 
 
+@pytest.mark.slow
 def test_devices_change_nothing(finished, tmp_path, monkeypatch, not_from_disk):
     config, workdir = finished
     monkeypatch.setattr(loop, "make_mesh", lambda **_: mesh_of(2, 2, 2))

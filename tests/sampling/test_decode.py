@@ -9,7 +9,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiers import slow
-from tiny_model import OTHERS, decoder_of
+from tiny_model import OTHERS, decoder_of, family, random_params
 
 from tinysft_jax import accelerator
 from tinysft_jax.checkpoints import load_model
@@ -372,3 +372,23 @@ def test_a_long_prompt_needs_no_square_of_scores():
     tokens, lengths = np.zeros((2, 1024), np.int32), np.array([1000, 1000], np.int32)
     program = decode.prefill.lower(decoder._params, state, tokens, lengths, config).compile()
     assert program.memory_analysis().temp_size_in_bytes < 50e6
+
+
+def test_rows_that_have_ended_leave_the_batch_and_its_cache_grows(monkeypatch):
+    """Which changes no answer."""
+    config = family("default")
+    decoder, draws = Decoder(config, random_params(config), np.dtype("float32")), np.random.default_rng(0)
+    options = SamplingOptions(150, 1.0, top_k=0, seed=1, stop_ids=(1, 2, 3))
+    prompts, shapes = [draws.integers(4, 250, n) for n in draws.integers(3, 30, 20)], []
+
+    def spy(params, state, *arguments):
+        shapes.append((len(state.positions), state.cache[0][0].shape[2]))
+        return advance(params, state, *arguments)
+
+    advance = decode.advance
+    monkeypatch.setattr(decode, "advance", spy)
+    together = decoder.generate(prompts, options)
+    assert len({len(ids) for ids in together}) > 10 and shapes[0] == (32, 128)
+    assert shapes[-1][0] < 32 and shapes[-1][1] > 128, shapes
+    alone = [decoder.generate([prompt], options, first_row=row)[0] for row, prompt in enumerate(prompts)]
+    assert together == alone

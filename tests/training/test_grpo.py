@@ -180,6 +180,29 @@ def test_devices_and_empty_micro_batches_change_nothing(how, not_from_disk):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), many_params, params)
 
 
+def test_empty_micro_batches_are_not_computed():
+    computed = []
+
+    class Counting(GRPO):
+        def sums(self, model, batch):
+            jax.debug.callback(lambda: computed.append(1))
+            return super().sums(model, batch)
+
+    config, mesh = grpo_config(train__batch_size=2), mesh_of(1, 1, 1)
+    batch = batch_of(config)
+    n_rows = int(batch["segment_ids"].any(axis=1).sum())
+    with jax.set_mesh(mesh):
+        model, optimizer = (
+            nnx.eval_shape(lambda: GPT(SHAPE, rngs=nnx.Rngs(0))),
+            make_optimizer(1e-3, 0.0, 0.9, 0.95, 1.0),
+        )
+        options = {"accumulation": micro_batches(config), "objective": Counting(1, SOFTMAX)}
+        steps = make_steps(mesh, model, optimizer, lambda _: jnp.float32(1e-3), **options)
+        steps.train(steps.create(random_params(SHAPE), 0), global_batch(mesh, batch))
+        jax.effects_barrier()
+    assert len(computed) == -(-n_rows // 2) < micro_batches(config)
+
+
 def test_answers_that_are_worth_the_same_change_nothing():
     metrics, params = run_steps((1, 1, 1), 4, worth=np.zeros(N), n_steps=1)
     assert metrics[0]["positions"] == 0 and metrics[0]["grad_norm"] == 0 and not metrics[0]["skipped"]

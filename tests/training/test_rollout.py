@@ -82,6 +82,22 @@ def test_nothing_is_compiled_after_the_first_steps(finished, tmp_path):
     assert advance._cache_size() == before > 0
 
 
+@pytest.mark.parametrize("how", ["wrong", "masked"])
+def test_answers_without_room_to_end(chat_data, tmp_path, how):
+    """Random weights hardly ever end one."""
+    loop.train(grpo_config(chat_data, rewards="repetition:1", grpo__cut_off=how, train__max_steps=2), tmp_path)
+    line = next(line for line in read_metrics(tmp_path) if line["step"] == 1)
+    share, reward = line["grpo/train_cut_off"], line["grpo/train_reward"]
+    assert 0.5 < share < 1
+    assert reward == pytest.approx(1 - share if how == "wrong" else 1, abs=0.02)
+
+
+def test_rewards_belong_to_a_run(finished, chat_data):
+    config, workdir = finished
+    with pytest.raises(UserError, match=r"another run: rewards was ends:1,.*, now ends:2; choose another --workdir"):
+        loop.train(grpo_config(chat_data, init_from=config.init_from, rewards="ends:2"), workdir)
+
+
 @pytest.mark.slow
 def test_devices_change_nothing(finished, tmp_path, monkeypatch, not_from_disk):
     config, workdir = finished

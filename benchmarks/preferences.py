@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from tinysft_jax import console
+from tinysft_jax.training.log import read_metrics
 
 HELD_OUT_STORIES = 13_000  # a twentieth of them is for validation: 300 requests for a story and more
 CLEAR = 0.3  # a pair whose scores differ by this much
@@ -33,6 +34,8 @@ def main() -> None:
         figures = json.loads((work / "ranking" / "report.json").read_text())["tasks"]["preference"]
         report = (work / "report" / "report.md").read_text()
     print(report)
+    chosen = [f"{line['dpo/val_chosen']:.1f}" for line in read_metrics(work / "dpo") if "dpo/val_chosen" in line]
+    print(f"DPO, log-likelihood of the chosen answers against the start, nats, by evaluation: {', '.join(chosen)}")
     print(f"reward model, held-out pairs that differ by {CLEAR}: {figures['ranked_right']['model']}")
     print(json.dumps({"benchmark": "preferences", "questions": flags.questions, "seconds": seconds}))
 

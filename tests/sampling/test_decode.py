@@ -80,7 +80,7 @@ def programs_of(model_of):
         model, decoder = model_of(name), decoder_of(model_of(name))
 
         def step(tokens, positions, cache):
-            hidden, cache = cached_hidden(decoder._params, tokens, positions, cache, decoder.config)
+            hidden, cache = cached_hidden(decoder.params, tokens, positions, cache, decoder.config)
             return hidden[:, 0], cache
 
         return decoder, jax.jit(lambda tokens: model.hidden(tokens)), jax.jit(step)
@@ -100,7 +100,7 @@ def test_cached_hidden_states_equal_those_of_the_full_forward(programs_of, name,
     state = decoder._begin(prompts, [0] * 4, SamplingOptions(N_NEW))
     lengths = np.array(lengths, np.int32)
     # Behind a row's length is what comes later in it, which must not be seen.
-    state = decode.prefill(decoder._params, state, tokens[:, :32], lengths, decoder.config)
+    state = decode.prefill(decoder.params, state, tokens[:, :32], lengths, decoder.config)
     hidden, cache = state.hidden, state.cache
     for step in range(8):
         np.testing.assert_allclose(hidden, expected[rows, lengths - 1 + step], atol=1e-4)
@@ -259,7 +259,7 @@ def test_top_k_over_the_vocabulary_is_off(decoder, prompts):
 def test_half_precision_generates(model, decoder, prompts):
     """Weights are cast once, norms are not; the loop's state keeps its types."""
     half = decoder_of(model, jnp.bfloat16)
-    dtypes = {(leaf.ndim, leaf.dtype.name) for leaf in jax.tree.leaves(half._params)}
+    dtypes = {(leaf.ndim, leaf.dtype.name) for leaf in jax.tree.leaves(half.params)}
     assert dtypes == {(1, "float32"), (2, "bfloat16")}
     options = SamplingOptions(max_new_tokens=N_NEW, temperature=0)
     state = half._feed(half._begin(prompts, list(range(len(prompts))), options), prompts, 32)
@@ -370,7 +370,7 @@ def test_a_long_prompt_needs_no_square_of_scores():
     prompts = [np.zeros(1000, np.int32)] * 2
     state = decoder._begin(prompts, [0, 1], SamplingOptions(4))
     tokens, lengths = np.zeros((2, 1024), np.int32), np.array([1000, 1000], np.int32)
-    program = decode.prefill.lower(decoder._params, state, tokens, lengths, config).compile()
+    program = decode.prefill.lower(decoder.params, state, tokens, lengths, config).compile()
     assert program.memory_analysis().temp_size_in_bytes < 50e6
 
 

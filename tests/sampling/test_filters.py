@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from tinysft_jax.sampling.filters import BLOCK, Knobs, draw, penalize, top_k_by_blocks
+from tinysft_jax.sampling.filters import BLOCK, Knobs, SamplingOptions, draw, penalize, top_k_by_blocks
 
 VOCAB, N_DRAWS = 3 * BLOCK, 8_000
 
@@ -46,16 +46,19 @@ def distribution(logits: np.ndarray, temperature: float, top_p: float, top_k: in
     return out
 
 
-def knobs(temperature: float, top_p: float = 1, min_p: float = 0) -> Knobs:
-    scalars = map(jnp.float32, (temperature, top_p, min_p, 1))
-    return Knobs(*scalars, seed=jnp.uint32(0), stop_ids=jnp.zeros(0, jnp.int32), forbidden=jnp.zeros(VOCAB, bool))
+def knobs(temperature: float, top_p: float = 1, min_p: float = 0, top_k: int = 0, n_rows: int = N_DRAWS) -> Knobs:
+    options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    return Knobs.of(n_rows * [options], np.zeros(VOCAB, bool))
 
 
-def drawn_counts(logits, temperature: float, top_p: float, top_k: int, min_p: float = 0) -> np.ndarray:
+def drawn_counts(
+    logits, temperature: float, top_p: float, top_k: int, min_p: float = 0, each_its_own: bool = False
+) -> np.ndarray:
+    """How often each token is drawn; `each_its_own`: the rows' knobs hold top-k."""
     keys = jax.random.split(jax.random.key(0), N_DRAWS)
     rows = jnp.broadcast_to(logits, (N_DRAWS, VOCAB))
-    ids = jitted_draw(rows, keys, knobs(temperature, top_p, min_p), top_k=top_k)
-    return np.bincount(ids, minlength=VOCAB)
+    of_rows = knobs(temperature, top_p, min_p, top_k)
+    return np.bincount(jitted_draw(rows, keys, of_rows, top_k=0 if each_its_own else top_k), minlength=VOCAB)
 
 
 @pytest.mark.parametrize(
@@ -77,9 +80,12 @@ def drawn_counts(logits, temperature: float, top_p: float, top_k: int, min_p: fl
         (2.0, 0.9, 20, 0.3),
     ],
 )
-def test_frequencies_are_those_of_the_filtered_softmax(logits, temperature, top_p, top_k, min_p):
+@pytest.mark.parametrize("each_its_own", [False, True])
+def test_frequencies_are_those_of_the_filtered_softmax(logits, temperature, top_p, top_k, min_p, each_its_own):
+    if each_its_own and not top_k:
+        pytest.skip("without top-k both are one")
     expected = N_DRAWS * distribution(logits, temperature, top_p, top_k, min_p)
-    counts = drawn_counts(logits, temperature, top_p, top_k, min_p)
+    counts = drawn_counts(logits, temperature, top_p, top_k, min_p, each_its_own)
     assert counts[expected == 0].sum() == 0, "drew what the filters leave out"
     common = expected >= 5  # the test's approximation asks for that; the rare ones are counted together
     observed = np.append(counts[common], counts[~common].sum())
@@ -109,8 +115,8 @@ def test_where_one_token_is_possible_it_is_drawn(top_k, temperature, top_p, min_
 
 def test_the_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
     logits, seen = jnp.array([[2.0, 2.0, -2.0, -2.0, -jnp.inf]]), jnp.array([[True, False, True, False, True]])
-    np.testing.assert_array_equal(penalize(logits, seen, jnp.float32(4)), [[0.5, 2.0, -8.0, -2.0, -np.inf]])
-    np.testing.assert_array_equal(penalize(logits, seen, jnp.float32(1)), logits)
+    np.testing.assert_array_equal(penalize(logits, seen, jnp.full(1, 4.0)), [[0.5, 2.0, -8.0, -2.0, -np.inf]])
+    np.testing.assert_array_equal(penalize(logits, seen, jnp.full(1, 1.0)), logits)
 
 
 @pytest.mark.parametrize("top_k", [0, 20])
@@ -166,7 +172,7 @@ def test_top_k_by_blocks_is_top_k(seed, n_peaks, n_values, k):
 def test_nothing_sorts_the_vocabulary_or_the_blocks():
     """XLA turns a top-k into a whole sort if it fails to recognise it, which once took longer than the model."""
     keys = jax.random.split(jax.random.key(0), 16)
-    arguments = jax.ShapeDtypeStruct((16, 50304), jnp.float32), keys, knobs(1)
+    arguments = jax.ShapeDtypeStruct((16, 50304), jnp.float32), keys, knobs(1, n_rows=16)
     for top_k, n_top_k in ((50, 2), (0, 2)):
         program = jitted_draw.lower(*arguments, top_k=top_k).compile().as_text()
         sorted_widths = [int(width) for width in re.findall(r"= \(?\w+\[16,(\d+)\].* sort\(", program)]

@@ -20,7 +20,7 @@ from tinysft_jax.model import GPT, fuse_projections
 from tinysft_jax.parameters import Params
 from tinysft_jax.sampling.filters import Knobs, SamplingOptions
 from tinysft_jax.sampling.kept_cache import KeptCache, lengthen
-from tinysft_jax.sampling.steps import CHUNK, DecodeState, advance, prefill, select
+from tinysft_jax.sampling.steps import CHUNK, DecodeState, advance, prefill, sampled, select
 from tinysft_jax.sharding import batch_sharding, batch_shards
 
 Prompt = Sequence[int] | np.ndarray
@@ -104,20 +104,20 @@ class Decoder:
         self, config: GPTConfig, params: Params, dtype, trained_length: int | None = None, mesh: Mesh | None = None
     ):
         self.config, self.trained_length = config, trained_length or config.max_seq_len
-        self._dtype, self._mesh, self._shards = jnp.dtype(dtype), mesh, 1 if mesh is None else batch_shards(mesh)
+        self.dtype, self._mesh, self._shards = jnp.dtype(dtype), mesh, 1 if mesh is None else batch_shards(mesh)
         layers = [jax.tree.map(operator.itemgetter(i), params["blocks"]) for i in range(config.n_layers)]
 
         def cast(tree: Params) -> Params:
             # Vectors (the norms' scales and biases) stay float32, as they take part in float32 arithmetic.
-            return jax.tree.map(lambda leaf: jnp.asarray(leaf, self._dtype if leaf.ndim > 1 else None), tree)
+            return jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype if leaf.ndim > 1 else None), tree)
 
         params = cast(params | {"blocks": None}) | {"blocks": [fuse_projections(cast(layer)) for layer in layers]}
-        self._params = params if mesh is None else jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        self.params = params if mesh is None else jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
     def fingerprint(self) -> str:
         """The SHA-256 of the weights."""
         digest = hashlib.sha256()
-        for leaf in jax.tree.leaves(self._params):
+        for leaf in jax.tree.leaves(self.params):
             digest.update(np.asarray(leaf).tobytes())
         return digest.hexdigest()
 
@@ -154,7 +154,7 @@ class Decoder:
             raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
         length = self.max_length(options)
         prompts = [check_prompt(prompt, f"prompt {row}", self.config, length) for row, prompt in enumerate(prompts)]
-        answers, knobs = [Drawn([], []) for _ in prompts], self._knobs(options)
+        answers, forbidden = [Drawn([], []) for _ in prompts], self.forbidden(options)
         by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # neighbours share a bucket
         for first in range(0, len(prompts), batch_size):
             rows = by_length[first : first + batch_size]
@@ -164,7 +164,7 @@ class Decoder:
             state = self._begin(batch, [first_row + row for row in filled], options, n_steps=CHUNK)
             state = self._feed(state, batch, size)
             while rows:
-                state, new, is_unfinished = self._advance(state, knobs, options.top_k, CHUNK, log_probs)
+                state, new, is_unfinished = self._advance(state, options, forbidden, CHUNK, log_probs)
                 for row, (ids, values) in zip(rows, new, strict=False):
                     answers[row].ids.extend(ids)
                     answers[row].log_probs.extend(values)
@@ -197,9 +197,11 @@ class Decoder:
         iterator was left.
         """
         ids = check_prompt(prompt, "the prompt", self.config, self.max_length(options)).tolist()
-        return self._stream(ids, options, self._knobs(options), kept or KeptCache(), row)
+        return self._stream(ids, options, self.forbidden(options), kept or KeptCache(), row)
 
-    def _stream(self, ids: list[int], options: SamplingOptions, knobs: Knobs, kept: KeptCache, row: int) -> Iterator:
+    def _stream(
+        self, ids: list[int], options: SamplingOptions, forbidden: np.ndarray, kept: KeptCache, row: int
+    ) -> Iterator:
         """A generator, which begins at its first chunk; `stream` raises errors at once."""
         n_slots = self._cache_slots(self._limit(len(ids), options))
         start, cache = kept.take(ids, n_slots)
@@ -217,7 +219,7 @@ class Decoder:
         n_steps, unfinished = 1, True
         while unfinished:
             kept.ids, kept.layers = [], []  # the buffers are about to be overwritten
-            state, ((drawn, _), *_), (unfinished,) = self._advance(state, knobs, options.top_k, n_steps)
+            state, ((drawn, _), *_), (unfinished,) = self._advance(state, options, forbidden, n_steps)
             new = _without_stop(drawn, options)
             ids = ids + new
             kept.layers, kept.ids = state.cache, ids
@@ -247,13 +249,12 @@ class Decoder:
             f"was not trained on longer sequences; --max_length allows up to {context:,})"
         )
 
-    def _knobs(self, options: SamplingOptions) -> Knobs:
+    def forbidden(self, options: SamplingOptions) -> Bool[np.ndarray, " V"]:
+        """Which ids can't be drawn. Raises: UserError, if none is left."""
         forbidden = np.isin(np.arange(self.config.padded_vocab_size), options.forbidden_ids)
         if forbidden[: self.config.vocab_size].all():
             raise UserError("forbidden_ids holds the whole vocabulary: nothing is left to draw")
-        scalars = (options.temperature, options.top_p, options.min_p, options.repetition_penalty)
-        stop_ids = np.array(options.stop_ids, np.int32)
-        return Knobs(*map(np.float32, scalars), np.uint32(options.seed), stop_ids, forbidden)
+        return forbidden
 
     def _begin(
         self,
@@ -277,9 +278,9 @@ class Decoder:
         if not cache:
             ends = limits if n_steps is None else map(min, limits, (len(prompt) + n_steps for prompt in prompts))
             shape = (n_rows, config.n_kv_heads, self._cache_slots(max(ends)), config.head_dim)
-            empty = functools.partial(jnp.zeros, shape, self._dtype, device=self._sharding(n_rows))
+            empty = functools.partial(jnp.zeros, shape, self.dtype, device=self._sharding(n_rows))
             cache = [(empty(), empty()) for _ in range(config.n_layers)]
-        hidden = np.zeros((n_rows, config.dim), self._dtype)
+        hidden = np.zeros((n_rows, config.dim), self.dtype)
         numbers = (np.array(each, np.int32) for each in (n_rows * [start], limits, rows))
         return DecodeState(cache, *jax.device_put((hidden, *numbers, seen), self._sharding(n_rows)))
 
@@ -290,19 +291,21 @@ class Decoder:
             row[: len(piece)] = piece
         lengths = np.array([len(piece) for piece in pieces], np.int32)
         tokens, lengths = jax.device_put((tokens, lengths), self._sharding(len(pieces)))
-        return prefill(self._params, state, tokens, lengths, self.config)
+        return prefill(self.params, state, tokens, lengths, self.config)
 
     def _advance(
-        self, state: DecodeState, knobs: Knobs, top_k: int, n_steps: int, log_probs: bool = False
+        self, state: DecodeState, options: SamplingOptions, forbidden: np.ndarray, n_steps: int, log_probs: bool = False
     ) -> tuple[DecodeState, list[tuple[list[int], list[float]]], Bool[np.ndarray, " B"]]:
         """Draws up to `n_steps` tokens: the new state, each row's new ids with log-probabilities, and what is
         unfinished.
         """
-        top_k = top_k if top_k < self.config.vocab_size else 0
+        knobs = Knobs.of(len(state.positions) * [options], forbidden)
+        top_k = options.top_k if options.top_k < self.config.vocab_size else 0
         all_steps = 0
         if accelerator.is_present():  # one length to read along, and one for batches: each is compiled by itself
             all_steps = STREAM_CHUNK if n_steps <= STREAM_CHUNK else ACCELERATOR_CHUNK
-        state, new = advance(self._params, state, np.int32(n_steps), knobs, top_k, self.config, all_steps, log_probs)
+        report = sampled if log_probs else None
+        state, new = advance(self.params, state, np.int32(n_steps), knobs, top_k, self.config, all_steps, report)
         (ids, log_p), positions, limits = jax.device_get((new, state.positions, state.limits))
         log_p = log_p if log_probs else np.zeros((len(ids), 0), np.float32)
         found = [

@@ -2,10 +2,12 @@
 
 import dataclasses
 import numbers
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt32
 
 from tinysft_jax.console import UserError
@@ -60,19 +62,34 @@ _RANGES = {
 
 
 class Knobs(NamedTuple):
-    """The options that can change without anything being compiled, as arrays."""
+    """The options that can change without anything being compiled, as arrays: those of each row, then of all."""
 
-    temperature: Float[Array, ""]
-    top_p: Float[Array, ""]
-    min_p: Float[Array, ""]
-    repetition_penalty: Float[Array, ""]
-    seed: UInt32[Array, ""]
+    temperature: Float[Array, " B"]
+    top_k: Int32[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    repetition_penalty: Float[Array, " B"]
+    seed: UInt32[Array, " B"]
     stop_ids: Int32[Array, " n_stop"]
     forbidden: Bool[Array, " V"]
 
+    @classmethod
+    def of(cls, options: Sequence[SamplingOptions], forbidden: Bool[np.ndarray, " V"]) -> "Knobs":
+        """Those of rows with these options, which have the same stop ids."""
 
-def penalize(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, ""]) -> Float[Array, "B V"]:
+        def column(name: str, dtype) -> np.ndarray:
+            return np.array([getattr(each, name) for each in options], dtype)
+
+        numbers = (column(name, np.float32) for name in ("top_p", "min_p", "repetition_penalty"))
+        seeds, stop_ids = column("seed", np.uint32), np.array(options[0].stop_ids, np.int32)
+        return cls(column("temperature", np.float32), column("top_k", np.int32), *numbers, seeds, stop_ids, forbidden)
+
+
+def penalize(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, " B"]
+) -> Float[Array, "B V"]:
     """Makes tokens that were seen less likely; see `SamplingOptions.repetition_penalty`."""
+    penalty = penalty[:, None]
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -80,7 +97,8 @@ def draw(logits: Float[Array, "B V"], keys: Key[Array, " B"], knobs: Knobs, top_
     """Draws each row's next token; at temperature 0 the most likely one, the first among equals.
 
     Top-p counts within the top-k candidates. Min-p, which compares with the most likely token, commutes with both. V is
-    a multiple of `BLOCK`, and each row has a finite logit. `top_k` is static; 0: all tokens.
+    a multiple of `BLOCK`, and each row has a finite logit. A static `top_k` is that of all rows, and fast; with 0 each
+    row has its own, of `knobs`.
     """
     if 0 < top_k < logits.shape[1]:
         return _draw_candidate(logits, keys, knobs, top_k)
@@ -88,10 +106,10 @@ def draw(logits: Float[Array, "B V"], keys: Key[Array, " B"], knobs: Knobs, top_
 
 
 def log_probabilities(
-    logits: Float[Array, "B V"], tokens: Int32[Array, " B"], temperature: Float[Array, ""]
+    logits: Float[Array, "B V"], tokens: Int32[Array, " B"], temperature: Float[Array, " B"]
 ) -> Float[Array, " B"]:
     """Each row's log-probability of its token at a temperature, before top-k, top-p and min-p."""
-    log_p = jax.nn.log_softmax(logits / jnp.maximum(temperature, _TINY))
+    log_p = jax.nn.log_softmax(logits / _divisor(temperature))
     return jnp.take_along_axis(log_p, tokens[:, None], axis=1)[:, 0]
 
 
@@ -126,12 +144,13 @@ def _top_k(x: Float[Array, "B N"], k: int) -> tuple[Float[Array, "B k"], Int32[A
 def _draw_candidate(logits, keys, knobs: Knobs, top_k: int):
     """Draws among the k most likely tokens, which come sorted: what the filters keep is a prefix of them."""
     values, ids = top_k_by_blocks(logits, top_k)
-    scores = (values - values[:, :1]) / jnp.maximum(knobs.temperature, _TINY)
+    scores = (values - values[:, :1]) / _divisor(knobs.temperature)
     probabilities = jax.nn.softmax(scores, axis=-1)
     mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    top_p = knobs.top_p[:, None]
     # The first candidate, with nothing before it, always stays; and rounding excludes none where p is 1.
-    in_nucleus = (mass_before < jnp.maximum(knobs.top_p, _TINY)) | (knobs.top_p >= 1)
-    stays = in_nucleus & (jnp.exp(scores) >= knobs.min_p)
+    in_nucleus = (mass_before < jnp.maximum(top_p, _TINY)) | (top_p >= 1)
+    stays = in_nucleus & (jnp.exp(scores) >= knobs.min_p[:, None])
     place = _categorical(keys, jnp.where(stays, scores, -jnp.inf))
     place = jnp.where(knobs.temperature > 0, place, 0)
     return jnp.take_along_axis(ids, place[:, None], axis=1)[:, 0]
@@ -140,9 +159,10 @@ def _draw_candidate(logits, keys, knobs: Knobs, top_k: int):
 def _draw_from_all(logits, keys, knobs: Knobs):
     """Draws a block by its mass, then a token in it: the same distribution as one draw from the whole row."""
     peak, most_likely = top_k_by_blocks(logits, 1)
-    weights = jnp.exp((logits - peak) / jnp.maximum(knobs.temperature, _TINY))
-    weights = jax.lax.cond(knobs.top_p < 1, lambda: _nucleus(weights, knobs.top_p), lambda: weights)
-    weights = jnp.where(weights >= knobs.min_p, weights, 0)  # the peak's weight is 1
+    weights = jnp.exp((logits - peak) / _divisor(knobs.temperature))
+    weights = jax.lax.cond((knobs.top_k > 0).any(), lambda: _most_likely(weights, knobs.top_k), lambda: weights)
+    weights = jax.lax.cond((knobs.top_p < 1).any(), lambda: _nucleus(weights, knobs.top_p), lambda: weights)
+    weights = jnp.where(weights >= knobs.min_p[:, None], weights, 0)  # the peak's weight is 1
     block_keys, token_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
     blocks = weights.reshape(len(weights), -1, BLOCK)
     block = _categorical(block_keys, jnp.log(blocks.sum(axis=-1)))
@@ -151,13 +171,33 @@ def _draw_from_all(logits, keys, knobs: Knobs):
     return jnp.where(knobs.temperature > 0, token, most_likely[:, 0])
 
 
-def _nucleus(weights: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
-    """Zeroes all but the smallest set of largest weights that has the share `top_p` of their sum.
+def _divisor(temperature: Float[Array, " B"]) -> Float[Array, "B 1"]:
+    return jnp.maximum(temperature, _TINY)[:, None]
 
-    Finds the largest threshold whose set is heavy enough, by bisection over the bits of a float32: as integers,
-    floats of one sign have the same order. So the result is exact; equals of the last weight in the set stay too.
+
+def _most_likely(weights: Float[Array, "B V"], top_k: Int32[Array, " B"]) -> Float[Array, "B V"]:
+    """Zeroes all but the k largest weights, and equals of the last of them; none where k is 0."""
+    kept = _heaviest(weights, lambda kept: (kept > 0).sum(axis=-1) >= top_k)
+    return jnp.where((top_k > 0)[:, None], kept, weights)
+
+
+def _nucleus(weights: Float[Array, "B V"], top_p: Float[Array, " B"]) -> Float[Array, "B V"]:
+    """Zeroes all but the smallest set of largest weights that has the share `top_p` of their sum, and equals of the
+    last of them; none where the share is 1.
     """
     wanted = top_p * weights.sum(axis=-1)
+    kept = _heaviest(weights, lambda kept: kept.sum(axis=-1) >= wanted)
+    return jnp.where((top_p < 1)[:, None], kept, weights)
+
+
+def _heaviest(
+    weights: Float[Array, "B V"], is_enough: Callable[[Float[Array, "B V"]], Bool[Array, " B"]]
+) -> Float[Array, "B V"]:
+    """Zeroes all but the smallest set of largest weights that is enough.
+
+    Finds the largest threshold with such a set, by bisection over the bits of a float32: as integers, floats of one
+    sign have the same order. So the result is exact.
+    """
 
     def kept_from(bits):
         threshold = jax.lax.bitcast_convert_type(bits, jnp.float32)
@@ -166,7 +206,7 @@ def _nucleus(weights: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Arr
     def halve(_, bounds):
         low, high = bounds
         middle = low + (high - low) // 2
-        enough = kept_from(middle).sum(axis=-1) >= wanted
+        enough = is_enough(kept_from(middle))
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     heaviest = jax.lax.bitcast_convert_type(weights.max(axis=-1), jnp.int32)

@@ -1,7 +1,8 @@
 """The steps of generation that run on the device: reading prompts, drawing tokens, and choosing rows."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,18 @@ from jaxtyping import Array, Bool, Float, Int32
 from tinysft_jax.gpt_config import GPTConfig
 from tinysft_jax.model import LayerCache, cached_hidden, head_logits
 from tinysft_jax.parameters import Params
-from tinysft_jax.sampling.filters import Knobs, draw, log_probabilities, penalize
+from tinysft_jax.sampling.filters import Knobs, draw, log_probabilities, penalize, top_k_by_blocks
 
 CHUNK = 64  # steps of one call to `advance`, at most
+N_RANKED = 20  # tokens that `ranked` tells of, as many as OpenAI's API allows
+
+
+class Ranked(NamedTuple):
+    """Log-probabilities of a token and of the most likely ones, under the model itself: all ids, temperature 1."""
+
+    log_prob: Float[Array, "*N"]
+    top_ids: Int32[Array, "*N ranked"]
+    top_log_probs: Float[Array, "*N ranked"]
 
 
 class DecodeState(NamedTuple):
@@ -37,7 +47,23 @@ def prefill(
     return state._replace(cache=cache, hidden=last, positions=state.positions + lengths)
 
 
-@functools.partial(jax.jit, static_argnames=("top_k", "config", "all_steps", "log_probs"), donate_argnames="state")
+def sampled(_: Float[Array, "B V"], logits: Float[Array, "B V"], tokens: Int32[Array, " B"], knobs: Knobs) -> jax.Array:
+    """For `advance`: the log-probabilities with which tokens are drawn, but for top-k, top-p and min-p."""
+    return log_probabilities(logits, tokens, knobs.temperature)
+
+
+def ranked(logits: Float[Array, "B V"], _: Float[Array, "B V"], tokens: Int32[Array, " B"], __: Knobs) -> Ranked:
+    """For `advance`: the tokens beside the most likely ones."""
+    return rank(logits, tokens)
+
+
+def rank(logits: Float[Array, "N V"], tokens: Int32[Array, " N"]) -> Ranked:
+    log_p = jax.nn.log_softmax(logits)
+    values, ids = top_k_by_blocks(log_p, N_RANKED)
+    return Ranked(jnp.take_along_axis(log_p, tokens[:, None], axis=1)[:, 0], ids, values)
+
+
+@functools.partial(jax.jit, static_argnames=("top_k", "config", "all_steps", "report"), donate_argnames="state")
 def advance(
     params: Params,
     state: DecodeState,
@@ -46,24 +72,25 @@ def advance(
     top_k: int,
     config: GPTConfig,
     all_steps: int = 0,
-    log_probs: bool = False,
-) -> tuple[DecodeState, tuple[Int32[Array, "B chunk"], Float[Array, "B chunk"] | None]]:
+    report: Callable[..., Any] | None = None,
+) -> tuple[DecodeState, tuple[Int32[Array, "B chunk"], Any]]:
     """Draws up to `n_steps` (at most `CHUNK`) tokens a row; returns the state and the tokens, padded with -1.
 
-    The tokens include the stop id; with `log_probs`, their log-probabilities come with them.
+    The tokens include the stop id. With them come, for each, what `report` gives of the model's logits, those that are
+    drawn from (penalized, and -inf where forbidden), the tokens and the knobs; None without it.
 
     A token is fed as soon as it is drawn, so the cache always holds all that was returned. A row that draws a stop id
     is finished. The loop ends when all rows are; but with `all_steps` it makes that many steps, in place of `n_steps`:
     on a GPU, the host would read after each step whether the loop goes on, and the GPU would wait. A finished row then
     writes to the slot of its position, which may be one beyond its limit.
     """
-    key = jax.random.key(knobs.seed, impl="threefry2x32")
-    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(state.rows)
+    keys = jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))(knobs.seed)
+    row_keys = jax.vmap(jax.random.fold_in)(keys, state.rows)
+    table = params["tok_emb" if config.tied_head else "head"]["embedding"]
 
     def step(i, state, new):
-        table = params["tok_emb" if config.tied_head else "head"]["embedding"]
-        logits = head_logits(state.hidden, table, config.vocab_size)
-        logits = penalize(logits, state.seen, knobs.repetition_penalty)
+        of_model = head_logits(state.hidden, table, config.vocab_size)
+        logits = penalize(of_model, state.seen, knobs.repetition_penalty)
         logits = jnp.where(knobs.forbidden[None], -jnp.inf, logits)
         # Random numbers belong to a row and a position: neither chunks nor buckets change what is drawn.
         token = draw(logits, jax.vmap(jax.random.fold_in)(row_keys, state.positions), knobs, top_k)
@@ -77,17 +104,17 @@ def advance(
             limits=jnp.where(active, state.limits, state.positions),
             seen=state.seen.at[jnp.arange(len(token)), token].set(True, unique_indices=True),
         )
-        ids, log_p = new
-        if log_probs:
-            log_p = log_p.at[:, i].set(log_probabilities(logits, token, knobs.temperature))
-        return state, (ids.at[:, i].set(jnp.where(unfinished, token, -1)), log_p)
+        found = jnp.where(unfinished, token, -1), report(of_model, logits, token, knobs) if report else None
+        return state, jax.tree.map(lambda whole, part: whole.at[:, i].set(part), new, found)
 
     def unfinished(carry):
         i, state, _ = carry
         return (i < n_steps) & (state.positions < state.limits).any()
 
+    shapes = jax.eval_shape(report, *2 * [state.seen.astype(jnp.float32)], state.rows, knobs) if report else None
     shape = (len(state.positions), CHUNK)
-    new = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32) if log_probs else None
+    reports = jax.tree.map(lambda each: jnp.zeros((*shape, *each.shape[1:]), each.dtype), shapes)
+    new = jnp.full(shape, -1, jnp.int32), reports
     if all_steps:
         return jax.lax.fori_loop(0, all_steps, lambda i, carry: step(i, *carry), (state, new))
     carry = jnp.int32(0), state, new

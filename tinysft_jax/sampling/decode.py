@@ -186,7 +186,7 @@ class Decoder:
             state = select(state, np.pad(places, (0, n_rows - len(places)), mode="edge"))
             state = jax.device_put(state, self._sharding(n_rows))
         end = np.minimum(*jax.device_get((state.positions + CHUNK, state.limits))).max()
-        return rows, state._replace(cache=lengthen(state.cache, self._cache_slots(int(end))))
+        return rows, state._replace(cache=lengthen(state.cache, self.cache_slots(int(end))))
 
     def stream(
         self, prompt: Prompt, options: SamplingOptions, kept: KeptCache | None = None, row: int = 0
@@ -203,7 +203,7 @@ class Decoder:
         self, ids: list[int], options: SamplingOptions, forbidden: np.ndarray, kept: KeptCache, row: int
     ) -> Iterator:
         """A generator, which begins at its first chunk; `stream` raises errors at once."""
-        n_slots = self._cache_slots(self._limit(len(ids), options))
+        n_slots = self.cache_slots(self.limit(len(ids), options))
         start, cache = kept.take(ids, n_slots)
         padding = (start - len(ids)) % PIECES[-1]
         if len(ids) + padding > n_slots:
@@ -236,7 +236,7 @@ class Decoder:
 
     def is_full(self, prompt: Prompt, answer: list[int], options: SamplingOptions) -> bool:
         """Whether an answer ended because there was no room for more, not with a stop id."""
-        return len(prompt) + len(answer) >= self._limit(len(prompt), options)
+        return len(prompt) + len(answer) >= self.limit(len(prompt), options)
 
     def note_on_length(self, lengths: Iterable[int], options: SamplingOptions) -> str:
         """A line for the user if answers of these lengths, prompts included, were cut off short of the context."""
@@ -270,14 +270,14 @@ class Decoder:
         If no cache is given, a new one, with room for the prompts and `n_steps` (None: all) of their answers.
         """
         n_rows, config = len(rows), self.config
-        limits = [self._limit(len(prompt), options) for prompt in prompts]
+        limits = [self.limit(len(prompt), options) for prompt in prompts]
         seen = np.zeros((n_rows, config.padded_vocab_size), bool)
         for row, prompt in zip(seen, prompts, strict=True):
             row[prompt] = True
         seen[:, [id_ for id_ in options.stop_ids if 0 <= id_ < config.vocab_size]] = False
         if not cache:
             ends = limits if n_steps is None else map(min, limits, (len(prompt) + n_steps for prompt in prompts))
-            shape = (n_rows, config.n_kv_heads, self._cache_slots(max(ends)), config.head_dim)
+            shape = (n_rows, config.n_kv_heads, self.cache_slots(max(ends)), config.head_dim)
             empty = functools.partial(jnp.zeros, shape, self.dtype, device=self._sharding(n_rows))
             cache = [(empty(), empty()) for _ in range(config.n_layers)]
         hidden = np.zeros((n_rows, config.dim), self.dtype)
@@ -322,7 +322,7 @@ class Decoder:
         """How rows are divided over the mesh; a stream's single one is not."""
         return None if self._mesh is None or n_rows % self._shards else batch_sharding(self._mesh)
 
-    def _limit(self, n_prompt: int, options: SamplingOptions) -> int:
+    def limit(self, n_prompt: int, options: SamplingOptions) -> int:
         """The position at which an answer ends at the latest."""
         return min(n_prompt + options.max_new_tokens, self.max_length(options))
 
@@ -331,7 +331,7 @@ class Decoder:
         context = -(-self.config.max_seq_len // SHORTEST_BUCKET) * SHORTEST_BUCKET
         return min(max(_bucket(n), SHORTEST_BUCKET), context)
 
-    def _cache_slots(self, limit: int) -> int:
+    def cache_slots(self, limit: int) -> int:
         """Of a cache for rows that end before position `limit`: that one has a slot, too, where `advance` needs it."""
         return self._slots(limit) + (SHORTEST_BUCKET if accelerator.is_present() else 0)
 

@@ -70,19 +70,23 @@ class Knobs(NamedTuple):
     min_p: Float[Array, " B"]
     repetition_penalty: Float[Array, " B"]
     seed: UInt32[Array, " B"]
+    ranked: Bool[Array, " B"]  # whether the most likely tokens are reported, too
     stop_ids: Int32[Array, " n_stop"]
     forbidden: Bool[Array, " V"]
 
     @classmethod
-    def of(cls, options: Sequence[SamplingOptions], forbidden: Bool[np.ndarray, " V"]) -> "Knobs":
+    def of(
+        cls, options: Sequence[SamplingOptions], forbidden: Bool[np.ndarray, " V"], ranked: Sequence[bool] | None = None
+    ) -> "Knobs":
         """Those of rows with these options, which have the same stop ids."""
 
         def column(name: str, dtype) -> np.ndarray:
             return np.array([getattr(each, name) for each in options], dtype)
 
         numbers = (column(name, np.float32) for name in ("top_p", "min_p", "repetition_penalty"))
-        seeds, stop_ids = column("seed", np.uint32), np.array(options[0].stop_ids, np.int32)
-        return cls(column("temperature", np.float32), column("top_k", np.int32), *numbers, seeds, stop_ids, forbidden)
+        of_rows = column("temperature", np.float32), column("top_k", np.int32), *numbers, column("seed", np.uint32)
+        ranked = np.array(ranked or len(options) * [False])
+        return cls(*of_rows, ranked, np.array(options[0].stop_ids, np.int32), forbidden)
 
 
 def penalize(

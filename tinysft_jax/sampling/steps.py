@@ -52,15 +52,19 @@ def sampled(_: Float[Array, "B V"], logits: Float[Array, "B V"], tokens: Int32[A
     return log_probabilities(logits, tokens, knobs.temperature)
 
 
-def ranked(logits: Float[Array, "B V"], _: Float[Array, "B V"], tokens: Int32[Array, " B"], __: Knobs) -> Ranked:
-    """For `advance`: the tokens beside the most likely ones."""
-    return rank(logits, tokens)
+def ranked(logits: Float[Array, "B V"], _: Float[Array, "B V"], tokens: Int32[Array, " B"], knobs: Knobs) -> Ranked:
+    """For `advance`: the tokens beside the most likely ones, if any row wants that."""
+    return _rank(knobs.ranked.any(), lambda: logits, tokens)
 
 
-def rank(logits: Float[Array, "N V"], tokens: Int32[Array, " N"]) -> Ranked:
-    log_p = jax.nn.log_softmax(logits)
-    values, ids = top_k_by_blocks(log_p, N_RANKED)
-    return Ranked(jnp.take_along_axis(log_p, tokens[:, None], axis=1)[:, 0], ids, values)
+def _rank(wanted: Bool[Array, ""], logits: Callable[[], Float[Array, "N V"]], tokens: Int32[Array, " N"]) -> Ranked:
+    def rank() -> Ranked:
+        log_p = jax.nn.log_softmax(logits())
+        values, ids = top_k_by_blocks(log_p, N_RANKED)
+        return Ranked(jnp.take_along_axis(log_p, tokens[:, None], axis=1)[:, 0], ids, values)
+
+    nothing = jax.eval_shape(rank)
+    return jax.lax.cond(wanted, rank, lambda: jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), nothing))
 
 
 @functools.partial(jax.jit, static_argnames=("top_k", "config", "all_steps", "report"), donate_argnames="state")
@@ -119,6 +123,43 @@ def advance(
         return jax.lax.fori_loop(0, all_steps, lambda i, carry: step(i, *carry), (state, new))
     carry = jnp.int32(0), state, new
     return jax.lax.while_loop(unfinished, lambda carry: (carry[0] + 1, *step(*carry)), carry)[1:]
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def feed(
+    params: Params,
+    state: DecodeState,
+    row: Int32[Array, ""],
+    start: Int32[Array, ""],
+    tokens: Int32[Array, " P"],
+    length: Int32[Array, ""],
+    targets: Int32[Array, " P"],
+    wanted: Bool[Array, ""],
+    seen: Bool[Array, " V"],
+    config: GPTConfig,
+) -> tuple[DecodeState, Ranked]:
+    """Feeds a piece of a prompt, `length` tokens from position `start` on, to one row of several.
+
+    If that is `wanted`, it also ranks the tokens that follow each, the targets.
+    """
+    cache = jax.tree.map(lambda whole: jax.lax.dynamic_slice_in_dim(whole, row, 1), state.cache)
+    positions = start + jnp.arange(len(tokens), dtype=jnp.int32)
+    hidden, cache = cached_hidden(params, tokens[None], positions[None], cache, config)
+    last = jax.lax.dynamic_slice_in_dim(hidden[0], length - 1, 1)
+    new = state._replace(cache=cache, hidden=last, positions=(start + length)[None], seen=seen[None])
+    changed = ("cache", "hidden", "positions", "seen")
+    state = state._replace(
+        **{
+            name: jax.tree.map(
+                lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, row, 0),
+                getattr(state, name),
+                getattr(new, name),
+            )
+            for name in changed
+        }
+    )
+    table = params["tok_emb" if config.tied_head else "head"]["embedding"]
+    return state, _rank(wanted, lambda: head_logits(hidden[0], table, config.vocab_size), targets)
 
 
 @jax.jit

@@ -1,0 +1,315 @@
+"""Continuous batching: answers to many requests at once, which come and go while others are being answered."""
+
+import collections
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinysft_jax import accelerator
+from tinysft_jax.sampling.decode import PIECES, STREAM_CHUNK, Decoder
+from tinysft_jax.sampling.filters import Knobs, SamplingOptions
+from tinysft_jax.sampling.steps import DecodeState, Ranked, advance, feed, ranked
+
+# Decode steps are run for about this long, then requests join and leave.
+SECONDS_OF_RUN = 0.1
+
+Finish = Literal["stop", "length", "cancelled"]
+
+
+class Refused(Exception):
+    """The engine takes no more requests: too many are waiting, or it is closing."""
+
+
+class News(NamedTuple):
+    """What is new of an answer."""
+
+    ids: list[int]  # without the stop id
+    ranked: Ranked | None  # of these ids, NumPy arrays; None if the request does not ask for it
+    finish: Finish | None  # why the answer has ended
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A prompt to be continued.
+
+    `receive` is called in the engine's thread with each piece of the answer, and says whether it wants more; the last
+    piece has a `finish`, unless no more was wanted.
+    """
+
+    prompt: list[int]
+    options: SamplingOptions  # their stop and forbidden ids are the engine's
+    receive: Callable[[News], bool]
+    row: int = 0  # chooses, with the seed, the random numbers
+    ranks: bool = False  # whether the answer's tokens are ranked
+    ranks_prompt: bool = False
+    prompt_ranked: list[Ranked] = dataclasses.field(default_factory=list)  # of all prompt tokens but the first
+    is_cancelled: bool = False
+
+
+@dataclasses.dataclass
+class _Slot:
+    """A row of the cache."""
+
+    ids: list[int] = dataclasses.field(default_factory=list)  # whose keys and values it holds
+    request: Request | None = None
+    last_used: int = 0
+
+    @property
+    def rest(self) -> list[int]:
+        """What is left of the prompt."""
+        return self.request.prompt[len(self.ids) :]
+
+
+class Engine:
+    """Answers requests over a fixed number of slots of one cache on the device, in a thread of its own.
+
+    Requests join and leave between short runs of decode steps. Prompts are fed in pieces, one of each joining request
+    before a run, so a long prompt delays the others by a piece at a time. A free slot keeps its keys and values, and a
+    request whose prompt begins like that text takes the slot over. Every shape is fixed: what is computed for a request
+    does not depend on who else is served.
+
+    `options` holds what is common to all requests: stop ids, forbidden ids and `max_length`. `on_end` is called in the
+    engine's thread when it ends; `failure` is the error that it ended with, or None.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        options: SamplingOptions,
+        n_slots: int = 16,
+        queue: int = 64,
+        on_end: Callable[[], None] = lambda: None,
+    ):
+        self._decoder, self._options, self._on_end, self._room = decoder, options, on_end, n_slots + queue
+        self._forbidden = decoder.forbidden(options)
+        self._slots = [_Slot() for _ in range(n_slots)]
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._changed = threading.Condition()
+        self._n_unfinished = 0  # waiting or in a slot
+        self._is_closing = False
+        self._end: float | None = None  # of all answers
+        self._clock, self._seconds_of_step = 0, SECONDS_OF_RUN
+        self.is_ready = threading.Event()
+        self.failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def n_active(self) -> int:
+        """Slots that are in use."""
+        return sum(slot.request is not None for slot in self._slots)
+
+    def start(self) -> None:
+        """Starts the thread, which compiles; then `is_ready` is set."""
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queues all of them, or none. Raises: Refused."""
+        with self._changed:
+            if self._is_closing or self._end is not None:
+                raise Refused("the server is shutting down")
+            if self._n_unfinished + len(requests) > self._room:
+                raise Refused("too many requests are waiting; try again later")
+            self._n_unfinished += len(requests)
+            self._waiting.extend(requests)
+            self._changed.notify()
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request soon, if it has not ended. Its slot is free before the next run."""
+        request.is_cancelled = True
+        with self._changed:
+            self._changed.notify()
+
+    def finish_within(self, seconds: float) -> None:
+        """Takes no more requests; answers that have not ended by then are cut off, as by a lack of room."""
+        with self._changed:
+            self._end = time.monotonic() + seconds
+
+    def close(self) -> None:
+        """Ends all requests and the thread."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._state = self._create_state()
+            self._compile()
+            self.is_ready.set()
+            while self._wait():
+                self._end_some()
+                self._fill_slots()
+                self._decode(first=self._feed())
+        except Exception as error:
+            self.failure = error
+        finally:
+            with self._changed:
+                self._is_closing = True
+            self._end_some()
+            self._on_end()
+
+    def _wait(self) -> bool:
+        """Waits until there is work; whether there is."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closing or self._n_unfinished)
+            return not self._is_closing
+
+    def _end_some(self) -> None:
+        """Ends requests that are cancelled; all, if the engine closes or their time is over."""
+        is_over = self._end is not None and time.monotonic() >= self._end
+        why = "length" if is_over else "cancelled"
+        for slot in self._slots:
+            if slot.request and (slot.request.is_cancelled or self._is_closing or is_over):
+                self._deliver(slot, News([], None, why))
+        with self._changed:
+            ended = [each for each in self._waiting if each.is_cancelled or self._is_closing or is_over]
+            self._n_unfinished -= len(ended)
+            self._waiting = collections.deque(each for each in self._waiting if each not in ended)
+        for request in ended:
+            request.receive(News([], None, why))
+
+    def _fill_slots(self) -> None:
+        free = [slot for slot in self._slots if slot.request is None]
+        while free and self._waiting:
+            with self._changed:
+                request = self._waiting.popleft()
+            # The slot that holds the most of the prompt. But a text of which little is of use is not given up for that:
+            # all chats begin with the same system message.
+            shared = {id(slot): _n_shared(slot.ids, request) for slot in free}
+            slot = max(free, key=lambda slot: (shared[id(slot)], -slot.last_used))
+            free.remove(slot)
+            slot.request, slot.ids = request, request.prompt[: shared[id(slot)]]
+
+    def _feed(self) -> bool:
+        """Feeds a piece to each request that joins, as long as the longest; whether a prompt is now complete."""
+        is_complete = False
+        for row, slot in enumerate(self._slots):
+            if slot.request is None or not slot.rest:
+                continue
+            room = PIECES[0]
+            while room > 0 and (rest := slot.rest):
+                size = next((size for size in PIECES if size <= min(len(rest), room)), PIECES[-1])
+                self._feed_piece(row, slot, rest[:size], size)
+                room -= size
+            if not slot.rest:
+                is_complete = True
+                if self._limit(slot) == len(slot.ids):  # the prompt's own log-probabilities are all that is wanted
+                    self._deliver(slot, News([], None, "length"))
+        return is_complete
+
+    def _feed_piece(self, row: int, slot: _Slot, piece: list[int], size: int) -> None:
+        request, start = slot.request, len(slot.ids)
+        following = request.prompt[start + 1 : start + 1 + len(piece)]
+        self._state, found = feed(
+            self._decoder.params,
+            self._state,
+            np.int32(row),
+            np.int32(start),
+            _padded(piece, size),
+            np.int32(len(piece)),
+            _padded(following, size),
+            np.bool(request.ranks_prompt),
+            self._seen(request),
+            self._decoder.config,
+        )
+        slot.ids = slot.ids + piece
+        if request.ranks_prompt:
+            request.prompt_ranked.append(jax.tree.map(lambda each: each[: len(following)], jax.device_get(found)))
+
+    def _decode(self, first: bool) -> None:
+        """Runs decode steps, one if a prompt is `first` to be continued, and delivers what was drawn."""
+        active = {row: slot for row, slot in enumerate(self._slots) if slot.request and not slot.rest}
+        if not active:
+            jax.block_until_ready(self._state.hidden)
+            return
+        requests = [slot.request for slot in self._slots]
+        n_steps = 1 if first else int(np.clip(SECONDS_OF_RUN / self._seconds_of_step, 1, 2 * STREAM_CHUNK))
+        start = time.perf_counter()
+        ids, found, positions, limits = self._advance(requests, active, n_steps)
+        n_drawn = (ids >= 0).sum(axis=1)
+        self._seconds_of_step = (time.perf_counter() - start) / max(n_drawn.max(), 1)
+        for row, slot in active.items():
+            new, finish = ids[row, : n_drawn[row]].tolist(), None
+            if positions[row] >= limits[row]:
+                finish = "length"
+                if new and new[-1] in self._options.stop_ids:
+                    finish = "stop"
+                    new.pop()
+            slot.ids = slot.ids + new
+            of_new = jax.tree.map(lambda each: each[row, : len(new)], found) if slot.request.ranks else None  # noqa: B023
+            self._deliver(slot, News(new, of_new, finish))
+
+    def _advance(self, requests: list[Request | None], active: dict[int, _Slot], n_steps: int):
+        """The new ids, what is found of them, positions and limits, as NumPy arrays."""
+        options = [self._options if request is None else request.options for request in requests]
+        options = [dataclasses.replace(each, stop_ids=self._options.stop_ids) for each in options]
+        knobs = Knobs.of(options, self._forbidden, [bool(request and request.ranks) for request in requests])
+        positions = np.array([len(slot.ids) for slot in self._slots], np.int32)
+        limits = positions.copy()
+        for row, slot in active.items():
+            limits[row] = self._limit(slot)
+        rows = np.array([request.row if request else 0 for request in requests], np.int32)
+        state = self._state._replace(positions=positions, limits=limits, rows=rows)
+        all_steps = STREAM_CHUNK if accelerator.is_present() else 0
+        arguments = np.int32(n_steps), knobs, 0, self._decoder.config, all_steps, ranked
+        self._state, (ids, found) = advance(self._decoder.params, state, *arguments)
+        return jax.device_get((ids, found, self._state.positions, self._state.limits))
+
+    def _deliver(self, slot: _Slot, news: News) -> None:
+        wants_more = slot.request.receive(news)
+        if news.finish or not wants_more:
+            self._clock += 1
+            slot.request, slot.last_used = None, self._clock
+            with self._changed:
+                self._n_unfinished -= 1
+
+    def _limit(self, slot: _Slot) -> int:
+        return self._decoder.limit(len(slot.request.prompt), slot.request.options)
+
+    def _seen(self, request: Request) -> np.ndarray:
+        seen = np.zeros(self._decoder.config.padded_vocab_size, bool)
+        seen[request.prompt] = True
+        seen[[id_ for id_ in self._options.stop_ids if id_ < len(seen)]] = False
+        return seen
+
+    def _create_state(self) -> DecodeState:
+        config, n_rows = self._decoder.config, len(self._slots)
+        # With room for a piece that begins in the last place.
+        n_slots = self._decoder.cache_slots(self._decoder.max_length(self._options)) + PIECES[-1]
+        shape = (n_rows, config.n_kv_heads, n_slots, config.head_dim)
+        cache = [tuple(jnp.zeros(shape, self._decoder.dtype) for _ in range(2)) for _ in range(config.n_layers)]
+        numbers = [jnp.zeros(n_rows, jnp.int32) for _ in range(3)]
+        hidden, seen = (n_rows, config.dim), (n_rows, config.padded_vocab_size)
+        return DecodeState(cache, jnp.zeros(hidden, self._decoder.dtype), *numbers, jnp.zeros(seen, bool))
+
+    def _compile(self) -> None:
+        """Calls each program once."""
+        request = Request([0], self._options, lambda news: True)
+        slot = _Slot(request=request)
+        for size in PIECES:
+            self._feed_piece(0, slot, [0], size)
+        self._advance([request, *(len(self._slots) - 1) * [None]], {0: slot}, 1)
+
+
+def _n_shared(kept: list[int], request: Request) -> int:
+    """How many of the prompt's first tokens are used from a slot. The last is computed again, to predict the next."""
+    if request.ranks_prompt:
+        return 0
+    n = min(len(kept), len(request.prompt) - 1)
+    different = np.flatnonzero(np.array(kept[:n]) != np.array(request.prompt[:n]))
+    n_same = int(different[0]) if len(different) else n
+    return n_same if 2 * n_same >= min(len(kept), len(request.prompt)) else 0
+
+
+def _padded(ids: list[int], size: int) -> np.ndarray:
+    return np.pad(np.array(ids, np.int32), (0, size - len(ids)))

@@ -151,7 +151,7 @@ $(VENV)/real.stamp: pyproject.toml constraints.txt
 	@$(call install,.[eval$(comma)gguf])
 
 $(DEV): pyproject.toml constraints.txt
-	@$(call install,.[dev$(comma)eval$(comma)hf$(comma)gguf$(comma)parquet$(comma)tokamax$(if $(filter 1,$(TORCH)),$(comma)torch)])
+	@$(call install,.[dev$(comma)eval$(comma)hf$(comma)gguf$(comma)parquet$(comma)serve$(comma)tokamax$(if $(filter 1,$(TORCH)),$(comma)torch)])
 
 comma := ,
 define install

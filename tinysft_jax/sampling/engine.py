@@ -23,7 +23,11 @@ Finish = Literal["stop", "length", "cancelled"]
 
 
 class Refused(Exception):
-    """The engine takes no more requests: too many are waiting, or it is closing."""
+    """The engine takes no more requests: for now, because too many are waiting, or any more."""
+
+    def __init__(self, message: str, is_for_now: bool):
+        super().__init__(message)
+        self.is_for_now = is_for_now
 
 
 class News(NamedTuple):
@@ -74,19 +78,12 @@ class Engine:
     request whose prompt begins like that text takes the slot over. Every shape is fixed: what is computed for a request
     does not depend on who else is served.
 
-    `options` holds what is common to all requests: stop ids, forbidden ids and `max_length`. `on_end` is called in the
-    engine's thread when it ends; `failure` is the error that it ended with, or None.
+    `options` holds what is common to all requests: stop ids, forbidden ids and `max_length`. `failure` is the error
+    that the thread has ended with, or None.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        options: SamplingOptions,
-        n_slots: int = 16,
-        queue: int = 64,
-        on_end: Callable[[], None] = lambda: None,
-    ):
-        self._decoder, self._options, self._on_end, self._room = decoder, options, on_end, n_slots + queue
+    def __init__(self, decoder: Decoder, options: SamplingOptions, n_slots: int = 16, queue: int = 64):
+        self._decoder, self._options, self._room = decoder, options, n_slots + queue
         self._forbidden = decoder.forbidden(options)
         self._slots = [_Slot() for _ in range(n_slots)]
         self._waiting: collections.deque[Request] = collections.deque()
@@ -97,7 +94,6 @@ class Engine:
         self._clock, self._seconds_of_step = 0, SECONDS_OF_RUN
         self.is_ready = threading.Event()
         self.failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
     def n_waiting(self) -> int:
@@ -108,17 +104,18 @@ class Engine:
         """Slots that are in use."""
         return sum(slot.request is not None for slot in self._slots)
 
-    def start(self) -> None:
-        """Starts the thread, which compiles; then `is_ready` is set."""
+    def start(self, on_ready: Callable[[], None] = lambda: None, on_end: Callable[[], None] = lambda: None) -> None:
+        """Starts the thread, which compiles, and then calls `on_ready`; when it ends, it calls `on_end`."""
+        self._thread = threading.Thread(target=self._run, args=(on_ready, on_end), name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queues all of them, or none. Raises: Refused."""
         with self._changed:
             if self._is_closing or self._end is not None:
-                raise Refused("the server is shutting down")
+                raise Refused("the server is shutting down", is_for_now=False)
             if self._n_unfinished + len(requests) > self._room:
-                raise Refused("too many requests are waiting; try again later")
+                raise Refused("too many requests are waiting; try again later", is_for_now=True)
             self._n_unfinished += len(requests)
             self._waiting.extend(requests)
             self._changed.notify()
@@ -134,18 +131,20 @@ class Engine:
         with self._changed:
             self._end = time.monotonic() + seconds
 
-    def close(self) -> None:
-        """Ends all requests and the thread."""
+    def close(self, seconds: float | None = None) -> bool:
+        """Ends all requests and the thread; whether it has ended within that time."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
-    def _run(self) -> None:
+    def _run(self, on_ready: Callable[[], None], on_end: Callable[[], None]) -> None:
         try:
             self._state = self._create_state()
             self._compile()
             self.is_ready.set()
+            on_ready()
             while self._wait():
                 self._end_some()
                 self._fill_slots()
@@ -156,7 +155,7 @@ class Engine:
             with self._changed:
                 self._is_closing = True
             self._end_some()
-            self._on_end()
+            on_end()
 
     def _wait(self) -> bool:
         """Waits until there is work; whether there is."""

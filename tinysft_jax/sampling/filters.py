@@ -89,9 +89,7 @@ class Knobs(NamedTuple):
         return cls(*of_rows, ranked, np.array(options[0].stop_ids, np.int32), forbidden)
 
 
-def penalize(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, " B"]
-) -> Float[Array, "B V"]:
+def penalize(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, " B"]) -> Float[Array, "B V"]:
     """Makes tokens that were seen less likely; see `SamplingOptions.repetition_penalty`."""
     penalty = penalty[:, None]
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -1,0 +1,254 @@
+"""What a request's body asks for: OpenAI's fields, checked."""
+
+import dataclasses
+import json
+import math
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+from tinysft_jax import chat
+from tinysft_jax.console import shown
+from tinysft_jax.sampling.decode import Decoder, check_prompt
+from tinysft_jax.sampling.filters import SamplingOptions
+from tinysft_jax.sampling.steps import N_RANKED
+from tinysft_jax.serving.errors import ApiError
+from tinysft_jax.tokenizer import ChatTokenizer
+
+MAX_MESSAGES = 1_000
+MAX_STOPS = 4
+MAX_STOP_CHARACTERS = 1_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Prompts to answer, and how."""
+
+    is_chat: bool
+    prompts: list[list[int]]
+    texts: list[str]  # of the prompts, to be repeated before their answers; empty if that is not wanted
+    options: SamplingOptions
+    n: int  # answers to each prompt
+    stops: tuple[str, ...]
+    n_ranked: int | None  # most likely tokens to tell beside each; None: no log-probabilities at all
+    streams: bool
+    counts: bool  # whether a stream ends with the usage
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    what: str  # it must be
+    is_valid: Callable[[Any], bool]
+    default: Any = None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(low: float, high: float, default: float | None = None) -> _Field:
+    what = f"a number from {low:g} to {high:g}"
+    return _Field(what, lambda value: _is_number(value) and low <= value <= high, default)
+
+
+def _whole(low: int, high: int, default: int | None = None) -> _Field:
+    what = f"a whole number from {low} to {high}"
+    return _Field(what, lambda value: _is_number(value) and isinstance(value, int) and low <= value <= high, default)
+
+
+def _is_stop(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_STOP_CHARACTERS
+
+
+_BOOL = _Field("true or false", lambda value: isinstance(value, bool), False)
+_ANY = _Field("", lambda value: True)
+_MOST = 2**31 - 1
+_STOPS = _Field(
+    f"a text, or up to {MAX_STOPS} of them, none empty",
+    lambda value: (
+        _is_stop(value) or (isinstance(value, list) and len(value) <= MAX_STOPS and all(map(_is_stop, value)))
+    ),
+    (),
+)
+_STREAM_OPTIONS = _Field(
+    '{"include_usage": true or false}',
+    lambda value: (
+        isinstance(value, dict) and value.keys() <= {"include_usage", "include_obfuscation"}
+        and all(isinstance(each, bool) for each in value.values())
+    ),
+    {},
+)  # fmt: skip
+# The last three are no fields of OpenAI's: what `sample.py` can do besides.
+_COMMON = {
+    "model": _Field("a text", lambda value: isinstance(value, str)),
+    "n": _whole(1, 128, 1),
+    "temperature": _number(0, 2, 1),
+    "top_p": _number(0, 1, 1),
+    "seed": _whole(-(2**63), 2**63 - 1),
+    "stop": _STOPS,
+    "stream": _BOOL,
+    "stream_options": _STREAM_OPTIONS,
+    "top_k": _whole(0, _MOST, 0),
+    "min_p": _number(0, 1, 0),
+    "repetition_penalty": _number(0.01, 100, 1),
+}
+_CHAT = _COMMON | {
+    "messages": _Field("a list of messages", lambda value: isinstance(value, list)),
+    "max_tokens": _whole(1, _MOST),
+    "max_completion_tokens": _whole(1, _MOST),
+    "logprobs": _BOOL,
+    "top_logprobs": _whole(0, N_RANKED, 0),
+}
+_COMPLETION = _COMMON | {
+    "prompt": _ANY,
+    "max_tokens": _whole(0, _MOST, 16),
+    "logprobs": _whole(0, N_RANKED),
+    "echo": _BOOL,
+}
+# What OpenAI's server takes and this one can't do, with the values that ask for nothing.
+_NEUTRAL = {
+    **dict.fromkeys(("frequency_penalty", "presence_penalty"), (0,)),
+    "logit_bias": ({},),
+    **dict.fromkeys(("tools", "functions"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "best_of": (1,),
+    "suffix": ("",),
+    **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
+}
+# What says nothing about the answer.
+_IGNORED = {
+    *("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"),
+    "prompt_cache_retention",
+}
+# Of a message; those after the first two only without a value.
+_MESSAGE_FIELDS = ("role", "content", "name", "refusal", "audio", "tool_calls", "function_call", "annotations")
+
+
+class Reader:
+    """Reads bodies for a model. `name` is the model's; nothing here touches a device."""
+
+    def __init__(self, decoder: Decoder, tokenizer: ChatTokenizer, options: SamplingOptions, name: str, most: int):
+        self._config, self._tokenizer, self._options, self._name = decoder.config, tokenizer, options, name
+        self.length, self._most = decoder.max_length(options), most
+
+    def read(self, body: bytes, is_chat: bool) -> Call:
+        """Raises: ApiError or UserError."""
+        fields = _check_fields(_parse(body), _CHAT if is_chat else _COMPLETION)
+        if fields["model"] not in (None, self._name):
+            message = f"there is no model {shown(fields['model'])}; this server has {self._name}"
+            raise ApiError(404, message, "model", "model_not_found")
+        if is_chat and self._tokenizer.template is None:
+            raise ApiError(400, "this model has no chat template; it continues text: use /v1/completions", "messages")
+        most = _most_tokens(fields) if is_chat else fields["max_tokens"]
+        prompts = [self._chat_prompt(fields["messages"])] if is_chat else self._prompts(fields["prompt"])
+        for prompt in prompts:
+            self._check_length(len(prompt), most)
+            # With no answer wanted, the prompt may fill the context.
+            check_prompt(prompt, "the prompt", self._config, self.length + (most == 0))
+        n = fields["n"]
+        if n * len(prompts) > self._most:
+            message = f"{n * len(prompts)} answers at a time; this server takes at most {self._most} (see --queue)"
+            raise ApiError(400, message, "n")
+        seed = secrets.randbits(32) if fields["seed"] is None else fields["seed"] % 2**32
+        numbers = {name: fields[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+        options = dataclasses.replace(self._options, max_new_tokens=most, seed=seed, **numbers)
+        stops = (fields["stop"],) if isinstance(fields["stop"], str) else tuple(fields["stop"])
+        streams, counts = fields["stream"], fields["stream_options"].get("include_usage", False)
+        texts = self._texts(fields["prompt"], prompts) if not is_chat and fields["echo"] else []
+        return Call(is_chat, prompts, texts, options, n, stops, _n_ranked(fields, is_chat), streams, counts)
+
+    def _chat_prompt(self, messages: Any) -> list[int]:
+        if len(messages or ()) > MAX_MESSAGES:
+            raise ApiError(413, f"{len(messages)} messages; at most {MAX_MESSAGES} are read", "messages")
+        messages = chat.read_messages([_check_message(each, index) for index, each in enumerate(messages or ())])
+        self._check_text(*(message["content"] for message in messages))
+        return self._tokenizer.encode_prompt(messages).tolist()
+
+    def _prompts(self, prompt: Any) -> list[list[int]]:
+        """A text, several, one's token ids, or several ones'."""
+        several = prompt if isinstance(prompt, list) and not all(map(_is_number, prompt)) else [prompt]
+        if len(several) > self._most:
+            raise ApiError(400, f"{len(several)} prompts; this server takes at most {self._most}", "prompt")
+        if all(isinstance(each, str) for each in several):
+            self._check_text(*several)
+            return [self._tokenizer.encode_opening(each) for each in several]
+        # check_prompt says what is wrong with ids.
+        if all(isinstance(each, list) and all(_is_id(id_) for id_ in each) for each in several):
+            return several
+        raise ApiError(400, "prompt must be a text, a list of texts, token ids or a list of token ids", "prompt")
+
+    def _texts(self, prompt: Any, prompts: list[list[int]]) -> list[str]:
+        given = [prompt] if isinstance(prompt, str) else prompt
+        return list(given) if isinstance(given[0], str) else [self._tokenizer.decode(ids) for ids in prompts]
+
+    def _check_text(self, *texts: str) -> None:
+        """Refuses what is far too long before it is encoded, which takes time."""
+        n_bytes = sum(len(text.encode(errors="replace")) for text in texts)
+        self._check_length(math.ceil(n_bytes / self._tokenizer.longest_token), 0, " or more")
+
+    def _check_length(self, n_tokens: int, n_new: int, or_more: str = "") -> None:
+        if n_tokens + min(n_new, 1) > self.length:
+            message = f"the prompt has {n_tokens}{or_more} tokens, and prompt and answer have room for {self.length}"
+            raise ApiError(400, message, code="context_length_exceeded")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not valid JSON") from None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    return fields
+
+
+def _check_fields(given: dict[str, Any], known: dict[str, _Field]) -> dict[str, Any]:
+    """The known fields, with defaults in place of those that are missing or null."""
+    for name, value in given.items():
+        if value is None or name in _IGNORED:
+            continue
+        if name in _NEUTRAL and name not in known:
+            if value not in _NEUTRAL[name]:
+                raise ApiError(400, f"{name} is not supported by this server", name, "unsupported_parameter")
+        elif name not in known:
+            raise ApiError(400, f"unrecognized request argument: {shown(name)}", shown(name), "unknown_parameter")
+        elif not known[name].is_valid(value):
+            raise ApiError(400, f"{name} is {shown(value)}; it must be {known[name].what}", name, "invalid_value")
+    values = {name: given.get(name) for name in known}
+    for needed in ("messages", "prompt"):
+        if needed in known and values[needed] is None:
+            raise ApiError(400, f"{needed} is missing", needed, "missing_required_parameter")
+    return {name: known[name].default if value is None else value for name, value in values.items()}
+
+
+def _most_tokens(fields: dict[str, Any]) -> int:
+    """The most tokens of a chat's answer; by default all that there is room for."""
+    given = [fields[name] for name in ("max_tokens", "max_completion_tokens") if fields[name] is not None]
+    if len(given) == 2:
+        raise ApiError(400, "max_tokens and max_completion_tokens are the same; give one", "max_tokens")
+    return given[0] if given else _MOST
+
+
+def _n_ranked(fields: dict[str, Any], is_chat: bool) -> int | None:
+    if not is_chat:
+        return fields["logprobs"]
+    if fields["top_logprobs"] and not fields["logprobs"]:
+        raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
+    return fields["top_logprobs"] if fields["logprobs"] else None
+
+
+def _check_message(message: Any, index: int) -> Any:
+    """The message, with the newer name of its role as the older one; the rest is for `chat.read_messages` to check."""
+    if not isinstance(message, dict):
+        return message
+    for field, value in message.items():
+        if field not in _MESSAGE_FIELDS[:2] and (value or field not in _MESSAGE_FIELDS):
+            where = f"messages[{index}].{shown(field)[1:-1]}"
+            raise ApiError(400, f"{where} is not supported by this server", where, "unsupported_parameter")
+    return message | {"role": "system"} if message.get("role") == "developer" else message

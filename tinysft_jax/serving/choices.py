@@ -1,0 +1,125 @@
+"""Answers as they are generated: their text up to a stop string, and what their tokens' log-probabilities are."""
+
+import codecs
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from tinysft_jax.sampling.engine import News, Request
+from tinysft_jax.sampling.steps import Ranked
+from tinysft_jax.serving.calls import Call
+from tinysft_jax.tokenizer import ChatTokenizer
+
+
+class Token(NamedTuple):
+    spelled: bytes
+    log_prob: float | None  # None of a prompt's first
+    top: list[tuple[bytes, float]]  # the most likely ones, with their log-probabilities
+    start: int  # where it begins, in characters of the choice's text
+
+
+class Piece(NamedTuple):
+    """What is new of a choice."""
+
+    index: int
+    text: str
+    tokens: list[Token]  # those that begin in the text; empty if log-probabilities are not wanted
+    finish: str | None
+    n_generated: int  # tokens so far
+    seconds: float  # from the request to the first token
+
+
+class AnswerText:
+    """The text of an answer, from its ids: whole characters, up to the first of the stop strings."""
+
+    def __init__(self, tokenizer: ChatTokenizer, stops: Sequence[str] = ()):
+        self._tokenizer, self._stops, self._longest = tokenizer, stops, max(map(len, stops), default=0)
+        self._utf8, self._text = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
+        self.starts: list[int] = []  # of each token, in characters
+        self.n_released = 0  # characters
+        self.is_stopped = False
+
+    def add(self, ids: Sequence[int], is_last: bool) -> str:
+        """The text that is certain after these ids, and was not before; ids after a stop string are not looked at."""
+        for id_ in ids:
+            self.starts.append(len(self._text))
+            searched = max(0, len(self._text) - self._longest + 1)
+            self._text += self._utf8.decode(self._tokenizer.decode_bytes([id_]))
+            found = [place for stop in self._stops if (place := self._text.find(stop, searched)) >= 0]
+            if found:
+                self._text, self.is_stopped = self._text[: min(found)], True
+                break
+        if is_last and not self.is_stopped:
+            self._text += self._utf8.decode(b"", final=True)  # U+FFFD for part of a character
+        start = self.n_released
+        self.n_released = len(self._text) - (0 if is_last or self.is_stopped else self._n_uncertain())
+        return self._text[start : self.n_released]
+
+    def _n_uncertain(self) -> int:
+        """Characters at the end with which a stop string may begin."""
+        lengths = range(min(self._longest - 1, len(self._text)), 0, -1)
+        return next((n for n in lengths if any(stop.startswith(self._text[-n:]) for stop in self._stops)), 0)
+
+
+class Choice:
+    """An answer that is generated; `post` gets its pieces, as they come or one when it has ended.
+
+    Choices are numbered prompt by prompt; the random numbers depend on the place among those of the same prompt.
+    """
+
+    def __init__(self, call: Call, tokenizer: ChatTokenizer, number: int, post: Callable[[Piece], None]):
+        prompt, row = divmod(number, call.n)
+        self._call, self._tokenizer, self._number, self._post = call, tokenizer, number, post
+        self._answer, self._start, self._seconds = AnswerText(tokenizer, call.stops), time.perf_counter(), None
+        self._prompt = call.texts[prompt] if call.texts else ""
+        self._new, self._tokens = "", []  # not posted yet
+        ranks = call.n_ranked is not None
+        wanted = {"row": row, "ranks": ranks, "ranks_prompt": ranks and bool(call.texts)}
+        self.request = Request(call.prompts[prompt], call.options, self._receive, **wanted)
+
+    def _receive(self, news: News) -> bool:
+        """Called in the engine's thread."""
+        if self._seconds is None:
+            self._seconds = time.perf_counter() - self._start
+            self._repeat_prompt()
+        n_before = len(self._answer.starts)
+        self._new += self._answer.add(news.ids, is_last=news.finish is not None)
+        if news.ranked is not None:
+            starts = [len(self._prompt) + start for start in self._answer.starts[n_before:]]
+            self._tokens += self._described(news.ids, news.ranked, starts)
+        finish = "stop" if self._answer.is_stopped else news.finish
+        if finish or (self._call.streams and self._new):
+            end = len(self._prompt) + self._answer.n_released
+            ready = [token for token in self._tokens if token.start < end]
+            self._tokens = self._tokens[len(ready) :]
+            n_generated = len(self._answer.starts)
+            self._post(Piece(self._number, self._new, ready, finish, n_generated, self._seconds))
+            self._new = ""
+        return finish is None
+
+    def _repeat_prompt(self) -> None:
+        """Begins with the prompt, if that is wanted."""
+        self._new = self._prompt
+        if self.request.ranks_prompt:
+            whole, ids = AnswerText(self._tokenizer), self.request.prompt
+            # The ids may spell more than the text: what a tokenizer puts before it.
+            n_more = len(whole.add(ids, is_last=True)) - len(self._prompt)
+            starts = [max(start - n_more, 0) for start in whole.starts]
+            self._tokens.append(Token(self._spell(ids[0]), None, [], starts[0]))
+            if len(ids) > 1:
+                ranked = jax.tree.map(lambda *parts: np.concatenate(parts), *self.request.prompt_ranked)
+                self._tokens += self._described(ids[1:], ranked, starts[1:])
+
+    def _described(self, ids: Sequence[int], ranked: Ranked, starts: Sequence[int]) -> list[Token]:
+        tokens, n = [], self._call.n_ranked
+        for i, (id_, start) in enumerate(zip(ids, starts, strict=False)):
+            top = zip(ranked.top_ids[i, :n].tolist(), ranked.top_log_probs[i, :n].tolist(), strict=True)
+            top = [(self._spell(other), log_prob) for other, log_prob in top if other < self._tokenizer.vocab_size]
+            tokens.append(Token(self._spell(id_), float(ranked.log_prob[i]), top, start))
+        return tokens
+
+    def _spell(self, id_: int) -> bytes:
+        return self._tokenizer.decode_bytes([id_])

@@ -1,0 +1,46 @@
+"""What `/metrics` tells, in Prometheus' text form."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from tinysft_jax.sampling.engine import Engine
+from tinysft_jax.serving.calls import Call
+from tinysft_jax.serving.choices import Piece
+
+SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+RATES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000)
+
+
+class Metrics:
+    def __init__(self, engine: Engine, n_slots: int):
+        registry = self._registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+
+        def gauge(name: str, text: str, function) -> None:
+            Gauge(f"tinysft_{name}", text, registry=registry).set_function(function)
+
+        gauge("slots", "Requests that can be answered at a time.", lambda: n_slots)
+        gauge("slots_in_use", "Requests that are being answered.", lambda: engine.n_active)
+        gauge("queue", "Requests that wait for a slot.", lambda: engine.n_waiting)
+        of_responses = ["path", "status"]
+        self.responses = Counter("tinysft_responses", "Responses.", of_responses, registry=registry)
+        self._prompt = Counter("tinysft_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self._generated = Counter("tinysft_generated_tokens", "Tokens of answers.", registry=registry)
+        self._first = Histogram(
+            "tinysft_first_token_seconds", "From a request to its first token.", buckets=SECONDS, registry=registry
+        )
+        self._rate = Histogram(
+            "tinysft_tokens_per_second", "Of an answer, after its first token.", buckets=RATES, registry=registry
+        )
+
+    def begun(self, call: Call) -> None:
+        self._prompt.inc(sum(map(len, call.prompts)))
+
+    def ended(self, piece: Piece, seconds: float) -> None:
+        """Notes the last piece of an answer, whose request came `seconds` ago."""
+        self._generated.inc(piece.n_generated)
+        self._first.observe(piece.seconds)
+        if piece.n_generated > 1:
+            self._rate.observe((piece.n_generated - 1) / max(seconds - piece.seconds, 1e-9))
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)

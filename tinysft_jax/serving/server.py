@@ -1,0 +1,95 @@
+"""The process: one thread for the engine, one for the web; how both end."""
+
+import os
+import socket
+import sys
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from tinysft_jax import accelerator
+from tinysft_jax.console import RunError, lacks_memory, reason, shortage
+from tinysft_jax.parameters import ModelDescription, Params
+from tinysft_jax.sampling.decode import Decoder
+from tinysft_jax.sampling.engine import Engine
+from tinysft_jax.sampling.filters import SamplingOptions
+from tinysft_jax.sampling.text import text_options
+from tinysft_jax.serving import app
+from tinysft_jax.serving.app import Served
+from tinysft_jax.serving.calls import Reader
+from tinysft_jax.serving.metrics import Metrics
+
+GRACE_SECONDS = 10  # for running answers, once the server is told to stop
+MAX_CONNECTIONS = 512
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, engine: Engine):
+        super().__init__(config)
+        self._engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called when a signal has come: no new connections, and running answers may end."""
+        self._engine.finish_within(GRACE_SECONDS)
+        await super().shutdown(sockets)
+
+
+def make_app(
+    description: ModelDescription,
+    params: Params,
+    name: str,
+    n_slots: int = 16,
+    queue: int = 64,
+    max_length: int | None = None,
+    api_key: str | None = None,
+    loopback_only: bool = True,
+) -> tuple[ASGIApp, Engine]:
+    """The application and its engine, which is not started yet. Raises: UserError, if the model can't be served."""
+    tokenizer, dtype = description.make_tokenizer(), accelerator.default_dtype()
+    decoder = Decoder(description.config, params, dtype, description.trained_length)
+    options = text_options(SamplingOptions(max_length=max_length), tokenizer, description.config)
+    engine = Engine(decoder, options, n_slots, queue)
+    reader = Reader(decoder, tokenizer, options, name, n_slots + queue)
+    served = Served(name, engine, reader, tokenizer, api_key, loopback_only, Metrics(engine, n_slots))
+    return app.make_app(served), engine
+
+
+def make_server(application: ASGIApp, engine: Engine) -> uvicorn.Server:
+    """A server that runs on a socket; it and the engine end together."""
+    config = uvicorn.Config(
+        application,
+        lifespan="off",
+        ws="none",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=GRACE_SECONDS + 1,
+    )
+    return _Server(config, engine)
+
+
+def serve(application: ASGIApp, engine: Engine, listener: socket.socket, line: str) -> None:
+    """Serves until Ctrl-C or SIGTERM; says `line` when the engine is ready. Raises: RunError, if the engine fails."""
+    server = make_server(application, engine)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    engine.start(on_ready=lambda: print(line, flush=True), on_end=stop)
+    try:
+        server.run([listener])
+    finally:
+        if not engine.close(seconds=2):
+            # A thread that compiles can't be stopped, and the interpreter must not end beside it.
+            print("stopped while the model was being compiled", file=sys.stderr, flush=True)
+            os._exit(130)
+    if engine.failure is not None:
+        failure = f"the engine failed: {reason(engine.failure)}"
+        raise RunError(shortage(engine.failure) if lacks_memory(engine.failure) else failure) from engine.failure
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises: OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)

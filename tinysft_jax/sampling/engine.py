@@ -85,6 +85,9 @@ class Engine:
     def __init__(self, decoder: Decoder, options: SamplingOptions, n_slots: int = 16, queue: int = 64):
         self._decoder, self._options, self._room = decoder, options, n_slots + queue
         self._forbidden = decoder.forbidden(options)
+        # With room for a piece that begins in the last place.
+        self._length = decoder.cache_slots(decoder.max_length(options)) + PIECES[-1]
+        self._pieces = [size for size in PIECES if size <= self._length]
         self._slots = [_Slot() for _ in range(n_slots)]
         self._waiting: collections.deque[Request] = collections.deque()
         self._changed = threading.Condition()
@@ -195,9 +198,9 @@ class Engine:
         for row, slot in enumerate(self._slots):
             if slot.request is None or not slot.rest:
                 continue
-            room = PIECES[0]
+            room = self._pieces[0]
             while room > 0 and (rest := slot.rest):
-                size = next((size for size in PIECES if size <= min(len(rest), room)), PIECES[-1])
+                size = next((size for size in self._pieces if size <= min(len(rest), room)), self._pieces[-1])
                 self._feed_piece(row, slot, rest[:size], size)
                 room -= size
             if not slot.rest:
@@ -283,9 +286,7 @@ class Engine:
 
     def _create_state(self) -> DecodeState:
         config, n_rows = self._decoder.config, len(self._slots)
-        # With room for a piece that begins in the last place.
-        n_slots = self._decoder.cache_slots(self._decoder.max_length(self._options)) + PIECES[-1]
-        shape = (n_rows, config.n_kv_heads, n_slots, config.head_dim)
+        shape = (n_rows, config.n_kv_heads, self._length, config.head_dim)
         cache = [tuple(jnp.zeros(shape, self._decoder.dtype) for _ in range(2)) for _ in range(config.n_layers)]
         numbers = [jnp.zeros(n_rows, jnp.int32) for _ in range(3)]
         hidden, seen = (n_rows, config.dim), (n_rows, config.padded_vocab_size)
@@ -295,7 +296,7 @@ class Engine:
         """Calls each program once."""
         request = Request([0], self._options, lambda news: True)
         slot = _Slot(request=request)
-        for size in PIECES:
+        for size in self._pieces:
             self._feed_piece(0, slot, [0], size)
         self._advance([request, *(len(self._slots) - 1) * [None]], {0: slot}, 1)
 

@@ -41,10 +41,43 @@ def prefill(
     params: Params, state: DecodeState, tokens: Int32[Array, "B P"], lengths: Int32[Array, " B"], config: GPTConfig
 ) -> DecodeState:
     """Feeds the next tokens of the prompts: `lengths` of each row, at least 1; the others are padding."""
+    return _read(params, state, tokens, lengths, config)[0]
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def feed(
+    params: Params,
+    state: DecodeState,
+    row: Int32[Array, ""],
+    start: Int32[Array, ""],
+    tokens: Int32[Array, " P"],
+    length: Int32[Array, ""],
+    targets: Int32[Array, " P"],
+    wanted: Bool[Array, ""],
+    seen: Bool[Array, " V"],
+    config: GPTConfig,
+) -> tuple[DecodeState, Ranked]:
+    """Feeds one row of several a piece of its prompt: `length` tokens, from position `start` on.
+
+    If that is `wanted`, it also ranks the tokens that follow each, the targets.
+    """
+    part = jax.tree.map(lambda whole: jax.lax.dynamic_slice_in_dim(whole, row, 1), state)
+    part = part._replace(positions=start[None], seen=seen[None])
+    part, hidden = _read(params, part, tokens[None], length[None], config)
+    state = jax.tree.map(lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, row, 0), state, part)
+    return state, _rank(wanted, lambda: head_logits(hidden[0], _table(params, config), config.vocab_size), targets)
+
+
+def _read(params: Params, state: DecodeState, tokens, lengths, config: GPTConfig):
+    """The state after these tokens, and what the head reads after each."""
     positions = state.positions[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     hidden, cache = cached_hidden(params, tokens, positions, state.cache, config)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-    return state._replace(cache=cache, hidden=last, positions=state.positions + lengths)
+    return state._replace(cache=cache, hidden=last, positions=state.positions + lengths), hidden
+
+
+def _table(params: Params, config: GPTConfig) -> jax.Array:
+    return params["tok_emb" if config.tied_head else "head"]["embedding"]
 
 
 def sampled(_: Float[Array, "B V"], logits: Float[Array, "B V"], tokens: Int32[Array, " B"], knobs: Knobs) -> jax.Array:
@@ -90,7 +123,7 @@ def advance(
     """
     keys = jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))(knobs.seed)
     row_keys = jax.vmap(jax.random.fold_in)(keys, state.rows)
-    table = params["tok_emb" if config.tied_head else "head"]["embedding"]
+    table = _table(params, config)
 
     def step(i, state, new):
         of_model = head_logits(state.hidden, table, config.vocab_size)
@@ -123,43 +156,6 @@ def advance(
         return jax.lax.fori_loop(0, all_steps, lambda i, carry: step(i, *carry), (state, new))
     carry = jnp.int32(0), state, new
     return jax.lax.while_loop(unfinished, lambda carry: (carry[0] + 1, *step(*carry)), carry)[1:]
-
-
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def feed(
-    params: Params,
-    state: DecodeState,
-    row: Int32[Array, ""],
-    start: Int32[Array, ""],
-    tokens: Int32[Array, " P"],
-    length: Int32[Array, ""],
-    targets: Int32[Array, " P"],
-    wanted: Bool[Array, ""],
-    seen: Bool[Array, " V"],
-    config: GPTConfig,
-) -> tuple[DecodeState, Ranked]:
-    """Feeds a piece of a prompt, `length` tokens from position `start` on, to one row of several.
-
-    If that is `wanted`, it also ranks the tokens that follow each, the targets.
-    """
-    cache = jax.tree.map(lambda whole: jax.lax.dynamic_slice_in_dim(whole, row, 1), state.cache)
-    positions = start + jnp.arange(len(tokens), dtype=jnp.int32)
-    hidden, cache = cached_hidden(params, tokens[None], positions[None], cache, config)
-    last = jax.lax.dynamic_slice_in_dim(hidden[0], length - 1, 1)
-    new = state._replace(cache=cache, hidden=last, positions=(start + length)[None], seen=seen[None])
-    changed = ("cache", "hidden", "positions", "seen")
-    state = state._replace(
-        **{
-            name: jax.tree.map(
-                lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, row, 0),
-                getattr(state, name),
-                getattr(new, name),
-            )
-            for name in changed
-        }
-    )
-    table = params["tok_emb" if config.tied_head else "head"]["embedding"]
-    return state, _rank(wanted, lambda: head_logits(hidden[0], table, config.vocab_size), targets)
 
 
 @jax.jit

@@ -97,7 +97,7 @@ def test_cached_hidden_states_equal_those_of_the_full_forward(programs_of, name,
     tokens = np.random.default_rng(seed).integers(0, 200, (4, 96)).astype(np.int32)
     expected = np.asarray(full_hidden(tokens))
     prompts, rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)], np.arange(4)
-    state = decoder._begin(prompts, [0] * 4, SamplingOptions(N_NEW))
+    state = decoder.begin(prompts, [0] * 4, SamplingOptions(N_NEW))
     lengths = np.array(lengths, np.int32)
     # Behind a row's length is what comes later in it, which must not be seen.
     state = decode.prefill(decoder.params, state, tokens[:, :32], lengths, decoder.config)
@@ -368,7 +368,7 @@ def test_a_long_prompt_needs_no_square_of_scores():
     config = GPTConfig(vocab_size=128, dim=64, n_layers=1, n_heads=8, max_seq_len=1024)
     decoder = decoder_of(GPT(config, rngs=nnx.Rngs(0)))
     prompts = [np.zeros(1000, np.int32)] * 2
-    state = decoder._begin(prompts, [0, 1], SamplingOptions(4))
+    state = decoder.begin(prompts, [0, 1], SamplingOptions(4))
     tokens, lengths = np.zeros((2, 1024), np.int32), np.array([1000, 1000], np.int32)
     program = decode.prefill.lower(decoder.params, state, tokens, lengths, config).compile()
     assert program.memory_analysis().temp_size_in_bytes < 50e6

@@ -141,9 +141,9 @@ def test_a_text_is_not_given_up_for_a_beginning_that_all_share(decoder, monkeypa
 def spy_on_feed(monkeypatch) -> list[int]:
     fed, feed = [], module.feed
 
-    def spy(params, state, row, start, tokens, length, *others):
+    def spy(params, state, row, start, length, *others):
         fed.append(int(length))
-        return feed(params, state, row, start, tokens, length, *others)
+        return feed(params, state, row, start, length, *others)
 
     monkeypatch.setattr(module, "feed", spy)
     return fed
@@ -156,7 +156,7 @@ def test_a_long_prompt_lets_the_others_go_on_after_each_piece(monkeypatch):
 
     def spy(name, function):
         def call(params, state, *others):
-            calls.append((name, len(others[2]) if name == "feed" else 0))
+            calls.append((name, len(others[3]) if name == "feed" else 0))
             return function(params, state, *others)
 
         return call

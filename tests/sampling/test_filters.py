@@ -48,7 +48,7 @@ def distribution(logits: np.ndarray, temperature: float, top_p: float, top_k: in
 
 def knobs(temperature: float, top_p: float = 1, min_p: float = 0, top_k: int = 0, n_rows: int = N_DRAWS) -> Knobs:
     options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    return Knobs.of(n_rows * [options], np.zeros(VOCAB, bool))
+    return Knobs.of(n_rows * [options], (), np.zeros(VOCAB, bool))
 
 
 def drawn_counts(

@@ -161,7 +161,7 @@ class Decoder:
             filled = rows + (self._n_rows(len(rows)) - len(rows)) * rows[-1:]  # the last one again
             batch = [prompts[row] for row in filled]
             size = self._slots(max(map(len, batch)))
-            state = self._begin(batch, [first_row + row for row in filled], options, n_steps=CHUNK)
+            state = self.begin(batch, [first_row + row for row in filled], options, n_steps=CHUNK)
             state = self._feed(state, batch, size)
             while rows:
                 state, new, is_unfinished = self._advance(state, options, forbidden, CHUNK, log_probs)
@@ -210,7 +210,7 @@ class Decoder:
             # A piece that reached beyond the cache would be written before its place: feed a part of what was kept
             # again, in its padding's place.
             start -= min(start, padding)
-        state = self._begin([ids], [row], options, start, cache)
+        state = self.begin([ids], [row], options, start, cache)
         while start < len(ids):
             size = next((size for size in PIECES if size <= len(ids) - start), PIECES[-1])
             state = self._feed(state, [ids[start : start + size]], size)
@@ -256,7 +256,15 @@ class Decoder:
             raise UserError("forbidden_ids holds the whole vocabulary: nothing is left to draw")
         return forbidden
 
-    def _begin(
+    def seen(self, prompts: Sequence[Prompt], options: SamplingOptions) -> Bool[np.ndarray, "B V"]:
+        """The ids that the repetition penalty is for at first: all of a prompt but stop ids."""
+        seen = np.zeros((len(prompts), self.config.padded_vocab_size), bool)
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[prompt] = True
+        seen[:, [id_ for id_ in options.stop_ids if 0 <= id_ < self.config.vocab_size]] = False
+        return seen
+
+    def begin(
         self,
         prompts: Sequence[Prompt],
         rows: list[int],
@@ -271,10 +279,6 @@ class Decoder:
         """
         n_rows, config = len(rows), self.config
         limits = [self.limit(len(prompt), options) for prompt in prompts]
-        seen = np.zeros((n_rows, config.padded_vocab_size), bool)
-        for row, prompt in zip(seen, prompts, strict=True):
-            row[prompt] = True
-        seen[:, [id_ for id_ in options.stop_ids if 0 <= id_ < config.vocab_size]] = False
         if not cache:
             ends = limits if n_steps is None else map(min, limits, (len(prompt) + n_steps for prompt in prompts))
             shape = (n_rows, config.n_kv_heads, self.cache_slots(max(ends)), config.head_dim)
@@ -282,7 +286,9 @@ class Decoder:
             cache = [(empty(), empty()) for _ in range(config.n_layers)]
         hidden = np.zeros((n_rows, config.dim), self.dtype)
         numbers = (np.array(each, np.int32) for each in (n_rows * [start], limits, rows))
-        return DecodeState(cache, *jax.device_put((hidden, *numbers, seen), self._sharding(n_rows)))
+        return DecodeState(
+            cache, *jax.device_put((hidden, *numbers, self.seen(prompts, options)), self._sharding(n_rows))
+        )
 
     def _feed(self, state: DecodeState, pieces: Sequence[Prompt], size: int) -> DecodeState:
         """Feeds a piece of at most `size` tokens to each row."""
@@ -299,7 +305,7 @@ class Decoder:
         """Draws up to `n_steps` tokens: the new state, each row's new ids with log-probabilities, and what is
         unfinished.
         """
-        knobs = Knobs.of(len(state.positions) * [options], forbidden)
+        knobs = Knobs.of(len(state.positions) * [options], options.stop_ids, forbidden)
         top_k = options.top_k if options.top_k < self.config.vocab_size else 0
         all_steps = 0
         if accelerator.is_present():  # one length to read along, and one for batches: each is compiled by itself

@@ -14,7 +14,8 @@ import numpy as np
 from tinysft_jax import accelerator
 from tinysft_jax.sampling.decode import PIECES, STREAM_CHUNK, Decoder
 from tinysft_jax.sampling.filters import Knobs, SamplingOptions
-from tinysft_jax.sampling.steps import DecodeState, Ranked, advance, feed, ranked
+from tinysft_jax.sampling.kept_cache import lengthen
+from tinysft_jax.sampling.steps import Ranked, advance, feed, ranked
 
 # Decode steps are run for about this long, then requests join and leave.
 SECONDS_OF_RUN = 0.1
@@ -84,7 +85,7 @@ class Engine:
 
     def __init__(self, decoder: Decoder, options: SamplingOptions, n_slots: int = 16, queue: int = 64):
         self._decoder, self._options, self._room = decoder, options, n_slots + queue
-        self._forbidden = decoder.forbidden(options)
+        self._forbidden = jnp.asarray(decoder.forbidden(options))
         # With room for a piece that begins in the last place.
         self._length = decoder.cache_slots(decoder.max_length(options)) + PIECES[-1]
         self._pieces = [size for size in PIECES if size <= self._length]
@@ -144,7 +145,6 @@ class Engine:
 
     def _run(self, on_ready: Callable[[], None], on_end: Callable[[], None]) -> None:
         try:
-            self._state = self._create_state()
             self._compile()
             self.is_ready.set()
             on_ready()
@@ -212,18 +212,9 @@ class Engine:
     def _feed_piece(self, row: int, slot: _Slot, piece: list[int], size: int) -> None:
         request, start = slot.request, len(slot.ids)
         following = request.prompt[start + 1 : start + 1 + len(piece)]
-        self._state, found = feed(
-            self._decoder.params,
-            self._state,
-            np.int32(row),
-            np.int32(start),
-            _padded(piece, size),
-            np.int32(len(piece)),
-            _padded(following, size),
-            np.bool(request.ranks_prompt),
-            self._seen(request),
-            self._decoder.config,
-        )
+        where, ids = np.array((row, start, len(piece)), np.int32), (_padded(piece, size), _padded(following, size))
+        wanted, (seen,) = np.bool(request.ranks_prompt), self._decoder.seen([request.prompt], self._options)
+        self._state, found = feed(self._decoder.params, self._state, *where, *ids, wanted, seen, self._decoder.config)
         slot.ids = slot.ids + piece
         if request.ranks_prompt:
             request.prompt_ranked.append(jax.tree.map(lambda each: each[: len(following)], jax.device_get(found)))
@@ -253,15 +244,14 @@ class Engine:
 
     def _advance(self, requests: list[Request | None], active: dict[int, _Slot], n_steps: int):
         """The new ids, what is found of them, positions and limits, as NumPy arrays."""
-        options = [self._options if request is None else request.options for request in requests]
-        options = [dataclasses.replace(each, stop_ids=self._options.stop_ids) for each in options]
-        knobs = Knobs.of(options, self._forbidden, [bool(request and request.ranks) for request in requests])
-        positions = np.array([len(slot.ids) for slot in self._slots], np.int32)
-        limits = positions.copy()
-        for row, slot in active.items():
-            limits[row] = self._limit(slot)
-        rows = np.array([request.row if request else 0 for request in requests], np.int32)
-        state = self._state._replace(positions=positions, limits=limits, rows=rows)
+        options = [request.options if request else self._options for request in requests]
+        ranks = [bool(request and request.ranks) for request in requests]
+        knobs = Knobs.of(options, self._options.stop_ids, self._forbidden, ranks)
+        positions = [len(slot.ids) for slot in self._slots]
+        limits = [self._limit(slot) if row in active else positions[row] for row, slot in enumerate(self._slots)]
+        rows = [request.row if request else 0 for request in requests]
+        numbers = {"positions": positions, "limits": limits, "rows": rows}
+        state = self._state._replace(**{name: np.array(each, np.int32) for name, each in numbers.items()})
         all_steps = STREAM_CHUNK if accelerator.is_present() else 0
         arguments = np.int32(n_steps), knobs, 0, self._decoder.config, all_steps, ranked
         self._state, (ids, found) = advance(self._decoder.params, state, *arguments)
@@ -278,27 +268,14 @@ class Engine:
     def _limit(self, slot: _Slot) -> int:
         return self._decoder.limit(len(slot.request.prompt), slot.request.options)
 
-    def _seen(self, request: Request) -> np.ndarray:
-        seen = np.zeros(self._decoder.config.padded_vocab_size, bool)
-        seen[request.prompt] = True
-        seen[[id_ for id_ in self._options.stop_ids if id_ < len(seen)]] = False
-        return seen
-
-    def _create_state(self) -> DecodeState:
-        config, n_rows = self._decoder.config, len(self._slots)
-        shape = (n_rows, config.n_kv_heads, self._length, config.head_dim)
-        cache = [tuple(jnp.zeros(shape, self._decoder.dtype) for _ in range(2)) for _ in range(config.n_layers)]
-        numbers = [jnp.zeros(n_rows, jnp.int32) for _ in range(3)]
-        hidden, seen = (n_rows, config.dim), (n_rows, config.padded_vocab_size)
-        return DecodeState(cache, jnp.zeros(hidden, self._decoder.dtype), *numbers, jnp.zeros(seen, bool))
-
     def _compile(self) -> None:
-        """Calls each program once."""
-        request = Request([0], self._options, lambda news: True)
-        slot = _Slot(request=request)
+        """Creates the cache, and calls each program once."""
+        n_slots, request = len(self._slots), Request([0], self._options, lambda news: True)
+        state = self._decoder.begin(n_slots * [[0]], n_slots * [0], self._options)
+        self._state, slot = state._replace(cache=lengthen(state.cache, self._length)), _Slot(request=request)
         for size in self._pieces:
             self._feed_piece(0, slot, [0], size)
-        self._advance([request, *(len(self._slots) - 1) * [None]], {0: slot}, 1)
+        self._advance([request, *(n_slots - 1) * [None]], {}, 1)
 
 
 def _n_shared(kept: list[int], request: Request) -> int:

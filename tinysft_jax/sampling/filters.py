@@ -76,9 +76,13 @@ class Knobs(NamedTuple):
 
     @classmethod
     def of(
-        cls, options: Sequence[SamplingOptions], forbidden: Bool[np.ndarray, " V"], ranked: Sequence[bool] | None = None
+        cls,
+        options: Sequence[SamplingOptions],
+        stop_ids: Sequence[int],
+        forbidden: Bool[Array | np.ndarray, " V"],
+        ranked: Sequence[bool] | None = None,
     ) -> "Knobs":
-        """Those of rows with these options, which have the same stop ids."""
+        """Those of rows with these options."""
 
         def column(name: str, dtype) -> np.ndarray:
             return np.array([getattr(each, name) for each in options], dtype)
@@ -86,7 +90,7 @@ class Knobs(NamedTuple):
         numbers = (column(name, np.float32) for name in ("top_p", "min_p", "repetition_penalty"))
         of_rows = column("temperature", np.float32), column("top_k", np.int32), *numbers, column("seed", np.uint32)
         ranked = np.array(ranked or len(options) * [False])
-        return cls(*of_rows, ranked, np.array(options[0].stop_ids, np.int32), forbidden)
+        return cls(*of_rows, ranked, np.array(stop_ids, np.int32), forbidden)
 
 
 def penalize(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, " B"]) -> Float[Array, "B V"]:

@@ -19,7 +19,7 @@ from tinysft_jax.serving.app import Served
 from tinysft_jax.serving.calls import Reader
 from tinysft_jax.serving.metrics import Metrics
 
-GRACE_SECONDS = 10  # for running answers, once the server is told to stop
+GRACE_SECONDS = 10.0  # for running answers, once the server is told to stop
 MAX_CONNECTIONS = 512
 
 
@@ -64,7 +64,7 @@ def make_server(application: ASGIApp, engine: Engine) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=GRACE_SECONDS + 1,
+        timeout_graceful_shutdown=int(GRACE_SECONDS) + 1,
     )
     return _Server(config, engine)
 

@@ -284,7 +284,7 @@ def test_rows_divided_over_a_mesh_are_the_same(model, decoder, prompts):
     options = SamplingOptions(max_new_tokens=N_NEW, temperature=1.0)
     assert divided.generate(prompts, options) == decoder.generate(prompts, options)
     assert list(divided.stream(prompts[0], options)) == list(decoder.stream(prompts[0], options))
-    state = divided._begin([*prompts, prompts[0]], list(range(8)), options)
+    state = divided.begin([*prompts, prompts[0]], list(range(8)), options)
     assert {len(shard.data) for shard in state.cache[0][0].addressable_shards} == {2}, "eight rows over four"
 
 

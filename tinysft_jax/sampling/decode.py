@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -167,7 +167,7 @@ class Decoder:
                 state, new, is_unfinished = self._advance(state, options, forbidden, CHUNK, log_probs)
                 for row, (ids, values) in zip(rows, new, strict=False):
                     answers[row].ids.extend(ids)
-                    answers[row].log_probs.extend(values)
+                    answers[row].log_probs.extend(values.tolist() if log_probs else [])
                 rows, state = self._without_finished(rows, state, is_unfinished)
         return answers
 
@@ -301,24 +301,30 @@ class Decoder:
 
     def _advance(
         self, state: DecodeState, options: SamplingOptions, forbidden: np.ndarray, n_steps: int, log_probs: bool = False
-    ) -> tuple[DecodeState, list[tuple[list[int], list[float]]], Bool[np.ndarray, " B"]]:
-        """Draws up to `n_steps` tokens: the new state, each row's new ids with log-probabilities, and what is
-        unfinished.
-        """
+    ) -> tuple[DecodeState, list[tuple[list[int], Any]], Bool[np.ndarray, " B"]]:
         knobs = Knobs.of(len(state.positions) * [options], options.stop_ids, forbidden)
         top_k = options.top_k if options.top_k < self.config.vocab_size else 0
+        return self.advance(state, knobs, top_k, n_steps, sampled if log_probs else None)
+
+    def advance(
+        self, state: DecodeState, knobs: Knobs, top_k: int, n_steps: int, report: Callable | None = None
+    ) -> tuple[DecodeState, list[tuple[list[int], Any]], Bool[np.ndarray, " B"]]:
+        """Draws up to `n_steps` tokens a row.
+
+        Returns the new state, each row's new ids with what the report (see `steps.advance`) says of them, as NumPy
+        arrays, and which rows are unfinished.
+        """
         all_steps = 0
         if accelerator.is_present():  # one length to read along, and one for batches: each is compiled by itself
             all_steps = STREAM_CHUNK if n_steps <= STREAM_CHUNK else ACCELERATOR_CHUNK
-        report = sampled if log_probs else None
-        state, new = advance(self.params, state, np.int32(n_steps), knobs, top_k, self.config, all_steps, report)
-        (ids, log_p), positions, limits = jax.device_get((new, state.positions, state.limits))
-        log_p = log_p if log_probs else np.zeros((len(ids), 0), np.float32)
-        found = [
-            (row[row >= 0].tolist(), values[: np.sum(row >= 0)].tolist())
-            for row, values in zip(ids, log_p, strict=True)
-        ]
-        return state, found, positions < limits
+        arguments = np.int32(n_steps), knobs, top_k, self.config, all_steps, report
+        state, (ids, found) = advance(self.params, state, *arguments)
+        ids, found, positions, limits = jax.device_get((ids, found, state.positions, state.limits))
+        drawn = []
+        for row, n_drawn in enumerate((ids >= 0).sum(axis=1)):
+            of_row = jax.tree.map(operator.itemgetter((row, slice(n_drawn))), found)
+            drawn.append((ids[row, :n_drawn].tolist(), of_row))
+        return state, drawn, positions < limits
 
     def _n_rows(self, n: int) -> int:
         """`n` rows, rounded up so that few numbers are compiled, to a multiple of the devices."""

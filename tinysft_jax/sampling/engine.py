@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinysft_jax import accelerator
 from tinysft_jax.sampling.decode import PIECES, STREAM_CHUNK, Decoder
 from tinysft_jax.sampling.filters import Knobs, SamplingOptions
-from tinysft_jax.sampling.kept_cache import lengthen
-from tinysft_jax.sampling.steps import Ranked, advance, feed, ranked
+from tinysft_jax.sampling.kept_cache import lengthen, n_shared
+from tinysft_jax.sampling.steps import Ranked, feed, ranked
 
 # Decode steps are run for about this long, then requests join and leave.
 SECONDS_OF_RUN = 0.1
@@ -24,18 +23,18 @@ Finish = Literal["stop", "length", "cancelled"]
 
 
 class Refused(Exception):
-    """The engine takes no more requests: for now, because too many are waiting, or any more."""
+    """The engine takes no more requests for now, because too many are waiting."""
 
-    def __init__(self, message: str, is_for_now: bool):
-        super().__init__(message)
-        self.is_for_now = is_for_now
+
+class Closed(Exception):
+    """The engine takes no more requests."""
 
 
 class News(NamedTuple):
     """What is new of an answer."""
 
     ids: list[int]  # without the stop id
-    ranked: Ranked | None  # of these ids, NumPy arrays; None if the request does not ask for it
+    ranked: Ranked | None  # of these ids (and the stop id), NumPy arrays; None if the request does not ask for it
     finish: Finish | None  # why the answer has ended
 
 
@@ -114,12 +113,12 @@ class Engine:
         self._thread.start()
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Queues all of them, or none. Raises: Refused."""
+        """Queues all of them, or none. Raises: Refused, Closed."""
         with self._changed:
             if self._is_closing or self._end is not None:
-                raise Refused("the server is shutting down", is_for_now=False)
+                raise Closed("the server is shutting down")
             if self._n_unfinished + len(requests) > self._room:
-                raise Refused("too many requests are waiting; try again later", is_for_now=True)
+                raise Refused("too many requests are waiting; try again later")
             self._n_unfinished += len(requests)
             self._waiting.extend(requests)
             self._changed.notify()
@@ -225,37 +224,25 @@ class Engine:
         if not active:
             jax.block_until_ready(self._state.hidden)
             return
-        requests = [slot.request for slot in self._slots]
-        n_steps = 1 if first else int(np.clip(SECONDS_OF_RUN / self._seconds_of_step, 1, 2 * STREAM_CHUNK))
-        start = time.perf_counter()
-        ids, found, positions, limits = self._advance(requests, active, n_steps)
-        n_drawn = (ids >= 0).sum(axis=1)
-        self._seconds_of_step = (time.perf_counter() - start) / max(n_drawn.max(), 1)
-        for row, slot in active.items():
-            new, finish = ids[row, : n_drawn[row]].tolist(), None
-            if positions[row] >= limits[row]:
-                finish = "length"
-                if new and new[-1] in self._options.stop_ids:
-                    finish = "stop"
-                    new.pop()
-            slot.ids = slot.ids + new
-            of_new = jax.tree.map(lambda each: each[row, : len(new)], found) if slot.request.ranks else None  # noqa: B023
-            self._deliver(slot, News(new, of_new, finish))
-
-    def _advance(self, requests: list[Request | None], active: dict[int, _Slot], n_steps: int):
-        """The new ids, what is found of them, positions and limits, as NumPy arrays."""
+        requests, positions = [slot.request for slot in self._slots], [len(slot.ids) for slot in self._slots]
+        limits = [self._limit(slot) if row in active else positions[row] for row, slot in enumerate(self._slots)]
+        numbers = positions, limits, [request.row if request else 0 for request in requests]
+        positions, limits, rows = np.array(numbers, np.int32)
+        state = self._state._replace(positions=positions, limits=limits, rows=rows)
         options = [request.options if request else self._options for request in requests]
         ranks = [bool(request and request.ranks) for request in requests]
         knobs = Knobs.of(options, self._options.stop_ids, self._forbidden, ranks)
-        positions = [len(slot.ids) for slot in self._slots]
-        limits = [self._limit(slot) if row in active else positions[row] for row, slot in enumerate(self._slots)]
-        rows = [request.row if request else 0 for request in requests]
-        numbers = {"positions": positions, "limits": limits, "rows": rows}
-        state = self._state._replace(**{name: np.array(each, np.int32) for name, each in numbers.items()})
-        all_steps = STREAM_CHUNK if accelerator.is_present() else 0
-        arguments = np.int32(n_steps), knobs, 0, self._decoder.config, all_steps, ranked
-        self._state, (ids, found) = advance(self._decoder.params, state, *arguments)
-        return jax.device_get((ids, found, self._state.positions, self._state.limits))
+        n_steps = 1 if first else int(np.clip(SECONDS_OF_RUN / self._seconds_of_step, 1, STREAM_CHUNK))
+        start = time.perf_counter()
+        self._state, drawn, is_unfinished = self._decoder.advance(state, knobs, 0, n_steps, ranked)
+        self._seconds_of_step = (time.perf_counter() - start) / max(*(len(ids) for ids, _ in drawn), 1)
+        for row, slot in active.items():
+            (ids, found), finish = drawn[row], None
+            if not is_unfinished[row]:
+                finish = "stop" if ids and ids[-1] in self._options.stop_ids else "length"
+            new = ids[:-1] if finish == "stop" else ids
+            slot.ids = slot.ids + new
+            self._deliver(slot, News(new, found if slot.request.ranks else None, finish))
 
     def _deliver(self, slot: _Slot, news: News) -> None:
         wants_more = slot.request.receive(news)
@@ -270,22 +257,21 @@ class Engine:
 
     def _compile(self) -> None:
         """Creates the cache, and calls each program once."""
-        n_slots, request = len(self._slots), Request([0], self._options, lambda news: True)
-        state = self._decoder.begin(n_slots * [[0]], n_slots * [0], self._options)
-        self._state, slot = state._replace(cache=lengthen(state.cache, self._length)), _Slot(request=request)
+        state = self._decoder.begin(len(self._slots) * [[0]], len(self._slots) * [0], self._options)
+        self._state = state._replace(cache=lengthen(state.cache, self._length))
         for size in self._pieces:
-            self._feed_piece(0, slot, [0], size)
-        self._advance([request, *(n_slots - 1) * [None]], {}, 1)
+            self._n_unfinished += 1
+            self._slots[0].request = Request(size * [0], self._options, lambda news: False)
+            self._decode(first=self._feed())
+            self._slots[0].ids = []
 
 
 def _n_shared(kept: list[int], request: Request) -> int:
     """How many of the prompt's first tokens are used from a slot. The last is computed again, to predict the next."""
     if request.ranks_prompt:
         return 0
-    n = min(len(kept), len(request.prompt) - 1)
-    different = np.flatnonzero(np.array(kept[:n]) != np.array(request.prompt[:n]))
-    n_same = int(different[0]) if len(different) else n
-    return n_same if 2 * n_same >= min(len(kept), len(request.prompt)) else 0
+    n = n_shared(kept, request.prompt[:-1])
+    return n if 2 * n >= min(len(kept), len(request.prompt)) else 0
 
 
 def _padded(ids: list[int], size: int) -> np.ndarray:

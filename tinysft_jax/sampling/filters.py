@@ -166,8 +166,11 @@ def _draw_from_all(logits, keys, knobs: Knobs):
     """Draws a block by its mass, then a token in it: the same distribution as one draw from the whole row."""
     peak, most_likely = top_k_by_blocks(logits, 1)
     weights = jnp.exp((logits - peak) / _divisor(knobs.temperature))
-    weights = jax.lax.cond((knobs.top_k > 0).any(), lambda: _most_likely(weights, knobs.top_k), lambda: weights)
-    weights = jax.lax.cond((knobs.top_p < 1).any(), lambda: _nucleus(weights, knobs.top_p), lambda: weights)
+    # The smallest sets that are enough. Ties of the last one stay, and where nothing is enough, all.
+    top_k = jnp.where(knobs.top_k > 0, knobs.top_k, logits.shape[1] + 1)
+    weights = _heaviest(weights, (knobs.top_k > 0).any(), lambda kept: (kept > 0).sum(axis=-1) >= top_k)
+    wanted = jnp.where(knobs.top_p < 1, knobs.top_p * weights.sum(axis=-1), jnp.inf)
+    weights = _heaviest(weights, (knobs.top_p < 1).any(), lambda kept: kept.sum(axis=-1) >= wanted)
     weights = jnp.where(weights >= knobs.min_p[:, None], weights, 0)  # the peak's weight is 1
     block_keys, token_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
     blocks = weights.reshape(len(weights), -1, BLOCK)
@@ -181,25 +184,8 @@ def _divisor(temperature: Float[Array, " B"]) -> Float[Array, "B 1"]:
     return jnp.maximum(temperature, _TINY)[:, None]
 
 
-def _most_likely(weights: Float[Array, "B V"], top_k: Int32[Array, " B"]) -> Float[Array, "B V"]:
-    """Zeroes all but the k largest weights, and equals of the last of them; none where k is 0."""
-    kept = _heaviest(weights, lambda kept: (kept > 0).sum(axis=-1) >= top_k)
-    return jnp.where((top_k > 0)[:, None], kept, weights)
-
-
-def _nucleus(weights: Float[Array, "B V"], top_p: Float[Array, " B"]) -> Float[Array, "B V"]:
-    """Zeroes all but the smallest set of largest weights that has the share `top_p` of their sum, and equals of the
-    last of them; none where the share is 1.
-    """
-    wanted = top_p * weights.sum(axis=-1)
-    kept = _heaviest(weights, lambda kept: kept.sum(axis=-1) >= wanted)
-    return jnp.where((top_p < 1)[:, None], kept, weights)
-
-
-def _heaviest(
-    weights: Float[Array, "B V"], is_enough: Callable[[Float[Array, "B V"]], Bool[Array, " B"]]
-) -> Float[Array, "B V"]:
-    """Zeroes all but the smallest set of largest weights that is enough.
+def _heaviest(weights: Float[Array, "B V"], wanted: Bool[Array, ""], is_enough: Callable) -> Float[Array, "B V"]:
+    """Zeroes all but the smallest set of largest weights that is enough; nothing, if that is not wanted.
 
     Finds the largest threshold with such a set, by bisection over the bits of a float32: as integers, floats of one
     sign have the same order. So the result is exact.
@@ -215,9 +201,11 @@ def _heaviest(
         enough = is_enough(kept_from(middle))
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    heaviest = jax.lax.bitcast_convert_type(weights.max(axis=-1), jnp.int32)
-    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(heaviest), heaviest + 1))
-    return kept_from(low)
+    def search():
+        heaviest = jax.lax.bitcast_convert_type(weights.max(axis=-1), jnp.int32)
+        return kept_from(jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(heaviest), heaviest + 1))[0])
+
+    return jax.lax.cond(wanted, search, lambda: weights)
 
 
 def _categorical(keys: Key[Array, " B"], scores: Float[Array, "B N"]) -> Int32[Array, " B"]:

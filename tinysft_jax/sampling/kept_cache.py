@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tinysft_jax.model import LayerCache
 
@@ -26,13 +27,16 @@ class KeptCache:
         Also returns how many of the prompt's first ids it holds, without the last one: to predict what follows, that
         must be computed again.
         """
-        layers, n_kept = self.layers, 0
-        for mine, yours in zip(self.ids, ids[:-1], strict=False):
-            if mine != yours:
-                break
-            n_kept += 1
+        layers, n_kept = self.layers, n_shared(self.ids, ids[:-1])
         self.ids, self.layers = [], []
         return n_kept, lengthen(layers, n_slots)
+
+
+def n_shared(mine: Sequence[int], yours: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    n = min(len(mine), len(yours))
+    different = np.flatnonzero(np.array(mine[:n]) != np.array(yours[:n]))
+    return int(different[0]) if len(different) else n
 
 
 def lengthen(layers: list[tuple[jax.Array, jax.Array]], n_slots: int) -> list[tuple[jax.Array, jax.Array]]:

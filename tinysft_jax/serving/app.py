@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -21,10 +20,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinysft_jax.console import UserError
-from tinysft_jax.sampling.engine import Engine, Refused
-from tinysft_jax.serving.calls import Call, Reader
+from tinysft_jax.sampling.engine import Closed, Engine, Refused
+from tinysft_jax.serving.calls import ApiError, Call, Reader
 from tinysft_jax.serving.choices import Choice, Piece
-from tinysft_jax.serving.errors import ApiError
 from tinysft_jax.serving.metrics import Metrics
 from tinysft_jax.serving.replies import Reply
 from tinysft_jax.tokenizer import ChatTokenizer
@@ -32,7 +30,7 @@ from tinysft_jax.tokenizer import ChatTokenizer
 MAX_BODY_BYTES = 2_000_000
 BODY_SECONDS = 30  # within which a body must have come
 ANSWER_SECONDS = 600  # within which an answer must have ended, waiting included
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
 
 
@@ -43,9 +41,9 @@ class Served(NamedTuple):
     engine: Engine
     reader: Reader
     tokenizer: ChatTokenizer
-    api_key: str | None  # None: everyone is answered
-    loopback_only: bool  # whether requests must name this machine as their host
     metrics: Metrics
+    api_key: str | None = None  # None: everyone is answered
+    loopback_only: bool = True  # whether requests must name this machine as their host
 
 
 def make_app(served: Served) -> ASGIApp:
@@ -120,23 +118,16 @@ class _Guard:
 
     def _check(self, request: Request) -> None:
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        if self._served.loopback_only and _name(f"//{host}") not in LOOPBACK_NAMES:
+        if self._served.loopback_only and re.sub(r":\d*$", "", host) not in LOOPBACK_NAMES:
             raise ApiError(403, "this server answers requests for localhost only")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             raise ApiError(403, "requests from pages of other sites are not answered")
-        if self._served.api_key is not None and request.url.path not in ("/", "/health"):
+        if self._served.api_key is not None and request.scope["path"] not in ("/", "/health"):
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
             is_right = secrets.compare_digest(key.strip().encode(), self._served.api_key.encode())
             if scheme.lower() != "bearer" or not is_right:
                 headers = {"www-authenticate": "Bearer"}
                 raise ApiError(401, "a valid API key is needed", code="invalid_api_key", headers=headers)
-
-
-def _name(url: str) -> str | None:
-    try:
-        return urlsplit(url).hostname
-    except ValueError:
-        return None
 
 
 class _Answers:
@@ -207,8 +198,8 @@ class _Running:
         self._requests = [Choice(call, served.tokenizer, number, post).request for number in range(n)]
         try:
             served.engine.submit(self._requests)
-        except Refused as error:
-            status = 429 if error.is_for_now else 503
+        except (Refused, Closed) as error:
+            status = 429 if isinstance(error, Refused) else 503
             raise ApiError(status, str(error), code="overloaded", headers={"retry-after": "1"}) from None
         self._n_unfinished = n
         served.metrics.begun(call)

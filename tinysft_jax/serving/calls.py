@@ -1,23 +1,47 @@
 """What a request's body asks for: OpenAI's fields, checked."""
 
 import dataclasses
+import functools
 import json
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from starlette.responses import JSONResponse
 
 from tinysft_jax import chat
 from tinysft_jax.console import shown
 from tinysft_jax.sampling.decode import Decoder, check_prompt
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.steps import N_RANKED
-from tinysft_jax.serving.errors import ApiError
 from tinysft_jax.tokenizer import ChatTokenizer
 
 MAX_MESSAGES = 1_000
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 1_000
+
+
+class ApiError(Exception):
+    """A request that can't be answered; the response has the form of OpenAI's."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.headers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,72 +59,59 @@ class Call:
     counts: bool  # whether a stream ends with the usage
 
 
-@dataclasses.dataclass(frozen=True)
-class _Field:
-    what: str  # it must be
-    is_valid: Callable[[Any], bool]
-    default: Any = None
+Field = tuple[str, Callable[[Any], bool], Any]  # what a value must be, whether it is, and what is meant without one
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _number(low: float, high: float, default: float | None = None, kinds: Any = (int, float)) -> Field:
+    what = f"a {'whole ' if kinds is int else ''}number from {low:.9g} to {high:.9g}"
+    return (
+        what,
+        lambda value: isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high,
+        default,
+    )
 
 
-def _number(low: float, high: float, default: float | None = None) -> _Field:
-    what = f"a number from {low:g} to {high:g}"
-    return _Field(what, lambda value: _is_number(value) and low <= value <= high, default)
-
-
-def _whole(low: int, high: int, default: int | None = None) -> _Field:
-    what = f"a whole number from {low} to {high}"
-    return _Field(what, lambda value: _is_number(value) and isinstance(value, int) and low <= value <= high, default)
+_whole = functools.partial(_number, kinds=int)
 
 
 def _is_stop(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_STOP_CHARACTERS
 
 
-_BOOL = _Field("true or false", lambda value: isinstance(value, bool), False)
-_ANY = _Field("", lambda value: True)
+def _are_stops(value: Any) -> bool:
+    return _is_stop(value) or (isinstance(value, list) and len(value) <= MAX_STOPS and all(map(_is_stop, value)))
+
+
+def _are_stream_options(value: Any) -> bool:
+    known = isinstance(value, dict) and value.keys() <= {"include_usage", "include_obfuscation"}
+    return known and all(isinstance(each, bool) for each in value.values())
+
+
+_BOOL = ("true or false", lambda value: isinstance(value, bool), False)
 _MOST = 2**31 - 1
-_STOPS = _Field(
-    f"a text, or up to {MAX_STOPS} of them, none empty",
-    lambda value: (
-        _is_stop(value) or (isinstance(value, list) and len(value) <= MAX_STOPS and all(map(_is_stop, value)))
-    ),
-    (),
-)
-_STREAM_OPTIONS = _Field(
-    '{"include_usage": true or false}',
-    lambda value: (
-        isinstance(value, dict) and value.keys() <= {"include_usage", "include_obfuscation"}
-        and all(isinstance(each, bool) for each in value.values())
-    ),
-    {},
-)  # fmt: skip
 # The last three are no fields of OpenAI's: what `sample.py` can do besides.
 _COMMON = {
-    "model": _Field("a text", lambda value: isinstance(value, str)),
+    "model": ("a text", lambda value: isinstance(value, str), None),
     "n": _whole(1, 128, 1),
     "temperature": _number(0, 2, 1),
     "top_p": _number(0, 1, 1),
     "seed": _whole(-(2**63), 2**63 - 1),
-    "stop": _STOPS,
+    "stop": (f"a text, or up to {MAX_STOPS} of them, none empty", _are_stops, ()),
     "stream": _BOOL,
-    "stream_options": _STREAM_OPTIONS,
+    "stream_options": ('{"include_usage": true or false}', _are_stream_options, {}),
     "top_k": _whole(0, _MOST, 0),
     "min_p": _number(0, 1, 0),
     "repetition_penalty": _number(0.01, 100, 1),
 }
 _CHAT = _COMMON | {
-    "messages": _Field("a list of messages", lambda value: isinstance(value, list)),
+    "messages": ("a list of messages", lambda value: isinstance(value, list), None),
     "max_tokens": _whole(1, _MOST),
     "max_completion_tokens": _whole(1, _MOST),
     "logprobs": _BOOL,
     "top_logprobs": _whole(0, N_RANKED, 0),
 }
 _COMPLETION = _COMMON | {
-    "prompt": _ANY,
+    "prompt": ("", lambda value: True, None),  # see Reader
     "max_tokens": _whole(0, _MOST, 16),
     "logprobs": _whole(0, N_RANKED),
     "echo": _BOOL,
@@ -168,14 +179,14 @@ class Reader:
 
     def _prompts(self, prompt: Any) -> list[list[int]]:
         """A text, several, one's token ids, or several ones'."""
-        several = prompt if isinstance(prompt, list) and not all(map(_is_number, prompt)) else [prompt]
+        several = prompt if isinstance(prompt, list) and not all(map(_is_id, prompt)) else [prompt]
         if len(several) > self._most:
             raise ApiError(400, f"{len(several)} prompts; this server takes at most {self._most}", "prompt")
         if all(isinstance(each, str) for each in several):
             self._check_text(*several)
             return [self._tokenizer.encode_opening(each) for each in several]
         # check_prompt says what is wrong with ids.
-        if all(isinstance(each, list) and all(_is_id(id_) for id_ in each) for each in several):
+        if all(isinstance(each, list) and all(map(_is_id, each)) for each in several):
             return several
         raise ApiError(400, "prompt must be a text, a list of texts, token ids or a list of token ids", "prompt")
 
@@ -208,7 +219,7 @@ def _parse(body: bytes) -> dict[str, Any]:
     return fields
 
 
-def _check_fields(given: dict[str, Any], known: dict[str, _Field]) -> dict[str, Any]:
+def _check_fields(given: dict[str, Any], known: dict[str, Field]) -> dict[str, Any]:
     """The known fields, with defaults in place of those that are missing or null."""
     for name, value in given.items():
         if value is None or name in _IGNORED:
@@ -218,13 +229,13 @@ def _check_fields(given: dict[str, Any], known: dict[str, _Field]) -> dict[str, 
                 raise ApiError(400, f"{name} is not supported by this server", name, "unsupported_parameter")
         elif name not in known:
             raise ApiError(400, f"unrecognized request argument: {shown(name)}", shown(name), "unknown_parameter")
-        elif not known[name].is_valid(value):
-            raise ApiError(400, f"{name} is {shown(value)}; it must be {known[name].what}", name, "invalid_value")
+        elif not known[name][1](value):
+            raise ApiError(400, f"{name} is {shown(value)}; it must be {known[name][0]}", name, "invalid_value")
     values = {name: given.get(name) for name in known}
     for needed in ("messages", "prompt"):
         if needed in known and values[needed] is None:
             raise ApiError(400, f"{needed} is missing", needed, "missing_required_parameter")
-    return {name: known[name].default if value is None else value for name, value in values.items()}
+    return {name: known[name][2] if value is None else value for name, value in values.items()}
 
 
 def _most_tokens(fields: dict[str, Any]) -> int:

@@ -35,38 +35,26 @@ class _Server(uvicorn.Server):
 
 
 def make_app(
-    description: ModelDescription,
-    params: Params,
-    name: str,
-    n_slots: int = 16,
-    queue: int = 64,
-    max_length: int | None = None,
-    api_key: str | None = None,
-    loopback_only: bool = True,
+    model: tuple[ModelDescription, Params], name: str, n_slots: int, queue: int, max_length: int | None = None, **access
 ) -> tuple[ASGIApp, Engine]:
-    """The application and its engine, which is not started yet. Raises: UserError, if the model can't be served."""
+    """The application and its engine, which is not started yet; `access` is of `Served`.
+
+    Raises: UserError, if the model can't be served.
+    """
+    description, params = model
     tokenizer, dtype = description.make_tokenizer(), accelerator.default_dtype()
     decoder = Decoder(description.config, params, dtype, description.trained_length)
     options = text_options(SamplingOptions(max_length=max_length), tokenizer, description.config)
     engine = Engine(decoder, options, n_slots, queue)
     reader = Reader(decoder, tokenizer, options, name, n_slots + queue)
-    served = Served(name, engine, reader, tokenizer, api_key, loopback_only, Metrics(engine, n_slots))
-    return app.make_app(served), engine
+    return app.make_app(Served(name, engine, reader, tokenizer, Metrics(engine, n_slots), **access)), engine
 
 
 def make_server(application: ASGIApp, engine: Engine) -> uvicorn.Server:
     """A server that runs on a socket; it and the engine end together."""
-    config = uvicorn.Config(
-        application,
-        lifespan="off",
-        ws="none",
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=int(GRACE_SECONDS) + 1,
-    )
-    return _Server(config, engine)
+    quiet = {"log_level": "error", "access_log": False, "server_header": False}
+    limits = {"limit_concurrency": MAX_CONNECTIONS, "timeout_graceful_shutdown": int(GRACE_SECONDS) + 1}
+    return _Server(uvicorn.Config(application, lifespan="off", ws="none", **quiet, **limits), engine)
 
 
 def serve(application: ASGIApp, engine: Engine, listener: socket.socket, line: str) -> None:
@@ -87,9 +75,3 @@ def serve(application: ASGIApp, engine: Engine, listener: socket.socket, line: s
     if engine.failure is not None:
         failure = f"the engine failed: {reason(engine.failure)}"
         raise RunError(shortage(engine.failure) if lacks_memory(engine.failure) else failure) from engine.failure
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises: OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)

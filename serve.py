@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import socket
 from argparse import Namespace
 
 from tinysft_jax import console
@@ -16,15 +17,16 @@ def main() -> None:
         import_extra(module, "serve", "serve.py")
     from tinysft_jax import accelerator, distributed
     from tinysft_jax.checkpoints import open_model
-    from tinysft_jax.serving.server import listen, make_app, serve
+    from tinysft_jax.serving.server import make_app, serve
 
     with explained(f"can't listen on {flags.host}, port {flags.port}", causes=(OSError, OverflowError)):
-        listener = listen(flags.host, flags.port)
+        family = socket.AF_INET6 if ":" in flags.host else socket.AF_INET
+        listener = socket.create_server((flags.host, flags.port), family=family, backlog=1024)
     distributed.check_devices()
     accelerator.keep_compiled()
     model, name = open_model(flags.checkpoint), os.path.basename(os.path.abspath(flags.checkpoint))
-    limits = {"n_slots": flags.slots, "queue": flags.queue, "max_length": flags.max_length}
-    app, engine = make_app(*model, name, **limits, api_key=flags.api_key, loopback_only=_is_loopback(flags.host))
+    access = {"api_key": flags.api_key, "loopback_only": _is_loopback(flags.host)}
+    app, engine = make_app(model, name, flags.slots, flags.queue, flags.max_length, **access)
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"compiling {name}; the page is at {address}", flush=True)

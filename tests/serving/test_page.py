@@ -9,6 +9,7 @@ import pytest
 from serving_model import Running, run_server
 
 from tinysft_jax.data.prepare import main as prepare
+from tinysft_jax.sampling import decode
 from tinysft_jax.sampling import engine as engine_module
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -19,13 +20,13 @@ WAIT_MS = 20_000
 @pytest.fixture(scope="module")
 def slow_server() -> Iterator[Running]:
     """Some twenty tokens a second, none of which ends an answer."""
-    advance, patch = engine_module.advance, pytest.MonkeyPatch()
+    advance, patch = decode.advance, pytest.MonkeyPatch()
 
     def slow(*arguments):
         time.sleep(0.05)
         return advance(*arguments)
 
-    patch.setattr(engine_module, "advance", slow)
+    patch.setattr(decode, "advance", slow)
     patch.setattr(engine_module, "SECONDS_OF_RUN", 0.0)  # a token a run
     with run_server(ends=False, n_slots=2) as running:
         yield running

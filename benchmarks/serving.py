@@ -81,15 +81,15 @@ def load(directory: Path, flags) -> dict[str, dict[str, float]]:
 def long_prompt(directory: Path, n_streams: int = 4, n_tokens: int = 1000) -> dict[str, float]:
     """The longest wait of running streams for their next text: without others, and while a long prompt joins them."""
     draws = np.random.default_rng(0)
-    long = {"prompt": draws.integers(0, VOCAB_SIZE, n_tokens).tolist(), "max_tokens": 1}
+    long, whole = [
+        [{"prompt": draws.integers(0, VOCAB_SIZE, length).tolist(), "max_tokens": 1} for _ in range(5)]
+        for length in (n_tokens, PIECES[0])
+    ]
     short = [{"prompt": draws.integers(0, VOCAB_SIZE, 20).tolist(), "max_tokens": 300} for _ in range(n_streams)]
     with server(write_model(directory / "long.pt", LONG_CONTEXT), n_streams + 1, 8) as port:
-        piece = min(
-            ask(port, 1, [long | {"prompt": long["prompt"][: PIECES[0]]}], True)["results"][0]["first"]
-            for _ in range(5)
-        )
+        piece = min(each["first"] for each in ask(port, 1, whole, True)["results"])
         gaps = {}
-        for name, bodies in (("alone", short), ("with_long_prompts", [*short, *5 * [long]])):
+        for name, bodies in (("alone", short), ("with_long_prompts", [*short, *long])):
             found = ask(port, n_streams + 1, bodies, True)["results"][:n_streams]
             joined = max(each["times"][1] for each in found)  # after the streams' own prompts
             gaps[name] = max(float(np.diff([time for time in each["times"] if time >= joined]).max()) for each in found)

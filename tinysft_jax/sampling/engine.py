@@ -192,16 +192,19 @@ class Engine:
             slot.request, slot.ids = request, request.prompt[: shared[id(slot)]]
 
     def _feed(self) -> bool:
-        """Feeds a piece to each request that joins, as long as the longest; whether a prompt is now complete."""
-        is_complete = False
+        """Feeds a piece to each request that joins; whether a prompt is now complete.
+
+        A long piece may be padded by half; what is shorter than that are short pieces, one after another.
+        """
+        is_complete, (long, *_), short = False, self._pieces, self._pieces[-1]
         for row, slot in enumerate(self._slots):
             if slot.request is None or not slot.rest:
                 continue
-            room = self._pieces[0]
-            while room > 0 and (rest := slot.rest):
-                size = next((size for size in self._pieces if size <= min(len(rest), room)), self._pieces[-1])
-                self._feed_piece(row, slot, rest[:size], size)
-                room -= size
+            if len(slot.rest) > long // 2 and len(slot.ids) + long <= self._length:
+                self._feed_piece(row, slot, slot.rest[:long], long)
+            else:
+                while slot.rest:
+                    self._feed_piece(row, slot, slot.rest[:short], short)
             if not slot.rest:
                 is_complete = True
                 if self._limit(slot) == len(slot.ids):  # the prompt's own log-probabilities are all that is wanted

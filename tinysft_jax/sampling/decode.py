@@ -286,9 +286,8 @@ class Decoder:
             cache = [(empty(), empty()) for _ in range(config.n_layers)]
         hidden = np.zeros((n_rows, config.dim), self.dtype)
         numbers = (np.array(each, np.int32) for each in (n_rows * [start], limits, rows))
-        return DecodeState(
-            cache, *jax.device_put((hidden, *numbers, self.seen(prompts, options)), self._sharding(n_rows))
-        )
+        of_rows = (hidden, *numbers, self.seen(prompts, options))
+        return DecodeState(cache, *jax.device_put(of_rows, self._sharding(n_rows)))
 
     def _feed(self, state: DecodeState, pieces: Sequence[Prompt], size: int) -> DecodeState:
         """Feeds a piece of at most `size` tokens to each row."""

@@ -126,8 +126,6 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """Ends a request soon, if it has not ended. Its slot is free before the next run."""
         request.is_cancelled = True
-        with self._changed:
-            self._changed.notify()
 
     def finish_within(self, seconds: float) -> None:
         """Takes no more requests; answers that have not ended by then are cut off, as by a lack of room."""
@@ -214,7 +212,8 @@ class Engine:
     def _feed_piece(self, row: int, slot: _Slot, piece: list[int], size: int) -> None:
         request, start = slot.request, len(slot.ids)
         following = request.prompt[start + 1 : start + 1 + len(piece)]
-        where, ids = np.array((row, start, len(piece)), np.int32), (_padded(piece, size), _padded(following, size))
+        where = np.array((row, start, len(piece)), np.int32)
+        ids = [np.pad(np.array(each, np.int32), (0, size - len(each))) for each in (piece, following)]
         wanted, (seen,) = np.bool(request.ranks_prompt), self._decoder.seen([request.prompt], self._options)
         self._state, found = feed(self._decoder.params, self._state, *where, *ids, wanted, seen, self._decoder.config)
         slot.ids = slot.ids + piece
@@ -275,7 +274,3 @@ def _n_shared(kept: list[int], request: Request) -> int:
         return 0
     n = n_shared(kept, request.prompt[:-1])
     return n if 2 * n >= min(len(kept), len(request.prompt)) else 0
-
-
-def _padded(ids: list[int], size: int) -> np.ndarray:
-    return np.pad(np.array(ids, np.int32), (0, size - len(ids)))

@@ -75,22 +75,13 @@ class Knobs(NamedTuple):
     forbidden: Bool[Array, " V"]
 
     @classmethod
-    def of(
-        cls,
-        options: Sequence[SamplingOptions],
-        stop_ids: Sequence[int],
-        forbidden: Bool[Array | np.ndarray, " V"],
-        ranked: Sequence[bool] | None = None,
-    ) -> "Knobs":
+    def of(cls, options: Sequence[SamplingOptions], stop_ids: Sequence[int], forbidden, ranked=()) -> "Knobs":
         """Those of rows with these options."""
-
-        def column(name: str, dtype) -> np.ndarray:
-            return np.array([getattr(each, name) for each in options], dtype)
-
-        numbers = (column(name, np.float32) for name in ("top_p", "min_p", "repetition_penalty"))
-        of_rows = column("temperature", np.float32), column("top_k", np.int32), *numbers, column("seed", np.uint32)
-        ranked = np.array(ranked or len(options) * [False])
-        return cls(*of_rows, ranked, np.array(stop_ids, np.int32), forbidden)
+        dtypes = {name: np.float32 for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
+        dtypes |= {"top_k": np.int32, "seed": np.uint32}
+        of_rows = {name: np.array([getattr(each, name) for each in options], kind) for name, kind in dtypes.items()}
+        ranked, stop_ids = np.array(ranked or len(options) * [False]), np.array(stop_ids, np.int32)
+        return cls(**of_rows, ranked=ranked, stop_ids=stop_ids, forbidden=forbidden)
 
 
 def penalize(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, " B"]) -> Float[Array, "B V"]:

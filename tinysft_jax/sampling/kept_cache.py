@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tinysft_jax.model import LayerCache
 
@@ -34,9 +33,8 @@ class KeptCache:
 
 def n_shared(mine: Sequence[int], yours: Sequence[int]) -> int:
     """How many ids both begin with."""
-    n = min(len(mine), len(yours))
-    different = np.flatnonzero(np.array(mine[:n]) != np.array(yours[:n]))
-    return int(different[0]) if len(different) else n
+    differs = (i for i, (a, b) in enumerate(zip(mine, yours, strict=False)) if a != b)
+    return next(differs, min(len(mine), len(yours)))
 
 
 def lengthen(layers: list[tuple[jax.Array, jax.Array]], n_slots: int) -> list[tuple[jax.Array, jax.Array]]:

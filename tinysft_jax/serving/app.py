@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -15,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -31,7 +32,6 @@ MAX_BODY_BYTES = 2_000_000
 BODY_SECONDS = 30  # within which a body must have come
 ANSWER_SECONDS = 600  # within which an answer must have ended, waiting included
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
-EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
 
 
 class Served(NamedTuple):
@@ -118,16 +118,16 @@ class _Guard:
 
     def _check(self, request: Request) -> None:
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        if self._served.loopback_only and re.sub(r":\d*$", "", host) not in LOOPBACK_NAMES:
-            raise ApiError(403, "this server answers requests for localhost only")
-        if origin is not None and origin.partition("://")[2] != host:
-            raise ApiError(403, "requests from pages of other sites are not answered")
         if self._served.api_key is not None and request.scope["path"] not in ("/", "/health"):
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
             is_right = secrets.compare_digest(key.strip().encode(), self._served.api_key.encode())
             if scheme.lower() != "bearer" or not is_right:
                 headers = {"www-authenticate": "Bearer"}
                 raise ApiError(401, "a valid API key is needed", code="invalid_api_key", headers=headers)
+        if self._served.loopback_only and re.sub(r":\d*$", "", host.lower()) not in LOOPBACK_NAMES:
+            raise ApiError(403, "this server answers requests for localhost only")
+        if origin is not None and origin.lower().partition("://")[2] != host.lower():
+            raise ApiError(403, "requests from pages of other sites are not answered")
 
 
 class _Answers:
@@ -137,6 +137,13 @@ class _Answers:
         self._served, self._is_chat = served, is_chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def respond() -> None:
+            try:
+                response = await answers.response()
+            except ApiError as error:
+                response = error.response()
+            await response(scope, receive, send)
+
         try:
             body = await _read_body(Request(scope, receive))
             call = await run_in_threadpool(self._served.reader.read, body, self._is_chat)
@@ -146,11 +153,9 @@ class _Answers:
         except (ApiError, UserError) as error:
             error = error if isinstance(error, ApiError) else ApiError(400, str(error))
             return await error.response()(scope, receive, send)
-        work = asyncio.ensure_future(answers.respond(scope, receive, send))
-        gone = asyncio.ensure_future(_disconnected(receive))
+        work, gone = map(asyncio.ensure_future, (respond(), _disconnected(receive)))
         try:
-            # A client that does not read has to go, too.
-            seconds = ANSWER_SECONDS + BODY_SECONDS
+            seconds = ANSWER_SECONDS + BODY_SECONDS  # after which a client has to go that does not read
             await asyncio.wait((work, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             answers.cancel()
@@ -191,7 +196,7 @@ class _Running:
         loop = asyncio.get_running_loop()
 
         def post(piece: Piece) -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the server has ended
                 loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
         n = call.n * len(call.prompts)
@@ -202,22 +207,21 @@ class _Running:
             status = 429 if isinstance(error, Refused) else 503
             raise ApiError(status, str(error), code="overloaded", headers={"retry-after": "1"}) from None
         self._n_unfinished = n
-        served.metrics.begun(call)
+        served.metrics.prompt_tokens.inc(sum(map(len, call.prompts)))
 
     def cancel(self) -> None:
         """Ends what has not ended."""
         for request in self._requests:
             self._served.engine.cancel(request)
 
-    async def respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def response(self) -> Response:
+        """A stream begins with the first piece, so an error before it has a status of its own. Raises: ApiError."""
         reply = Reply(self._call, self._served.name)
-        try:
-            if self._call.streams:
-                return await self._stream(reply, send)
-            response = JSONResponse(reply.whole([piece async for piece in self._received()]))
-        except ApiError as error:
-            response = error.response()
-        await response(scope, receive, send)
+        if not self._call.streams:
+            return JSONResponse(reply.whole([piece async for piece in self._received()]))
+        events = self._events(reply)
+        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
+        return StreamingResponse(_in_order(await anext(events), events), headers=headers)
 
     async def _received(self) -> AsyncIterator[Piece]:
         """The pieces, until all answers have ended. Raises: ApiError, if that takes too long."""
@@ -234,26 +238,25 @@ class _Running:
                 self._served.metrics.ended(piece, time.perf_counter() - self._start)
             yield piece
 
-    async def _stream(self, reply: Reply, send: Send) -> None:
-        """Sends events; the status comes with the first piece, so an error before it has its own."""
-        has_begun, n_generated = False, {}
+    async def _events(self, reply: Reply) -> AsyncIterator[str]:
+        n_generated = {}
+        async for piece in self._received():
+            n_generated[piece.index] = piece.n_generated
+            yield _event(reply.chunk(piece))
+        if self._call.counts:
+            yield _event(reply.last_chunk(n_generated.values()))
+        yield "data: [DONE]\n\n"
 
-        async def event(data: dict[str, Any] | str) -> None:
-            text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
-            await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
 
-        try:
-            async for piece in self._received():
-                if not has_begun:
-                    has_begun = True
-                    await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
-                n_generated[piece.index] = piece.n_generated
-                await event(reply.chunk(piece))
-            if self._call.counts:
-                await event(reply.last_chunk(n_generated.values()))
-            await event("[DONE]")
-        except ApiError as error:
-            if not has_begun:
-                raise
-            await event(error.body())
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+async def _in_order(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The events; an error that comes after the first is an event, too."""
+    yield first
+    try:
+        async for event in rest:
+            yield event
+    except ApiError as error:
+        yield _event(error.body())

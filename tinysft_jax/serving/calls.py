@@ -5,13 +5,13 @@ import functools
 import json
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from starlette.responses import JSONResponse
 
 from tinysft_jax import chat
-from tinysft_jax.console import shown
+from tinysft_jax.console import UserError, explained, shown
 from tinysft_jax.sampling.decode import Decoder, check_prompt
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.steps import N_RANKED
@@ -25,14 +25,7 @@ MAX_STOP_CHARACTERS = 1_000
 class ApiError(Exception):
     """A request that can't be answered; the response has the form of OpenAI's."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ):
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers=None):
         super().__init__(message)
         self.status, self.param, self.code, self.headers = status, param, code, headers
 
@@ -63,7 +56,7 @@ Field = tuple[str, Callable[[Any], bool], Any]  # what a value must be, whether 
 
 
 def _number(low: float, high: float, default: float | None = None, kinds: Any = (int, float)) -> Field:
-    what = f"a {'whole ' if kinds is int else ''}number from {low:.9g} to {high:.9g}"
+    what = f"a {'whole ' if kinds is int else ''}number from {low} to {high}"
     return (
         what,
         lambda value: isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high,
@@ -117,22 +110,12 @@ _COMPLETION = _COMMON | {
     "echo": _BOOL,
 }
 # What OpenAI's server takes and this one can't do, with the values that ask for nothing.
-_NEUTRAL = {
-    **dict.fromkeys(("frequency_penalty", "presence_penalty"), (0,)),
-    "logit_bias": ({},),
-    **dict.fromkeys(("tools", "functions"), ([],)),
-    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "best_of": (1,),
-    "suffix": ("",),
-    **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
-}
+_NOTHING = {"frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "best_of": (1,), "suffix": ("",)}
+_NOTHING |= {"response_format": ({"type": "text"},), "modalities": (["text"],), "tools": ([],), "functions": ([],)}
+_NOTHING |= dict.fromkeys(("tool_choice", "function_call"), ("none", "auto"))
+_NOTHING |= dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ())
 # What says nothing about the answer.
-_IGNORED = {
-    *("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"),
-    "prompt_cache_retention",
-}
+_IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"}
 # Of a message; those after the first two only without a value.
 _MESSAGE_FIELDS = ("role", "content", "name", "refusal", "audio", "tool_calls", "function_call", "annotations")
 
@@ -153,7 +136,7 @@ class Reader:
         if is_chat and self._tokenizer.template is None:
             raise ApiError(400, "this model has no chat template; it continues text: use /v1/completions", "messages")
         most = _most_tokens(fields) if is_chat else fields["max_tokens"]
-        prompts = [self._chat_prompt(fields["messages"])] if is_chat else self._prompts(fields["prompt"])
+        prompts, given = self._chat(fields["messages"]) if is_chat else self._prompts(fields["prompt"])
         for prompt in prompts:
             self._check_length(len(prompt), most)
             # With no answer wanted, the prompt may fill the context.
@@ -167,32 +150,28 @@ class Reader:
         options = dataclasses.replace(self._options, max_new_tokens=most, seed=seed, **numbers)
         stops = (fields["stop"],) if isinstance(fields["stop"], str) else tuple(fields["stop"])
         streams, counts = fields["stream"], fields["stream_options"].get("include_usage", False)
-        texts = self._texts(fields["prompt"], prompts) if not is_chat and fields["echo"] else []
+        given = given if fields.get("echo") else []
+        texts = [each if isinstance(each, str) else self._tokenizer.decode(each) for each in given]
         return Call(is_chat, prompts, texts, options, n, stops, _n_ranked(fields, is_chat), streams, counts)
 
-    def _chat_prompt(self, messages: Any) -> list[int]:
-        if len(messages or ()) > MAX_MESSAGES:
+    def _chat(self, messages: list[Any]) -> tuple[list[list[int]], list[Any]]:
+        if len(messages) > MAX_MESSAGES:
             raise ApiError(413, f"{len(messages)} messages; at most {MAX_MESSAGES} are read", "messages")
-        messages = chat.read_messages([_check_message(each, index) for index, each in enumerate(messages or ())])
+        messages = chat.read_messages([_check_message(each, index) for index, each in enumerate(messages)])
         self._check_text(*(message["content"] for message in messages))
-        return self._tokenizer.encode_prompt(messages).tolist()
+        return [self._tokenizer.encode_prompt(messages).tolist()], []
 
-    def _prompts(self, prompt: Any) -> list[list[int]]:
-        """A text, several, one's token ids, or several ones'."""
+    def _prompts(self, prompt: Any) -> tuple[list[list[int]], list[Any]]:
+        """The ids of a text, several, one's token ids, or several ones'; and what was given of each."""
         several = prompt if isinstance(prompt, list) and not all(map(_is_id, prompt)) else [prompt]
         if len(several) > self._most:
             raise ApiError(400, f"{len(several)} prompts; this server takes at most {self._most}", "prompt")
         if all(isinstance(each, str) for each in several):
             self._check_text(*several)
-            return [self._tokenizer.encode_opening(each) for each in several]
-        # check_prompt says what is wrong with ids.
+            return [self._tokenizer.encode_opening(each) for each in several], several
         if all(isinstance(each, list) and all(map(_is_id, each)) for each in several):
-            return several
+            return several, several
         raise ApiError(400, "prompt must be a text, a list of texts, token ids or a list of token ids", "prompt")
-
-    def _texts(self, prompt: Any, prompts: list[list[int]]) -> list[str]:
-        given = [prompt] if isinstance(prompt, str) else prompt
-        return list(given) if isinstance(given[0], str) else [self._tokenizer.decode(ids) for ids in prompts]
 
     def _check_text(self, *texts: str) -> None:
         """Refuses what is far too long before it is encoded, which takes time."""
@@ -210,12 +189,10 @@ def _is_id(value: Any) -> bool:
 
 
 def _parse(body: bytes) -> dict[str, Any]:
-    try:
+    with explained("the body is not valid JSON", causes=(ValueError, RecursionError)):
         fields = json.loads(body)
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body is not valid JSON") from None
     if not isinstance(fields, dict):
-        raise ApiError(400, "the body must be a JSON object")
+        raise UserError("the body must be a JSON object")
     return fields
 
 
@@ -224,8 +201,8 @@ def _check_fields(given: dict[str, Any], known: dict[str, Field]) -> dict[str, A
     for name, value in given.items():
         if value is None or name in _IGNORED:
             continue
-        if name in _NEUTRAL and name not in known:
-            if value not in _NEUTRAL[name]:
+        if name in _NOTHING and name not in known:
+            if value not in _NOTHING[name] or isinstance(value, bool):  # False == 0
                 raise ApiError(400, f"{name} is not supported by this server", name, "unsupported_parameter")
         elif name not in known:
             raise ApiError(400, f"unrecognized request argument: {shown(name)}", shown(name), "unknown_parameter")

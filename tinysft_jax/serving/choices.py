@@ -5,9 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
-import numpy as np
-
 from tinysft_jax.sampling.engine import News, Request
 from tinysft_jax.sampling.steps import Ranked
 from tinysft_jax.serving.calls import Call
@@ -44,16 +41,15 @@ class AnswerText:
 
     def add(self, ids: Sequence[int], is_last: bool) -> str:
         """The text that is certain after these ids, and was not before; ids after a stop string are not looked at."""
-        for id_ in ids:
-            self.starts.append(len(self._text))
+        parts = [self._tokenizer.decode_bytes([id_]) for id_ in ids]
+        for part in [*parts, None] if is_last else parts:  # in the end U+FFFD for part of a character
             searched = max(0, len(self._text) - self._longest + 1)
-            self._text += self._utf8.decode(self._tokenizer.decode_bytes([id_]))
+            self.starts += [] if part is None else [len(self._text)]
+            self._text += self._utf8.decode(part or b"", final=part is None)
             found = [place for stop in self._stops if (place := self._text.find(stop, searched)) >= 0]
             if found:
                 self._text, self.is_stopped = self._text[: min(found)], True
                 break
-        if is_last and not self.is_stopped:
-            self._text += self._utf8.decode(b"", final=True)  # U+FFFD for part of a character
         start = self.n_released
         self.n_released = len(self._text) - (0 if is_last or self.is_stopped else self._n_uncertain())
         return self._text[start : self.n_released]
@@ -109,9 +105,9 @@ class Choice:
             n_more = len(whole.add(ids, is_last=True)) - len(self._prompt)
             starts = [max(start - n_more, 0) for start in whole.starts]
             self._tokens.append(Token(self._spell(ids[0]), None, [], starts[0]))
-            if len(ids) > 1:
-                ranked = jax.tree.map(lambda *parts: np.concatenate(parts), *self.request.prompt_ranked)
-                self._tokens += self._described(ids[1:], ranked, starts[1:])
+            for ranked in self.request.prompt_ranked:  # not of all, if the request ends while its prompt is read
+                n = len(self._tokens)
+                self._tokens += self._described(ids[n : n + len(ranked.log_prob)], ranked, starts[n:])
 
     def _described(self, ids: Sequence[int], ranked: Ranked, starts: Sequence[int]) -> list[Token]:
         tokens, n = [], self._call.n_ranked

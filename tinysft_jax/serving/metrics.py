@@ -3,10 +3,8 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from tinysft_jax.sampling.engine import Engine
-from tinysft_jax.serving.calls import Call
 from tinysft_jax.serving.choices import Piece
 
-SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 RATES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000)
 
 
@@ -21,22 +19,14 @@ class Metrics:
         gauge("slots", "Requests that can be answered at a time.", lambda: n_slots)
         gauge("slots_in_use", "Requests that are being answered.", lambda: engine.n_active)
         gauge("queue", "Requests that wait for a slot.", lambda: engine.n_waiting)
-        of_responses = ["path", "status"]
-        self.responses = Counter("tinysft_responses", "Responses.", of_responses, registry=registry)
-        self._prompt = Counter("tinysft_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self.responses = Counter("tinysft_responses", "Responses.", ["path", "status"], registry=registry)
+        self.prompt_tokens = Counter("tinysft_prompt_tokens", "Tokens of prompts.", registry=registry)
         self._generated = Counter("tinysft_generated_tokens", "Tokens of answers.", registry=registry)
-        self._first = Histogram(
-            "tinysft_first_token_seconds", "From a request to its first token.", buckets=SECONDS, registry=registry
-        )
-        self._rate = Histogram(
-            "tinysft_tokens_per_second", "Of an answer, after its first token.", buckets=RATES, registry=registry
-        )
-
-    def begun(self, call: Call) -> None:
-        self._prompt.inc(sum(map(len, call.prompts)))
+        self._first = Histogram("tinysft_first_token_seconds", "From request to first token.", registry=registry)
+        self._rate = Histogram("tinysft_tokens_per_second", "Of an answer.", buckets=RATES, registry=registry)
 
     def ended(self, piece: Piece, seconds: float) -> None:
-        """Notes the last piece of an answer, whose request came `seconds` ago."""
+        """Notes the last piece of an answer, whose request came `seconds` ago; its rate is after the first token."""
         self._generated.inc(piece.n_generated)
         self._first.observe(piece.seconds)
         if piece.n_generated > 1:

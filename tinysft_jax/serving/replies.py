@@ -22,25 +22,14 @@ class Reply:
 
     def whole(self, pieces: Iterable[Piece]) -> dict[str, Any]:
         """The body of a response that is not streamed; each piece is a whole answer."""
-        pieces, choices = sorted(pieces), []
-        for piece in pieces:
-            choice = self._choice(piece)
-            if self._call.is_chat:
-                choice["message"] = {"role": "assistant", "content": piece.text, "refusal": None}
-            choices.append(choice)
+        pieces = sorted(pieces)
+        choices = [self._choice(piece, "message", {"content": piece.text, "refusal": None}) for piece in pieces]
         usage = self._usage(piece.n_generated for piece in pieces)
         return self._common | {"object": self._kind, "choices": choices, "usage": usage}
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """An event of a stream."""
-        choice = self._choice(piece)
-        if self._call.is_chat:
-            is_new = piece.index not in self._begun
-            self._begun.add(piece.index)
-            choice["delta"] = ({"role": "assistant"} if is_new else {}) | (
-                {"content": piece.text} if piece.text or is_new else {}
-            )
-        return self._streamed([choice], None)
+        return self._streamed([self._choice(piece, "delta", {"content": piece.text} if piece.text else {})], None)
 
     def last_chunk(self, n_generated: Iterable[int]) -> dict[str, Any]:
         """The event after the answers, which tells how many tokens there were."""
@@ -54,12 +43,15 @@ class Reply:
         n_prompt, n_new = sum(map(len, self._call.prompts)), sum(n_generated)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
-    def _choice(self, piece: Piece) -> dict[str, Any]:
+    def _choice(self, piece: Piece, name: str, message: dict[str, str | None]) -> dict[str, Any]:
         choice = {"index": piece.index, "finish_reason": piece.finish, "logprobs": None}
         if self._call.n_ranked is not None:
-            describe = _of_chat if self._call.is_chat else _of_completion
-            choice["logprobs"] = describe(piece.tokens)
-        return choice if self._call.is_chat else choice | {"text": piece.text}
+            choice["logprobs"] = (_of_chat if self._call.is_chat else _of_completion)(piece.tokens)
+        if not self._call.is_chat:
+            return choice | {"text": piece.text}
+        role = {} if piece.index in self._begun else {"role": "assistant", "content": ""}
+        self._begun.add(piece.index)
+        return choice | {name: role | message}
 
 
 def _of_chat(tokens: list[Token]) -> dict[str, Any]:

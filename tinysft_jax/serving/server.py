@@ -8,7 +8,6 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from tinysft_jax import accelerator
-from tinysft_jax.console import RunError, lacks_memory, reason, shortage
 from tinysft_jax.parameters import ModelDescription, Params
 from tinysft_jax.sampling.decode import Decoder
 from tinysft_jax.sampling.engine import Engine
@@ -24,13 +23,11 @@ MAX_CONNECTIONS = 512
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, engine: Engine):
-        super().__init__(config)
-        self._engine = engine
+    engine: Engine
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Called when a signal has come: no new connections, and running answers may end."""
-        self._engine.finish_within(GRACE_SECONDS)
+        self.engine.finish_within(GRACE_SECONDS)
         await super().shutdown(sockets)
 
 
@@ -54,17 +51,15 @@ def make_server(application: ASGIApp, engine: Engine) -> uvicorn.Server:
     """A server that runs on a socket; it and the engine end together."""
     quiet = {"log_level": "error", "access_log": False, "server_header": False}
     limits = {"limit_concurrency": MAX_CONNECTIONS, "timeout_graceful_shutdown": int(GRACE_SECONDS) + 1}
-    return _Server(uvicorn.Config(application, lifespan="off", ws="none", **quiet, **limits), engine)
+    server = _Server(uvicorn.Config(application, lifespan="off", ws="none", **quiet, **limits))
+    server.engine = engine
+    return server
 
 
 def serve(application: ASGIApp, engine: Engine, listener: socket.socket, line: str) -> None:
-    """Serves until Ctrl-C or SIGTERM; says `line` when the engine is ready. Raises: RunError, if the engine fails."""
+    """Serves until Ctrl-C or SIGTERM; says `line` when the engine is ready. Raises what the engine fails with."""
     server = make_server(application, engine)
-
-    def stop() -> None:
-        server.should_exit = True
-
-    engine.start(on_ready=lambda: print(line, flush=True), on_end=stop)
+    engine.start(on_ready=lambda: print(line, flush=True), on_end=lambda: setattr(server, "should_exit", True))
     try:
         server.run([listener])
     finally:
@@ -73,5 +68,4 @@ def serve(application: ASGIApp, engine: Engine, listener: socket.socket, line: s
             print("stopped while the model was being compiled", file=sys.stderr, flush=True)
             os._exit(130)
     if engine.failure is not None:
-        failure = f"the engine failed: {reason(engine.failure)}"
-        raise RunError(shortage(engine.failure) if lacks_memory(engine.failure) else failure) from engine.failure
+        raise engine.failure

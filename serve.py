@@ -25,11 +25,13 @@ def main() -> None:
     distributed.check_devices()
     accelerator.keep_compiled()
     model, name = open_model(flags.checkpoint), os.path.basename(os.path.abspath(flags.checkpoint))
+    name = name.encode(errors="replace").decode()  # a directory's need not be Unicode
     access = {"api_key": flags.api_key, "loopback_only": _is_loopback(flags.host)}
     app, engine = make_app(model, name, flags.slots, flags.queue, flags.max_length, **access)
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"compiling {name}; the page is at {address}", flush=True)
+    size = f"a cache of {engine.cache_bytes / 1e9:,.2f} GB (by --slots and --max_length)"
+    print(f"compiling {name}, with {size}; the page is at {address}", flush=True)
     serve(app, engine, listener, f"ready: {address}/v1 answers {flags.slots} requests at a time; Ctrl-C stops")
 
 

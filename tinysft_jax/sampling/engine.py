@@ -99,6 +99,12 @@ class Engine:
         self.failure: Exception | None = None
 
     @property
+    def cache_bytes(self) -> int:
+        """Of keys and values, of all slots."""
+        config, size = self._decoder.config, self._decoder.dtype.itemsize
+        return 2 * config.n_layers * config.n_kv_heads * config.head_dim * size * self._length * len(self._slots)
+
+    @property
     def n_waiting(self) -> int:
         return len(self._waiting)
 

@@ -63,7 +63,7 @@ def serve(application: ASGIApp, engine: Engine, listener: socket.socket, line: s
     try:
         server.run([listener])
     finally:
-        if not engine.close(seconds=2):
+        if not engine.close(seconds=2.0):
             # A thread that compiles can't be stopped, and the interpreter must not end beside it.
             print("stopped while the model was being compiled", file=sys.stderr, flush=True)
             os._exit(130)

@@ -53,6 +53,7 @@ def running(decoder: Decoder, n_slots: int = 4, queue: int = 30, common: Samplin
     engine = Engine(decoder, common, n_slots, queue)
     engine.start()
     try:
+        engine.is_ready.wait(60)
         yield engine
     finally:
         assert engine.close(60.0)

@@ -200,7 +200,7 @@ class Decoder:
         return self._stream(ids, options, self.forbidden(options), kept or KeptCache(), row)
 
     def _stream(
-        self, ids: list[int], options: SamplingOptions, forbidden: np.ndarray, kept: KeptCache, row: int
+        self, ids: list, options: SamplingOptions, forbidden: np.ndarray, kept: KeptCache, row: int
     ) -> Iterator:
         """A generator, which begins at its first chunk; `stream` raises errors at once."""
         n_slots = self.cache_slots(self.limit(len(ids), options))

@@ -19,8 +19,6 @@ from tinysft_jax.sampling.steps import Ranked, feed, ranked
 # Decode steps are run for about this long, then requests join and leave.
 SECONDS_OF_RUN = 0.1
 
-Finish = Literal["stop", "length", "cancelled"]
-
 
 class Refused(Exception):
     """The engine takes no more requests for now, because too many are waiting."""
@@ -35,7 +33,7 @@ class News(NamedTuple):
 
     ids: list[int]  # without the stop id
     ranked: Ranked | None  # of these ids (and the stop id), NumPy arrays; None if the request does not ask for it
-    finish: Finish | None  # why the answer has ended
+    finish: Literal["stop", "length", "cancelled"] | None  # why the answer has ended
 
 
 @dataclasses.dataclass(eq=False)
@@ -190,10 +188,9 @@ class Engine:
                 request = self._waiting.popleft()
             # The slot that holds the most of the prompt. But a text of which little is of use is not given up for that:
             # all chats begin with the same system message.
-            shared = {id(slot): _n_shared(slot.ids, request) for slot in free}
-            slot = max(free, key=lambda slot: (shared[id(slot)], -slot.last_used))
+            slot = max(free, key=lambda slot: (_n_shared(slot.ids, request), -slot.last_used))
             free.remove(slot)
-            slot.request, slot.ids = request, request.prompt[: shared[id(slot)]]
+            slot.request, slot.ids = request, request.prompt[: _n_shared(slot.ids, request)]
 
     def _feed(self) -> bool:
         """Feeds a piece to each request that joins; whether a prompt is now complete.
@@ -275,8 +272,6 @@ class Engine:
 
 
 def _n_shared(kept: list[int], request: Request) -> int:
-    """How many of the prompt's first tokens are used from a slot. The last is computed again, to predict the next."""
-    if request.ranks_prompt:
-        return 0
-    n = n_shared(kept, request.prompt[:-1])
+    """How many of the prompt's first tokens a slot has. The last is computed again, to predict the next."""
+    n = 0 if request.ranks_prompt else n_shared(kept, request.prompt[:-1])
     return n if 2 * n >= min(len(kept), len(request.prompt)) else 0

@@ -50,7 +50,7 @@ def make_app(served: Served) -> ASGIApp:
     page = _page()
 
     async def models(_: Request) -> Response:
-        of_model = {"id": served.name, "object": "model", "created": int(started), "owned_by": "tinysft-jax"}
+        of_model = {"id": served.name, "object": "model", "created": started, "owned_by": "tinysft-jax"}
         of_model |= {"context_length": served.reader.length, "chat": served.tokenizer.template is not None}
         return JSONResponse({"object": "list", "data": [of_model]})
 
@@ -66,7 +66,7 @@ def make_app(served: Served) -> ASGIApp:
         message = error.detail if isinstance(error, HTTPException) else "the server failed; its log says why"
         return ApiError(status, message, headers=getattr(error, "headers", None)).response()
 
-    started = time.time()
+    started = int(time.time())
     routes = [
         Route("/", lambda _: page),
         Route("/health", health),
@@ -75,8 +75,7 @@ def make_app(served: Served) -> ASGIApp:
         Route("/v1/chat/completions", _Answers(served, is_chat=True), methods=["POST"]),
         Route("/v1/completions", _Answers(served, is_chat=False), methods=["POST"]),
     ]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: on_error, Exception: on_error})
-    return _Guard(app, served)
+    return _Guard(Starlette(routes=routes, exception_handlers={HTTPException: on_error, Exception: on_error}), served)
 
 
 def _page() -> Response:
@@ -122,8 +121,9 @@ class _Guard:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
             is_right = secrets.compare_digest(key.strip().encode(), self._served.api_key.encode())
             if scheme.lower() != "bearer" or not is_right:
-                headers = {"www-authenticate": "Bearer"}
-                raise ApiError(401, "a valid API key is needed", code="invalid_api_key", headers=headers)
+                raise ApiError(
+                    401, "a valid API key is needed", None, "invalid_api_key", {"www-authenticate": "Bearer"}
+                )
         if self._served.loopback_only and re.sub(r":\d*$", "", host.lower()) not in LOOPBACK_NAMES:
             raise ApiError(403, "this server answers requests for localhost only")
         if origin is not None and origin.lower().partition("://")[2] != host.lower():

@@ -136,42 +136,33 @@ class Reader:
         if is_chat and self._tokenizer.template is None:
             raise ApiError(400, "this model has no chat template; it continues text: use /v1/completions", "messages")
         most = _most_tokens(fields) if is_chat else fields["max_tokens"]
-        prompts, given = self._chat(fields["messages"]) if is_chat else self._prompts(fields["prompt"])
+        given, n = [fields["messages"]] if is_chat else _several(fields["prompt"]), fields["n"]
+        if n * len(given) > self._most:
+            raise ApiError(400, f"{n * len(given)} answers at a time; at most {self._most} fit (see --queue)", "n")
+        prompts = [self._encode_chat(given[0])] if is_chat else self._encode(given)
         for prompt in prompts:
             self._check_length(len(prompt), most)
-            # With no answer wanted, the prompt may fill the context.
-            check_prompt(prompt, "the prompt", self._config, self.length + (most == 0))
-        n = fields["n"]
-        if n * len(prompts) > self._most:
-            message = f"{n * len(prompts)} answers at a time; this server takes at most {self._most} (see --queue)"
-            raise ApiError(400, message, "n")
+            check_prompt(prompt, "the prompt", self._config, self.length + (most == 0))  # it may fill the context then
         seed = secrets.randbits(32) if fields["seed"] is None else fields["seed"] % 2**32
         numbers = {name: fields[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
         options = dataclasses.replace(self._options, max_new_tokens=most, seed=seed, **numbers)
         stops = (fields["stop"],) if isinstance(fields["stop"], str) else tuple(fields["stop"])
         streams, counts = fields["stream"], fields["stream_options"].get("include_usage", False)
-        given = given if fields.get("echo") else []
-        texts = [each if isinstance(each, str) else self._tokenizer.decode(each) for each in given]
+        decode, is_echo = self._tokenizer.decode, fields.get("echo", False)
+        texts = [each if isinstance(each, str) else decode(each) for each in given if is_echo]
         return Call(is_chat, prompts, texts, options, n, stops, _n_ranked(fields, is_chat), streams, counts)
 
-    def _chat(self, messages: list[Any]) -> tuple[list[list[int]], list[Any]]:
+    def _encode_chat(self, messages: list[Any]) -> list[int]:
         if len(messages) > MAX_MESSAGES:
             raise ApiError(413, f"{len(messages)} messages; at most {MAX_MESSAGES} are read", "messages")
         messages = chat.read_messages([_check_message(each, index) for index, each in enumerate(messages)])
         self._check_text(*(message["content"] for message in messages))
-        return [self._tokenizer.encode_prompt(messages).tolist()], []
+        return self._tokenizer.encode_prompt(messages).tolist()
 
-    def _prompts(self, prompt: Any) -> tuple[list[list[int]], list[Any]]:
-        """The ids of a text, several, one's token ids, or several ones'; and what was given of each."""
-        several = prompt if isinstance(prompt, list) and not all(map(_is_id, prompt)) else [prompt]
-        if len(several) > self._most:
-            raise ApiError(400, f"{len(several)} prompts; this server takes at most {self._most}", "prompt")
-        if all(isinstance(each, str) for each in several):
-            self._check_text(*several)
-            return [self._tokenizer.encode_opening(each) for each in several], several
-        if all(isinstance(each, list) and all(map(_is_id, each)) for each in several):
-            return several, several
-        raise ApiError(400, "prompt must be a text, a list of texts, token ids or a list of token ids", "prompt")
+    def _encode(self, given: list[str] | list[list[int]]) -> list[list[int]]:
+        for text in filter(lambda each: isinstance(each, str), given):
+            self._check_text(text)
+        return [self._tokenizer.encode_opening(each) if isinstance(each, str) else each for each in given]
 
     def _check_text(self, *texts: str) -> None:
         """Refuses what is far too long before it is encoded, which takes time."""
@@ -182,6 +173,15 @@ class Reader:
         if n_tokens + min(n_new, 1) > self.length:
             message = f"the prompt has {n_tokens}{or_more} tokens, and prompt and answer have room for {self.length}"
             raise ApiError(400, message, code="context_length_exceeded")
+
+
+def _several(prompt: Any) -> list[str] | list[list[int]]:
+    """One text or list of ids, or several ones, as a list of them."""
+    several = prompt if isinstance(prompt, list) and not all(map(_is_id, prompt)) else [prompt]
+    lists = all(isinstance(each, list) and all(map(_is_id, each)) for each in several)
+    if lists or all(isinstance(each, str) for each in several):
+        return several
+    raise ApiError(400, "prompt must be a text, a list of texts, token ids or a list of token ids", "prompt")
 
 
 def _is_id(value: Any) -> bool:

@@ -72,9 +72,8 @@ class Choice:
         self._answer, self._start, self._seconds = AnswerText(tokenizer, call.stops), time.perf_counter(), None
         self._prompt = call.texts[prompt] if call.texts else ""
         self._new, self._tokens = "", []  # not posted yet
-        ranks = call.n_ranked is not None
-        wanted = {"row": row, "ranks": ranks, "ranks_prompt": ranks and bool(call.texts)}
-        self.request = Request(call.prompts[prompt], call.options, self._receive, **wanted)
+        ranks, is_echo = call.n_ranked is not None, bool(call.texts)
+        self.request = Request(call.prompts[prompt], call.options, self._receive, row, ranks, ranks and is_echo)
 
     def _receive(self, news: News) -> bool:
         """Called in the engine's thread."""

@@ -12,13 +12,12 @@ class Metrics:
     def __init__(self, engine: Engine, n_slots: int):
         registry = self._registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-
-        def gauge(name: str, text: str, function) -> None:
+        for name, text, function in (
+            ("slots", "Requests that can be answered at a time.", lambda: n_slots),
+            ("slots_in_use", "Requests that are being answered.", lambda: engine.n_active),
+            ("queue", "Requests that wait for a slot.", lambda: engine.n_waiting),
+        ):
             Gauge(f"tinysft_{name}", text, registry=registry).set_function(function)
-
-        gauge("slots", "Requests that can be answered at a time.", lambda: n_slots)
-        gauge("slots_in_use", "Requests that are being answered.", lambda: engine.n_active)
-        gauge("queue", "Requests that wait for a slot.", lambda: engine.n_waiting)
         self.responses = Counter("tinysft_responses", "Responses.", ["path", "status"], registry=registry)
         self.prompt_tokens = Counter("tinysft_prompt_tokens", "Tokens of prompts.", registry=registry)
         self._generated = Counter("tinysft_generated_tokens", "Tokens of answers.", registry=registry)

@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 import socket
 from argparse import Namespace
 
@@ -60,10 +61,10 @@ def _parse(arguments: list[str] | None = None) -> Namespace:
             raise UserError(f"--{name} is {value}; it must be {least} or more")
     if flags.api_key is None:
         flags.api_key = os.environ.get(KEY_VARIABLE)
-    if flags.api_key is not None and (flags.no_auth or not flags.api_key.strip()):
-        raise UserError(
-            f"--no_auth and a key ({KEY_VARIABLE}) exclude each other" if flags.no_auth else "the key is empty"
-        )
+    if flags.api_key is not None and flags.no_auth:
+        raise UserError(f"--no_auth and a key ({KEY_VARIABLE}) exclude each other")
+    if flags.api_key is not None and not re.fullmatch("[!-~]+", flags.api_key):
+        raise UserError("the key must be one or more ASCII characters without spaces")
     if not (_is_loopback(flags.host) or flags.api_key or flags.no_auth):
         raise UserError(
             f"--host {flags.host} lets other machines in: give a key in {KEY_VARIABLE} or --api_key, or say --no_auth"

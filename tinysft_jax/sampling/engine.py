@@ -158,8 +158,8 @@ class Engine:
         finally:
             with self._changed:
                 self._is_closing = True
-            self._end_some()
             on_end()
+            self._end_some()
 
     def _wait(self) -> bool:
         """Waits until there is work; whether there is."""

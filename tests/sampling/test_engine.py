@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import queue
+import threading
 import time
 from collections.abc import Iterator, Sequence
 
@@ -126,7 +127,8 @@ def test_a_conversation_is_continued_where_its_slot_ends(decoder, engine, monkey
     assert fed == [2]
     fed.clear()
     assert answers(engine, [Asked(prompt)]) == [answer]  # once more: its last token predicts the first
-    assert fed == [1]
+    assert answers(engine, [Asked(prompt[:9])]) == generated(decoder, [prompt[:9]])
+    assert fed == [1, 1]
 
 
 def test_a_text_is_not_given_up_for_a_beginning_that_all_share(decoder, monkeypatch):
@@ -183,14 +185,46 @@ def test_a_long_prompt_lets_the_others_go_on_after_each_piece(monkeypatch):
             assert max(map(len, runs)) <= PIECES[0] and sum(run != "" for run in runs) >= len(prompt) // PIECES[0]
 
 
-def test_a_cancelled_request_frees_its_slot(decoder, prompts):
-    with running(decoder, n_slots=2) as engine:
-        endless = [Asked(prompts[0], SamplingOptions(10**6, 1.0, top_k=0, seed=i)) for i in range(4)]
-        engine.submit([each.request for each in endless])
-        for each in endless:
+def test_pieces_end_with_the_cache():
+    """What continues a long text begins where no long piece fits, or in the last place of all."""
+    decoder = decoder_of(random_model(family("default", max_seq_len=1100), 0.3))
+    text, options = np.random.default_rng(0).integers(20, 200, 1099).tolist(), SamplingOptions(5, 0.0)
+    with running(decoder, n_slots=1) as engine:
+        answers(engine, [Asked(text[:930], SamplingOptions(0))])
+        first, again = [Asked(text, options, ranks=True) for _ in range(2)]
+        answers(engine, [first])
+        answers(engine, [again])
+    (wanted,) = [Asked(text, options, ranks=True)]
+    with running(decoder, n_slots=1) as engine:
+        answers(engine, [wanted])
+    for found in (first, again):
+        assert found.ids == wanted.ids
+        np.testing.assert_allclose(found.news[0].ranked.log_prob, wanted.news[0].ranked.log_prob, atol=1e-5)
+
+
+def test_the_first_token_comes_alone(engine, prompts):
+    """Its reader need not wait for a whole run."""
+    answers(engine, [asked := Asked(prompts[3], SamplingOptions(20, 0.0))])
+    assert len(asked.news[0].ids) == 1 < max(len(news.ids) for news in asked.news)
+
+
+def test_a_cancelled_request_frees_its_slot(decoder, prompts, monkeypatch):
+    """And its place in the queue, whether or not it has begun."""
+    gate, advance = threading.Event(), decode.advance
+
+    def wait(*arguments):
+        assert gate.wait(60)
+        return advance(*arguments)
+
+    with running(decoder, n_slots=2, queue=2) as engine:
+        monkeypatch.setattr(decode, "advance", wait)
+        asked = [Asked(prompts[0], SamplingOptions(1000, 0.0)) for _ in range(4)]
+        engine.submit([each.request for each in asked])
+        for each in asked:
             engine.cancel(each.request)
-        assert all(each.finish() in ("cancelled", "stop", "length") for each in endless)
-        assert answers(engine, [Asked(prompts[1])]) == generated(decoder, prompts[1:2])
+        gate.set()
+        assert [each.finish() for each in asked] == 4 * ["cancelled"]
+        assert answers(engine, [Asked(prompts[1]) for _ in range(4)]) == 4 * generated(decoder, prompts[1:2])
         assert (engine.n_active, engine.n_waiting) == (0, 0)
 
 
@@ -200,11 +234,20 @@ def test_who_wants_no_more_gets_no_more(engine, prompts):
     assert len(asked.news) == 1
 
 
-def test_too_many_requests_are_refused_all_or_none(decoder, prompts):
+def test_too_many_requests_are_refused_all_or_none(decoder, prompts, monkeypatch):
     with running(decoder, n_slots=1, queue=2) as engine:
         assert engine.is_ready.wait(60)
         with pytest.raises(Refused, match="too many"):
             engine.submit([Asked(prompts[0]).request for _ in range(4)])
+        gate, advance = threading.Event(), decode.advance
+        monkeypatch.setattr(decode, "advance", lambda *arguments: gate.wait(60) and advance(*arguments))
+        engine.submit([(first := Asked(prompts[0])).request, Asked(prompts[0]).request])
+        with pytest.raises(Refused, match="too many"):
+            engine.submit([Asked(prompts[0]).request for _ in range(2)])
+        gate.set()
+        first.finish()
+        while engine.n_active:
+            time.sleep(0.01)
         assert engine.n_waiting == 0
         assert len(answers(engine, [Asked(prompts[0]) for _ in range(3)])) == 3
 
@@ -255,5 +298,6 @@ def test_log_probabilities_are_those_of_the_model(model, engine, length):
 
 def test_a_prompt_alone_can_be_asked_for(engine, prompts):
     asked = Asked(prompts[2], SamplingOptions(0), ranks_prompt=True)
+    answers(engine, [Asked(prompts[2])])  # what a slot holds is read again for it
     assert answers(engine, [asked]) == [[]] and asked.news[-1].finish == "length"
     assert sum(len(each.log_prob) for each in asked.request.prompt_ranked) == len(prompts[2]) - 1

@@ -262,7 +262,7 @@ def test_half_precision_generates(model, decoder, prompts):
     dtypes = {(leaf.ndim, leaf.dtype.name) for leaf in jax.tree.leaves(half.params)}
     assert dtypes == {(1, "float32"), (2, "bfloat16")}
     options = SamplingOptions(max_new_tokens=N_NEW, temperature=0)
-    state = half._feed(half._begin(prompts, list(range(len(prompts))), options), prompts, 32)
+    state = half._feed(half.begin(prompts, list(range(len(prompts))), options), prompts, 32)
     assert {leaf.dtype.name for leaf in jax.tree.leaves((state.cache, state.hidden))} == {"bfloat16"}
     out, exact = half.generate(prompts, options), decoder.generate(prompts, options)
     assert np.mean([a == b for x, y in zip(out, exact, strict=True) for a, b in zip(x, y, strict=True)]) > 0.5

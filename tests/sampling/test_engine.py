@@ -101,8 +101,10 @@ def test_answers_are_those_of_generate(model_of, prompts, name):
 
 
 def test_an_answer_does_not_depend_on_the_others(engine, prompts):
+    options = [*OPTIONS, SamplingOptions(25, 1.0, top_k=3, seed=2)]
+
     def ask(i: int) -> Asked:
-        return Asked(prompts[i % 7], OPTIONS[i % 5])
+        return Asked(prompts[i % 7], options[i % 6])
 
     alone = [answers(engine, [ask(i)])[0] for i in range(16)]
     order = np.random.default_rng(0).permutation(16)
@@ -219,15 +221,17 @@ def test_a_cancelled_request_frees_its_slot(decoder, prompts, monkeypatch):
         assert gate.wait(60)
         return advance(*arguments)
 
-    with running(decoder, n_slots=2, queue=2) as engine:
+    with running(decoder, n_slots=2, queue=2, common=SamplingOptions()) as engine:
         monkeypatch.setattr(decode, "advance", wait)
         asked = [Asked(prompts[0], SamplingOptions(1000, 0.0)) for _ in range(4)]
         engine.submit([each.request for each in asked])
+        while engine.n_active < 2:
+            time.sleep(0.01)
         for each in asked:
             engine.cancel(each.request)
         gate.set()
         assert [each.finish() for each in asked] == 4 * ["cancelled"]
-        assert answers(engine, [Asked(prompts[1]) for _ in range(4)]) == 4 * generated(decoder, prompts[1:2])
+        assert answers(engine, [Asked(prompts[1]) for _ in range(4)]) == 4 * decoder.generate(prompts[1:2], OPTIONS[0])
         assert (engine.n_active, engine.n_waiting) == (0, 0)
 
 

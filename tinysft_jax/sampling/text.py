@@ -4,7 +4,7 @@ import codecs
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tinysft_jax.chat import check_not_blank
@@ -54,6 +54,37 @@ def encode_request(tokenizer: ChatTokenizer, text: str, system: str | None = Non
     return tokenizer.encode_opening(text)
 
 
+class AnswerText:
+    """The text of an answer, from its ids: whole characters, up to the first of the stop strings."""
+
+    def __init__(self, tokenizer: ChatTokenizer, stops: Sequence[str] = ()):
+        self._tokenizer, self._stops, self._longest = tokenizer, stops, max(map(len, stops), default=0)
+        self._utf8, self._text = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
+        self.starts: list[int] = []  # of each token, in characters
+        self.n_released = 0  # characters
+        self.is_stopped = False
+
+    def add(self, ids: Sequence[int], is_last: bool) -> str:
+        """The text that is certain after these ids, and was not before; ids after a stop string are not looked at."""
+        parts = [self._tokenizer.decode_bytes([id_]) for id_ in ids]
+        for part in [*parts, None] if is_last else parts:  # in the end U+FFFD for part of a character
+            searched = max(0, len(self._text) - self._longest + 1)
+            self.starts += [] if part is None else [len(self._text)]
+            self._text += self._utf8.decode(part or b"", final=part is None)
+            found = [place for stop in self._stops if (place := self._text.find(stop, searched)) >= 0]
+            if found:
+                self._text, self.is_stopped = self._text[: min(found)], True
+                break
+        start = self.n_released
+        self.n_released = len(self._text) - (0 if is_last or self.is_stopped else self._n_uncertain())
+        return self._text[start : self.n_released]
+
+    def _n_uncertain(self) -> int:
+        """Characters at the end with which a stop string may begin."""
+        lengths = range(min(self._longest - 1, len(self._text)), 0, -1)
+        return next((n for n in lengths if any(stop.startswith(self._text[-n:]) for stop in self._stops)), 0)
+
+
 class AnswerStream:
     """An answer's text as it is generated, in whole characters, from chunks of its ids; iterate over it once.
 
@@ -68,7 +99,7 @@ class AnswerStream:
         self.n_tokens, self.seconds_to_first, self.tokens_per_second = 0, None, None
 
     def __iter__(self) -> Iterator[str]:
-        utf8, n_first = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
+        answer, n_first = AnswerText(self._tokenizer), 0
         for ids in self._chunks:
             seconds = time.perf_counter() - self._start
             self.n_tokens += len(ids)
@@ -76,9 +107,9 @@ class AnswerStream:
                 self.seconds_to_first, n_first = seconds, len(ids)
             else:
                 self.tokens_per_second = (self.n_tokens - n_first) / max(seconds - self.seconds_to_first, 1e-9)
-            if text := utf8.decode(self._tokenizer.decode_bytes(ids)):
+            if text := answer.add(ids, is_last=False):
                 yield text
-        if text := utf8.decode(b"", final=True):  # U+FFFD for part of a character
+        if text := answer.add((), is_last=True):
             yield text
 
 

@@ -1,12 +1,12 @@
 """Answers as they are generated: their text up to a stop string, and what their tokens' log-probabilities are."""
 
-import codecs
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tinysft_jax.sampling.engine import News, Request
 from tinysft_jax.sampling.steps import Ranked
+from tinysft_jax.sampling.text import AnswerText
 from tinysft_jax.serving.calls import Call
 from tinysft_jax.tokenizer import ChatTokenizer
 
@@ -27,37 +27,6 @@ class Piece(NamedTuple):
     finish: str | None
     n_generated: int  # tokens so far
     seconds: float  # from the request to the first token
-
-
-class AnswerText:
-    """The text of an answer, from its ids: whole characters, up to the first of the stop strings."""
-
-    def __init__(self, tokenizer: ChatTokenizer, stops: Sequence[str] = ()):
-        self._tokenizer, self._stops, self._longest = tokenizer, stops, max(map(len, stops), default=0)
-        self._utf8, self._text = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
-        self.starts: list[int] = []  # of each token, in characters
-        self.n_released = 0  # characters
-        self.is_stopped = False
-
-    def add(self, ids: Sequence[int], is_last: bool) -> str:
-        """The text that is certain after these ids, and was not before; ids after a stop string are not looked at."""
-        parts = [self._tokenizer.decode_bytes([id_]) for id_ in ids]
-        for part in [*parts, None] if is_last else parts:  # in the end U+FFFD for part of a character
-            searched = max(0, len(self._text) - self._longest + 1)
-            self.starts += [] if part is None else [len(self._text)]
-            self._text += self._utf8.decode(part or b"", final=part is None)
-            found = [place for stop in self._stops if (place := self._text.find(stop, searched)) >= 0]
-            if found:
-                self._text, self.is_stopped = self._text[: min(found)], True
-                break
-        start = self.n_released
-        self.n_released = len(self._text) - (0 if is_last or self.is_stopped else self._n_uncertain())
-        return self._text[start : self.n_released]
-
-    def _n_uncertain(self) -> int:
-        """Characters at the end with which a stop string may begin."""
-        lengths = range(min(self._longest - 1, len(self._text)), 0, -1)
-        return next((n for n in lengths if any(stop.startswith(self._text[-n:]) for stop in self._stops)), 0)
 
 
 class Choice:

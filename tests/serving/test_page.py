@@ -15,6 +15,7 @@ from tinysft_jax.sampling import engine as engine_module
 CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason="there is no /usr/bin/chromium: the page is not tested")
 WAIT_MS = 20_000
+runs: list[float] = []  # when the server ran a decode step
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,7 @@ def slow_server() -> Iterator[Running]:
 
     def slow(*arguments):
         time.sleep(0.05)
+        runs.append(time.monotonic())
         return advance(*arguments)
 
     patch.setattr(decode, "advance", slow)
@@ -62,6 +64,7 @@ def messages(page) -> list[str]:
 
 def test_a_conversation(page, slow_server, tmp_path):
     """An answer streams and is stopped; a reload keeps it; a retry replaces it; the saved file can be trained on."""
+    runs.clear()
     page.locator("#input").fill("tell me a story")
     page.keyboard.press("Enter")
     until(lambda: len(messages(page)) == 2 and messages(page)[1])
@@ -69,6 +72,7 @@ def test_a_conversation(page, slow_server, tmp_path):
     until(lambda: len(messages(page)[1]) > len(begun) + 3)
     page.locator("#stop").click()
     until(lambda: slow_server.engine.n_active == 0)
+    assert len(runs) < 100, "the answer went on after its client had gone: it has room for 160 tokens"
     question, answer = messages(page)
     assert question == "tell me a story" and answer.startswith(begun)
     assert "(stopped)" in page.locator("#log .note").last.inner_text()

@@ -48,6 +48,13 @@ def records() -> Path:
     return RECORDS
 
 
+@pytest.fixture(scope="module", autouse=True)
+def drop_compiled_programs():
+    """After each module. Each takes memory maps, and beyond 65,530 of them (Linux's default) XLA crashes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def one_device():
     """For a module's tests, as a mesh of eight takes seconds to compile."""

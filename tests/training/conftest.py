@@ -23,16 +23,21 @@ def not_from_disk():
 
 
 @pytest.fixture(scope="session")
-def finished_run(chat_data, tmp_path_factory) -> loop.Run:
-    """A run of 12 steps, with the checkpoints 4, 8 and 12."""
+def finished_run(chat_data, tmp_path_factory) -> tuple[Path, tuple[int, int]]:
+    """The work directory of a run of 12 steps, with the checkpoints 4, 8 and 12.
+
+    With it, the numbers of programs that its train and its evaluation step were compiled to.
+    """
     runs, finish = [], loop.finish
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "finish", lambda run, state: runs.append(run) or finish(run, state))
         loop.train(tiny_config(chat_data), tmp_path_factory.mktemp("run") / "work")
-    return runs[0]
+    steps = runs[0].steps
+    # Private: nothing public counts them.
+    return runs[0].workdir, (steps.train._cache_size(), steps.evaluate._cache_size())
 
 
 @pytest.fixture(scope="session")
 def finished(finished_run) -> Path:
     """Its work directory."""
-    return finished_run.workdir
+    return finished_run[0]

@@ -12,8 +12,9 @@ from tiny_model import make_tokenizer
 from tinysft_jax.sampling.engine import News
 from tinysft_jax.sampling.filters import SamplingOptions
 from tinysft_jax.sampling.steps import N_RANKED, Ranked
+from tinysft_jax.sampling.text import AnswerText
 from tinysft_jax.serving.calls import Call
-from tinysft_jax.serving.choices import AnswerText, Choice, Piece
+from tinysft_jax.serving.choices import Choice, Piece
 from tinysft_jax.tokenizer import ChatTokenizer
 
 BYTES = make_tokenizer("control")

@@ -121,9 +121,8 @@ class _Guard:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
             is_right = secrets.compare_digest(key.strip().encode(), self._served.api_key.encode())
             if scheme.lower() != "bearer" or not is_right:
-                raise ApiError(
-                    401, "a valid API key is needed", None, "invalid_api_key", {"www-authenticate": "Bearer"}
-                )
+                headers = {"www-authenticate": "Bearer"}
+                raise ApiError(401, "a valid API key is needed", code="invalid_api_key", headers=headers)
         if self._served.loopback_only and re.sub(r":\d*$", "", host.lower()) not in LOOPBACK_NAMES:
             raise ApiError(403, "this server answers requests for localhost only")
         if origin is not None and origin.lower().partition("://")[2] != host.lower():
